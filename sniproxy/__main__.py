@@ -1,0 +1,146 @@
+"""The daemon's command line, its environment and its exit codes."""
+
+import argparse
+import gc
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import NoReturn
+
+import trio
+
+from sniproxy import __version__
+from sniproxy.config import Config
+from sniproxy.engine.listener import NotListening, take_listening_socket
+from sniproxy.engine.notify import Notifier
+from sniproxy.hosts import HostsDirectory
+from sniproxy.log import Log
+from sniproxy.serve import serve
+from sniproxy_hostname import directory_namer
+
+# The convention of djb's and skarnet's programs: a mistake that does not go away by itself, and
+# trouble that may. A supervisor can tell them apart.
+_CALLED_WRONGLY = 100
+_SYSTEM_CALL_FAILED = 111
+
+_DESCRIPTION = """\
+Route TLS connections by server name to Unix sockets, without decrypting them.
+
+Standard input is a listening TCP socket. The working directory is the hosts
+directory: NAME/tls-socket is the socket of the host NAME, and a file
+NAME/send-proxy-v1 makes its connections begin with a PROXY protocol header.
+SIGHUP stops accepting and ends when the last connection has ended, or after
+ten seconds.
+"""
+_HOW_TO_CALL = "sniproxy-listen :443 sniproxy"
+
+
+class _FatalError(Exception):
+    """Nothing can be served: the message says what could not be done, and why."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _FatalError(_CALLED_WRONGLY, f"unable to understand the options: {message}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon with the arguments `argv`; return its exit code."""
+    # Until we serve, SIGINT ends us as it ends any program, not by an exception somewhere.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        config = _config(argv)
+        _run(config)
+    except _FatalError as error:
+        print(f"sniproxy: fatal: {error}", file=sys.stderr)
+        return error.code
+    return 0
+
+
+def _config(argv: Sequence[str] | None) -> Config:
+    parser = _Parser(
+        prog="sniproxy",
+        description=_DESCRIPTION,
+        epilog=f"For example: cd /srv/hosts && {_HOW_TO_CALL}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--hashed",
+        action="store_true",
+        help="the directories are named by the BLAKE3 of the hostname, 64 hex digits",
+    )
+    parser.add_argument("--version", action="version", version=f"sniproxy {__version__}")
+    return Config(hashed=parser.parse_args(argv).hashed)
+
+
+def _run(config: Config) -> None:
+    try:
+        listening = take_listening_socket(0)
+    except NotListening as error:
+        raise _FatalError(
+            _CALLED_WRONGLY,
+            "unable to accept connections: standard input must be a listening TCP socket, but "
+            f"{error}; pass one like this: {_HOW_TO_CALL}",
+        ) from None
+    except OSError as error:
+        raise _system_call_failed("use the socket on standard input", error) from error
+    try:
+        hosts = HostsDirectory(directory_namer(config.hashed))
+    except OSError as error:
+        raise _FatalError(
+            _CALLED_WRONGLY,
+            f"unable to search the hosts directory (the working directory): {error.strerror}",
+        ) from None
+    try:
+        log = Log(to_syslog=_let_go_of_standard_descriptors())
+        _raise_descriptor_limit()
+    except OSError as error:
+        raise _system_call_failed("start", error) from error
+    notifier = Notifier()
+    # What is here now stays: the collector need not look at it again.
+    gc.freeze()
+    trio.run(partial(serve, listening, hosts, config, log, notifier))
+
+
+def _system_call_failed(what: str, error: OSError) -> _FatalError:
+    return _FatalError(_SYSTEM_CALL_FAILED, f"unable to {what}: {error.strerror}")
+
+
+def _let_go_of_standard_descriptors() -> bool:
+    """Put /dev/null in place of the listening socket; return whether standard error was it, too.
+
+    inetd makes descriptors 1 and 2 the listening socket as well. While one of them is open the port
+    stays open, and what is written there goes nowhere.
+    """
+    listening = os.fstat(0)
+    ours = [fd for fd in (0, 1, 2) if _is_same_file(fd, listening)]
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in ours:
+        os.dup2(null, fd)
+    os.close(null)
+    return 2 in ours
+
+
+def _is_same_file(fd: int, other: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), other)
+    except OSError:  # EBADF: closed
+        return False
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow ourselves as many descriptors as we may have; a connection takes two."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

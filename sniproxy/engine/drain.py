@@ -1,0 +1,49 @@
+"""The end of a service: stop accepting, let live. Who is left then is for the caller to cut."""
+
+import trio
+
+from sniproxy.engine.listener import Listener
+from sniproxy.engine.signals import Signals
+
+
+class Census:
+    """How many connections are open."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self._emptied: trio.Event | None = None
+
+    def enter(self) -> None:
+        """Count one in."""
+        self.open += 1
+
+    def leave(self) -> None:
+        """Count one out."""
+        self.open -= 1
+        if not self.open and self._emptied is not None:
+            self._emptied.set()
+
+    async def empty(self) -> None:
+        """Wait until nobody is left."""
+        while self.open:
+            self._emptied = trio.Event()
+            await self._emptied.wait()
+
+
+async def drain(listener: Listener, census: Census, signals: Signals, seconds: float) -> None:
+    """Close the listener and wait for those who are in.
+
+    Returns when the last has left, when `seconds` have passed, or when `signals.end` is set,
+    whichever is first.
+    """
+    listener.close()
+    with trio.move_on_after(seconds):
+        async with trio.open_nursery() as nursery:
+
+            async def wait_for_end() -> None:
+                await signals.end.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait_for_end)
+            await census.empty()
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,208 @@
+"""The listening socket: taken over from whoever bound it, checked, and accepted from.
+
+Others bind: a supervisor, inetd, `sniproxy-listen`. We find the socket on a descriptor, and before
+anything else make sure of what it is, because the usual mistake is to start the program by hand in
+a terminal.
+"""
+
+import errno
+import os
+import socket
+import stat
+from _socket import socket as Socket  # noqa: N812 - the plain type; socket.socket costs twice as much
+from collections.abc import Callable
+from select import EPOLLIN
+
+import trio
+
+from sniproxy.engine.loop import EventLoop
+
+Address = tuple[str, int] | tuple[str, int, int, int]
+
+# Connections accepted before those that are being served have their turn: the cost of some fifty
+# round trips through the relay.
+_BATCH = 32
+
+# At the end the queue is emptied. It holds no more than net.core.somaxconn, 4096 by default; the
+# bound is for clients who come faster than we accept.
+_LAST_BATCH = 4096
+
+# What accept(2) says of the one connection that was next; it is to be tried again at once.
+_ONE_IS_LOST = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPERM,  # a firewall rule
+        errno.ENETDOWN,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+    }
+)
+
+# Everything else, EMFILE, ENFILE, ENOBUFS and ENOMEM above all, will be the same the next moment,
+# while the listener stays readable: to ask again at once would spin. Seconds until we do: long
+# enough to cost nothing, too short to be noticed as an outage.
+_PAUSE = 0.1
+
+# Keep-alive. A client that vanished, a phone that lost its network, is noticed after 60 + 6 x 10
+# seconds without an answer. Most home routers and mobile networks forget a silent connection after
+# some minutes; one probe a minute also keeps it alive there.
+_KEEP_ALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+)
+
+
+class NotListening(Exception):  # noqa: N818 - says what the descriptor is, in words for the user
+    """The descriptor is no listening TCP socket; the message says what it is instead."""
+
+
+def take_listening_socket(fd: int) -> Socket:
+    """Return the listening TCP socket that `fd` refers to.
+
+    The result has a descriptor of its own, non-blocking and close-on-exec; `fd` stays as it is.
+    Accepted sockets inherit what is set on a listening one, tcp(7): no delay, and keep-alive.
+
+    Raises:
+        NotListening: it is something else.
+        OSError: a system call failed.
+    """
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise NotListening("it is closed") from None
+        raise
+    if not stat.S_ISSOCK(mode):
+        raise NotListening(f"it is {_kind_of_file(fd, mode)}")
+    listener = Socket(fileno=os.dup(fd))
+    try:
+        if kind := _kind_of_socket(listener):
+            raise NotListening(f"it is {kind}")
+        # O_NONBLOCK is shared with the other holders of the socket. They need it as we do: a
+        # connection that epoll announced may be gone by the time of accept, taken by another copy.
+        listener.setblocking(False)
+        os.set_inheritable(listener.fileno(), False)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for level, option, value in _KEEP_ALIVE:
+            listener.setsockopt(level, option, value)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _kind_of_file(fd: int, mode: int) -> str:
+    if os.isatty(fd):
+        return "a terminal"
+    for test, kind in (
+        (stat.S_ISREG, "a file"),
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISCHR, "a device"),
+    ):
+        if test(mode):
+            return kind
+    return "not a socket"
+
+
+def _kind_of_socket(sock: Socket) -> str | None:
+    """Say what `sock` is, if it is no listening TCP socket."""
+    if sock.family == socket.AF_UNIX:
+        return "a Unix socket"
+    if sock.type == socket.SOCK_DGRAM:
+        return "a UDP socket"
+    if (
+        sock.family not in (socket.AF_INET, socket.AF_INET6)
+        or sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) != socket.IPPROTO_TCP
+    ):
+        return "not a TCP socket"
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return "a TCP socket that does not listen"
+    return None
+
+
+class Listener:
+    """Accepts from a listening socket whenever the loop says that someone is waiting.
+
+    Args:
+        sock: as `take_listening_socket` returns it; owned from now on.
+        on_accept: called with every accepted socket, in blocking mode, and its peer's address.
+        on_exhausted: called with the reason when accepting has to pause, once until it works again.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        sock: Socket,
+        on_accept: Callable[[Socket, Address], None],
+        on_exhausted: Callable[[OSError], None],
+    ) -> None:
+        self._loop = loop
+        self._socket: Socket | None = sock
+        self._family = sock.family
+        self._on_accept = on_accept
+        self._on_exhausted = on_exhausted
+        self._watched = False
+        self._exhausted = False
+        self._pause = trio.Event()
+
+    def on_event(self, events: int) -> None:
+        """Accept a batch."""
+        self._accept(_BATCH)
+
+    def abort(self) -> None:
+        """Nothing: one connection went wrong, not the listener."""
+
+    async def run(self) -> None:
+        """Accept until closed or cancelled."""
+        while self._socket is not None:
+            self._loop.watch(self._socket.fileno(), self, EPOLLIN)
+            self._watched = True
+            await self._pause.wait()
+            self._pause = trio.Event()
+            await trio.sleep(_PAUSE)
+
+    def close(self) -> None:
+        """Accept what is in the queue, then close: from now on nobody is let in here.
+
+        Another process that holds the same socket, a supervisor or the next copy, goes on with it.
+        """
+        if self._socket is not None:
+            self._accept(_LAST_BATCH)
+            self._unwatch()
+            self._socket.close()
+            self._socket = None
+
+    def _accept(self, batch: int) -> None:
+        assert self._socket is not None
+        for _ in range(batch):
+            try:
+                # accept() of the plain type; typeshed has not heard of it.
+                fd, address = self._socket._accept()  # type: ignore[attr-defined]  # noqa: SLF001
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _ONE_IS_LOST:
+                    continue
+                if not self._exhausted:
+                    self._exhausted = True
+                    self._on_exhausted(error)
+                self._unwatch()
+                self._pause.set()
+                return
+            self._exhausted = False
+            self._on_accept(Socket(self._family, socket.SOCK_STREAM, 0, fd), address)
+
+    def _unwatch(self) -> None:
+        if self._watched:
+            assert self._socket is not None
+            self._loop.unwatch(self._socket.fileno())
+            self._watched = False

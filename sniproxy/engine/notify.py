@@ -1,0 +1,70 @@
+"""Telling the supervisor: sd_notify(3). Without NOTIFY_SOCKET every method does nothing."""
+
+import os
+from collections.abc import Callable, Mapping
+
+import sdnotify
+import trio
+
+# Seconds between two looks at the status: it is read by people.
+_STATUS_EVERY = 1.0
+
+
+class Notifier:
+    """Speaks to the supervisor that `environment` names, if it names one.
+
+    The socket is opened now: later there may be no way to it, in a chroot.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        # SystemdNotifier reads NOTIFY_SOCKET by itself; made without it, it leaks a socket.
+        self._systemd = sdnotify.SystemdNotifier() if environment.get("NOTIFY_SOCKET") else None
+        self._watchdog = _watchdog_seconds(environment)
+
+    def ready(self) -> None:
+        """Say that connections are accepted from now on."""
+        self._say("READY=1")
+
+    def stopping(self) -> None:
+        """Say that the drain has begun."""
+        self._say("STOPPING=1")
+
+    async def run(self, status: Callable[[], str]) -> None:
+        """Until cancelled, keep the status up to date and the watchdog quiet.
+
+        This runs in the thread that serves: a loop that is stuck says nothing, and is noticed.
+        """
+        if self._systemd is None:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_status, status)
+            if self._watchdog:
+                nursery.start_soon(self._keep_watchdog, self._watchdog)
+
+    async def _keep_status(self, status: Callable[[], str]) -> None:
+        said = ""
+        while True:
+            if (now := status()) != said:
+                self._say(f"STATUS={now}")
+                said = now
+            await trio.sleep(_STATUS_EVERY)
+
+    async def _keep_watchdog(self, seconds: float) -> None:
+        while True:
+            self._say("WATCHDOG=1")
+            # sd_watchdog_enabled(3) recommends half of the time.
+            await trio.sleep(seconds / 2)
+
+    def _say(self, state: str) -> None:
+        if self._systemd is not None:
+            self._systemd.notify(state)
+
+
+def _watchdog_seconds(environment: Mapping[str, str]) -> float | None:
+    """Return WATCHDOG_USEC in seconds, if it is there and meant for this process."""
+    if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    try:
+        return int(environment["WATCHDOG_USEC"]) / 1e6
+    except (KeyError, ValueError):
+        return None

@@ -1,0 +1,340 @@
+"""Pairs of sockets, and the bytes that move between them: in both directions, in order, whole.
+
+Everything that affects what a peer gets to see lives here. The laws:
+
+- What one peer sends reaches the other unchanged, or the other sees a reset.
+- The end of what one peer sends becomes the end of what the other receives, after all bytes
+  before it. The opposite direction lives on.
+- A connection holds no more than `_CHUNK` bytes and a pipe for each direction, and when nothing is
+  under way neither: what can't be sent is not read, so back-pressure reaches the sender.
+
+Both sockets are watched edge-triggered: an event says only that something changed. So a direction
+moves bytes until its source has none (a short read says so as well as EAGAIN does, epoll(7)), or
+its sink takes none (it is `stalled` until EPOLLOUT), or it has had its turn.
+
+Two gears. Small traffic is copied through one buffer that all share: two calls for each message.
+A source that fills the buffer again and again is spliced through a pipe instead, so that the bytes
+never enter this process.
+"""
+
+import errno
+import os
+import struct
+from _socket import MSG_DONTWAIT, SHUT_WR, SO_LINGER, SOL_SOCKET, socket
+from collections.abc import Callable
+from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+
+from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.pipes import Pipe, PipePool
+
+READ_EVENTS = EPOLLIN | EPOLLRDHUP | EPOLLET
+_READ_WRITE_EVENTS = READ_EVENTS | EPOLLOUT
+
+# The shared buffer: four full TLS records (16 KiB), two of the largest pieces that a Unix socket
+# takes (32 KiB), and small enough to stay in the processor's cache between recv and send.
+_CHUNK = 1 << 16
+
+# Bytes that a direction may move before the others have their turn: one full pipe, some 0.2 ms.
+_TURN = 1 << 20
+
+# The credit of a direction. Each full read in a row earns one; with this many the next bytes are
+# spliced, for a pipe is worth its system calls only where much is waiting.
+_HIGH_GEAR = 2
+# In high gear a turn that moved less than a chunk costs one, so that a sender who pauses for breath
+# is not taken for a chat, while one who has gone over to chatting soon is.
+_FULL_CREDIT = _HIGH_GEAR + 4
+
+_SPLICE_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+
+# struct linger {1, 0}: close(2) sends a reset and drops what was not sent, socket(7).
+LINGER_0 = struct.pack("ii", 1, 0)
+
+
+class Relay:
+    """All relayed connections of a process."""
+
+    def __init__(self, loop: EventLoop, pipes: PipePool) -> None:
+        self.loop = loop
+        self.pipes = pipes
+        self.buffer = memoryview(bytearray(_CHUNK))
+        self.can_splice = True
+        self.connections: set[_Flow] = set()
+
+    def join(
+        self, near: socket, far: socket, on_end: Callable[[], None], *, near_watched: bool = False
+    ) -> None:
+        """Relay between two connected stream sockets until both directions have ended.
+
+        The sockets belong to the relay from now on, whatever happens.
+
+        Args:
+            near: the socket that is likely to have something to say already.
+            far: the other one, not watched by the loop.
+            on_end: called once, when both sockets have been given up.
+            near_watched: whether the loop watches `near` already, for `READ_EVENTS`.
+
+        Raises:
+            OSError: the kernel can't watch them (ENOMEM, ENOSPC); both are reset.
+        """
+        up = _Flow(self, near, far, on_end)
+        down = _Flow(self, far, near, on_end)
+        up.back, down.back = down, up
+        self.connections.add(up)
+        try:
+            self.loop.watch(far.fileno(), down, READ_EVENTS)
+            if near_watched:
+                self.loop.hand_over(near.fileno(), up)
+            else:
+                self.loop.watch(near.fileno(), up, READ_EVENTS)
+            # Now, not when epoll says so: what is read here costs no event.
+            up.on_event(0)
+        except BaseException:
+            up.abort()
+            raise
+
+    def abort_all(self) -> int:
+        """Reset every connection; return how many there were."""
+        cut = len(self.connections)
+        for flow in list(self.connections):
+            flow.abort()
+        return cut
+
+
+class _Flow:
+    """One direction: the bytes that `source` sends and `sink` receives."""
+
+    __slots__ = (
+        "back",
+        "credit",
+        "ended",
+        "ending",
+        "gone",
+        "on_end",
+        "pending",
+        "pipe",
+        "piped",
+        "relay",
+        "sink",
+        "source",
+        "stalled",
+        "write_watched",
+    )
+
+    def __init__(
+        self, relay: Relay, source: socket, sink: socket, on_end: Callable[[], None]
+    ) -> None:
+        self.relay = relay
+        self.source = source
+        self.sink = sink
+        self.on_end = on_end
+        self.back: _Flow | None = None  # the opposite direction; None once both sockets are closed
+        self.credit = 0
+        self.pending: bytes | None = None  # read, and not yet taken by the sink
+        self.pipe: Pipe | None = None
+        self.piped = 0  # bytes in the pipe
+        self.stalled = False  # the sink takes nothing until EPOLLOUT
+        self.ending = False  # an end or an error stands behind the last byte of the source
+        self.ended = False  # the end has been passed on
+        self.gone = False  # the source is closed for both directions: it will not read either
+        self.write_watched = False  # EPOLLOUT is asked for on the *source*, for `back`'s sake
+
+    def on_event(self, events: int) -> None:
+        """React to what happened to the source; 0 is another turn."""
+        back = self.back
+        if back is None:
+            return
+        if events & EPOLLOUT and back.stalled:
+            back.stalled = False
+            back.pump()
+            if self.back is None or events == EPOLLOUT:
+                return
+        if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+            self.ending = True
+            if events & EPOLLHUP:
+                self.gone = True
+            if events & EPOLLERR and (self.ended or self.stalled):
+                # No read will bring the error up soon, and it is not to wait.
+                self.abort()
+            elif self.gone and self.ended:
+                self._finish()
+        if not (self.stalled or self.ended):
+            self.pump()
+
+    def abort(self) -> None:
+        """Reset both peers, so that neither takes the cut for an end."""
+        if self.back is not None:
+            for sock in (self.source, self.sink):
+                # On a Unix socket this does nothing: such a peer sees an end, or ECONNRESET where
+                # it left us something unread.
+                sock.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
+            self._close()
+
+    def pump(self) -> None:
+        """Move bytes until the source has none, the sink takes none, or the turn is over."""
+        if self.pending is not None and not self._send_pending():
+            return
+        if self.piped or (self.credit >= _HIGH_GEAR and self.relay.can_splice):
+            self._pump_spliced()
+        else:
+            self._pump_copied()
+
+    def _pump_copied(self) -> None:
+        buffer = self.relay.buffer
+        for _ in range(_TURN // _CHUNK):
+            try:
+                size = self.source.recv_into(buffer, _CHUNK, MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                return self.abort()
+            if not size:
+                return self._end()
+            try:
+                sent = self.sink.send(buffer[:size], MSG_DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                return self._sink_failed()
+            if sent < size:
+                self.pending = bytes(buffer[sent:size])
+                return self._stall()
+            if size == _CHUNK:
+                self.credit += 1
+                if self.credit == _HIGH_GEAR and self.relay.can_splice:
+                    return self._shift_up()
+            else:
+                self.credit = 0
+                if not self.ending:
+                    return
+        self.relay.loop.soon(self)
+
+    def _shift_up(self) -> None:
+        # splice(2) has no MSG_DONTWAIT for the socket's side.
+        self.source.setblocking(False)
+        self.sink.setblocking(False)
+        self.relay.loop.soon(self)
+
+    def _pump_spliced(self) -> None:
+        pipe = self.pipe or self.relay.pipes.take()
+        if pipe is None:
+            return self._pump_copied()
+        self.pipe = pipe
+        source, sink = self.source.fileno(), self.sink.fileno()
+        moved = 0
+        while True:
+            if not self.piped:
+                if moved >= _TURN:
+                    self.relay.loop.soon(self)
+                    break
+                try:
+                    self.piped = os.splice(source, pipe.write_end, _TURN, flags=_SPLICE_FLAGS)
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        return self.abort()
+                    self.relay.can_splice = False
+                    self.relay.loop.soon(self)
+                    break
+                if not self.piped:
+                    self.return_pipe()
+                    return self._end()
+            try:
+                sent = os.splice(pipe.read_end, sink, self.piped, flags=_SPLICE_FLAGS)
+            except BlockingIOError:
+                return self._stall()
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    return self._sink_failed()
+                self.relay.can_splice = False
+                self.pending = os.read(pipe.read_end, self.piped)
+                self.piped = 0
+                self.relay.loop.soon(self)
+                break
+            self.piped -= sent
+            moved += sent
+        self.return_pipe()
+        self.credit = _FULL_CREDIT if moved >= _CHUNK else self.credit - 1
+
+    def _send_pending(self) -> bool:
+        """Send what was read and not taken; return whether all of it went."""
+        assert self.pending is not None
+        try:
+            sent = self.sink.send(self.pending, MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._sink_failed()
+            return False
+        if sent < len(self.pending):
+            self.pending = self.pending[sent:]
+            self._stall()
+            return False
+        self.pending = None
+        return True
+
+    def _stall(self) -> None:
+        self.stalled = True
+        back = self.back
+        assert back is not None
+        if not back.write_watched:
+            # Asked for at the first stall only: a Unix socket tells with every read of its peer
+            # that it is writable, and most connections never want to know.
+            back.write_watched = True
+            self.relay.loop.change(self.sink.fileno(), _READ_WRITE_EVENTS)
+
+    def _end(self) -> None:
+        """Pass on the end of the source."""
+        self.ended = True
+        back = self.back
+        assert back is not None
+        if back.ended or self.gone:
+            return self._finish()
+        try:
+            self.sink.shutdown(SHUT_WR)
+        except OSError:  # ENOTCONN: reset meanwhile
+            self.abort()
+
+    def _finish(self) -> None:
+        """Close both sockets: all that was sent has arrived."""
+        back = self.back
+        assert back is not None
+        if back.pending is not None or back.piped:
+            # The source has gone away without reading what we hold for it.
+            self.abort()
+        else:
+            self._close()
+
+    def _sink_failed(self) -> None:
+        """Tear down: the sink takes no more, and what was meant for it is lost."""
+        # It may have spoken before it went: one that refuses an upload says why in its last words.
+        # What can be passed on at once is.
+        self.stalled = True
+        back = self.back
+        assert back is not None
+        if not (back.stalled or back.ended):
+            back.ending = True
+            back.pump()
+        self.abort()
+
+    def return_pipe(self) -> None:
+        """Give the pipe back, if there is one; bytes in it are lost."""
+        if self.pipe is not None:
+            if self.piped:
+                self.relay.pipes.scrap(self.pipe)
+            else:
+                self.relay.pipes.give(self.pipe)
+            self.pipe = None
+
+    def _close(self) -> None:
+        back = self.back
+        assert back is not None
+        self.return_pipe()
+        back.return_pipe()
+        self.relay.connections.discard(self)
+        self.relay.connections.discard(back)
+        self.relay.loop.close(self.source)
+        self.relay.loop.close(self.sink)
+        # Without the cycle the memory is free at once, not when the collector comes round.
+        self.back = back.back = None
+        self.on_end()

@@ -1,0 +1,173 @@
+"""A hostname becomes a connected backend: the directory of hosts, looked up by doing.
+
+The lookup is one synchronous step. It changes the working directory into that of the host,
+connects to the ten bytes `tls-socket`, and comes back; nothing else may run in between. So the
+length of a path never matters (`sun_path` in unix(7) has 108 bytes, a hostname 253), and socket
+and options come from the same directory even while a link to it is being swapped. Nothing is
+tested before it is used, and nothing is remembered: whatever the administrator did last is what
+the next connection finds.
+"""
+
+import errno
+import os
+import stat
+import struct
+from _socket import AF_UNIX, SO_PEERCRED, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
+from collections.abc import Callable
+from enum import StrEnum
+
+from sniproxy_hostname import Hostname
+
+_SOCKET = "tls-socket"
+_SEND_PROXY_V1 = "send-proxy-v1"
+
+# struct ucred: pid, uid, gid; unix(7).
+_UCRED = struct.Struct("iII")
+
+
+class HostReason(StrEnum):
+    """Why there is no backend: words for the log."""
+
+    NO_SUCH_HOST = "no_such_host"
+    NO_SOCKET = "no_socket"
+    NOT_LISTENING = "not_listening"
+    NOT_A_STREAM_SOCKET = "not_a_stream_socket"
+    PERMISSION_DENIED = "permission_denied"
+    LINK_LOOP = "link_loop"
+    NAME_TOO_LONG = "name_too_long"
+    WRONG_OWNER = "wrong_owner"
+    WRITABLE_BY_OTHERS = "writable_by_others"
+    BACKEND_BUSY = "backend_busy"
+    BACKEND_FAILED = "backend_failed"
+
+
+# What chdir(2) and connect(2) say when the host is not there, or not there for us.
+_NO_DIRECTORY = {
+    errno.ENOENT: HostReason.NO_SUCH_HOST,
+    errno.ENOTDIR: HostReason.NO_SUCH_HOST,
+    errno.EACCES: HostReason.PERMISSION_DENIED,
+    errno.ELOOP: HostReason.LINK_LOOP,
+    errno.ENAMETOOLONG: HostReason.NAME_TOO_LONG,
+}
+_NO_BACKEND = _NO_DIRECTORY | {
+    errno.ENOENT: HostReason.NO_SOCKET,
+    errno.ENOTDIR: HostReason.NO_SOCKET,
+    # Nobody listens, or it is no socket at all.
+    errno.ECONNREFUSED: HostReason.NOT_LISTENING,
+    errno.ENOTSOCK: HostReason.NOT_LISTENING,
+    errno.EPROTOTYPE: HostReason.NOT_A_STREAM_SOCKET,
+    # The backlog is full. Linux gives no event for the moment when it no longer is.
+    errno.EAGAIN: HostReason.BACKEND_BUSY,
+}
+
+
+class HostError(Exception):
+    """There is no backend to be had; `reason` says why, the message in more words."""
+
+    def __init__(self, reason: HostReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class HostsDirectory:
+    """The working directory, as the directory of hosts.
+
+    Args:
+        directory_name: what the directory of a host is called.
+
+    Raises:
+        OSError: the working directory can't be searched.
+    """
+
+    def __init__(self, directory_name: Callable[[Hostname], str]) -> None:
+        self._directory_name = directory_name
+        # O_PATH: to come back to a directory the right to search it is enough, open(2).
+        self._fd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fchdir(self._fd)
+        except OSError:
+            self.close()
+            raise
+        self._away = False
+
+    def close(self) -> None:
+        """Close the descriptor of the directory."""
+        os.close(self._fd)
+
+    def connect(self, host: Hostname) -> tuple[socket, bool]:
+        """Connect to the backend of `host`.
+
+        Returns:
+            The connected socket, non-blocking, and whether the backend wants a PROXY header.
+
+        Raises:
+            HostError: there is no such host, or its backend can't be reached.
+        """
+        if self._away:
+            # The way back was barred the last time. From a tenant's directory nothing is looked up.
+            self._come_back()
+        self._away = True
+        try:
+            try:
+                os.chdir(self._directory_name(host))
+            except OSError as error:
+                raise _host_error(_NO_DIRECTORY, error) from None
+            return self._connect_here()
+        finally:
+            self._come_back()
+
+    def _come_back(self) -> None:
+        os.fchdir(self._fd)
+        self._away = False
+
+    def _connect_here(self) -> tuple[socket, bool]:
+        # Of the directory that was reached, whatever links led to it.
+        directory = os.stat(".")
+        backend = None
+        try:
+            backend = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
+            backend.connect(_SOCKET)
+            self._check_owner(directory, backend)
+            # An entry of that name, whatever it is: a dangling link was put there on purpose, too.
+            send_proxy_v1 = os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False)
+        except BaseException as error:
+            if backend is not None:
+                backend.close()
+            if isinstance(error, OSError):
+                raise _host_error(_NO_BACKEND, error) from None
+            raise
+        return backend, send_proxy_v1
+
+    def _check_owner(self, directory: os.stat_result, backend: socket) -> None:
+        """Make sure that the listener is one that the directory's owner may speak for.
+
+        Links can lead anywhere, and whoever may write in a directory can put one there. So the
+        listener has to belong to the owner of the directory. It may belong to anyone where an
+        administrator alone can have put it: the owner is root or the owner of the directory of
+        hosts, and nobody else may write (an ACL that lets others shows as the group's bit, acl(5)).
+        """
+        owner = directory.st_uid
+        writable_by_others = directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if owner == 0:
+            # Such as /tmp: a tenant could link a name to it, and put there a link to a root daemon.
+            if writable_by_others:
+                raise HostError(
+                    HostReason.WRITABLE_BY_OTHERS,
+                    "the directory belongs to root and others may write in it",
+                )
+            return
+        credentials = backend.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)
+        _, listener, _ = _UCRED.unpack(credentials)
+        if listener == owner:
+            return
+        if owner == os.fstat(self._fd).st_uid and not writable_by_others:
+            return
+        raise HostError(
+            HostReason.WRONG_OWNER,
+            f"the directory belongs to uid {owner}, the listener to uid {listener}",
+        )
+
+
+def _host_error(reasons: dict[int, HostReason], error: OSError) -> HostError:
+    reason = reasons.get(error.errno or 0, HostReason.BACKEND_FAILED)
+    return HostError(reason, error.strerror or str(error))

@@ -1,0 +1,141 @@
+"""sniproxy-listen: bind, listen, put the socket on standard input, become another program.
+
+For places without a supervisor. Exit codes: 100 called wrongly, 111 a system call failed; otherwise
+those of the program.
+"""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from sniproxy import __version__
+
+_CALLED_WRONGLY = 100
+_SYSTEM_CALL_FAILED = 111
+
+_USAGE = "usage: sniproxy-listen ADDRESS:PORT PROGRAM [ARG...]"
+_HELP = f"""\
+{_USAGE}
+
+Listen on a TCP port, and run PROGRAM with the listening socket as its standard input.
+
+  127.0.0.1:443  one IPv4 address     0.0.0.0:443  all IPv4 addresses
+  [::1]:443      one IPv6 address     :443, [::]:443  all addresses, IPv4 and IPv6
+
+  --help         print this
+  --version      print the version
+
+For example: cd /srv/hosts && sniproxy-listen :443 sniproxy
+"""
+
+# An IPv6 address has colons of its own, so it stands in brackets, as in a URL (RFC 3986 §3.2.2).
+_ADDRESS = re.compile(r"(?:\[(?P<v6>[^\[\]]*)\]|(?P<v4>[^\[\]:]*)):(?P<port>[0-9]{1,5})", re.ASCII)
+
+_HIGHEST_PORT = 65535
+
+
+class Endpoint(NamedTuple):
+    """Where to listen."""
+
+    family: socket.AddressFamily
+    address: tuple[Any, ...]  # as socket.getaddrinfo gives it
+    dual_stack: bool
+
+
+class _FatalError(Exception):
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments `argv`; return the exit code, if it comes to that."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except _FatalError as error:
+        print(f"sniproxy-listen: fatal: {error}", file=sys.stderr)
+        return error.code
+
+
+def _run(arguments: list[str]) -> int:
+    match arguments:
+        case ["-h" | "--help", *_]:
+            print(_HELP, end="")
+        case ["--version", *_]:
+            print(f"sniproxy-listen {__version__}")
+        case [where, program, *_] if not where.startswith("-"):
+            os.dup2(listen(where).fileno(), 0)
+            _become(program, arguments[1:])
+        case _:
+            raise _FatalError(_CALLED_WRONGLY, f"unable to understand the arguments: {_USAGE}")
+    return 0
+
+
+def parse(where: str) -> Endpoint:
+    """Return what `ADDRESS:PORT` stands for.
+
+    Raises:
+        ValueError: it is no numeric address and port; the message says what is wrong.
+    """
+    match = _ADDRESS.fullmatch(where)
+    if match is None:
+        raise ValueError("not of the form ADDRESS:PORT (an IPv6 address stands in brackets)")
+    port = int(match["port"])
+    if port > _HIGHEST_PORT:
+        raise ValueError(f"no port is higher than {_HIGHEST_PORT}")
+    if match["v6"] is None and match["v4"]:
+        family, host = socket.AF_INET, match["v4"]
+    else:
+        family, host = socket.AF_INET6, match["v6"] if match["v6"] is not None else "::"
+    try:
+        # Numeric: a name may have many addresses, and none before the network is up.
+        [(_, _, _, _, address), *_] = socket.getaddrinfo(
+            host, port, family, socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+        )
+    except (socket.gaierror, UnicodeError):
+        version = "IPv4" if family == socket.AF_INET else "IPv6"
+        raise ValueError(f"{host!a} is not a numeric {version} address") from None
+    # The option means something for the wildcard address only.
+    return Endpoint(family, address, dual_stack=address[0] == "::")
+
+
+def listen(where: str) -> socket.socket:
+    """Return a socket that listens on `ADDRESS:PORT`.
+
+    Raises:
+        _FatalError: with the exit code and the reason.
+    """
+    try:
+        endpoint = parse(where)
+    except ValueError as error:
+        message = f"unable to listen on {where!a}: {error}"
+        raise _FatalError(_CALLED_WRONGLY, message) from None
+    try:
+        listening = socket.socket(endpoint.family, socket.SOCK_STREAM)
+        # A port whose last connections are still in TIME_WAIT can be had at once.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if endpoint.family == socket.AF_INET6:
+            only = not endpoint.dual_stack
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        listening.bind(endpoint.address)
+        # As many as the kernel lets wait: net.core.somaxconn.
+        listening.listen(socket.SOMAXCONN)
+    except OSError as error:
+        message = f"unable to listen on {where}: {error.strerror}"
+        raise _FatalError(_SYSTEM_CALL_FAILED, message) from None
+    return listening
+
+
+def _become(program: str, argv: list[str]) -> NoReturn:
+    try:
+        os.execvp(program, argv)  # noqa: S606 - to become the program that was named is the purpose
+    except OSError as error:
+        message = f"unable to run {program!a}: {error.strerror}"
+        raise _FatalError(_SYSTEM_CALL_FAILED, message) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

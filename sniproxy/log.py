@@ -1,0 +1,61 @@
+"""One line per event: a fixed first word, then key=value. Supervisors add the time.
+
+Lines go to standard error, or to syslog where standard error is no place for them (inetd makes it
+the listening socket). A line that can't be written is dropped: no disk and no reader may stop the
+service.
+"""
+
+import contextlib
+import os
+import syslog
+import traceback
+
+from sniproxy.engine.listener import Address
+
+
+class Log:
+    """Writes event lines.
+
+    Args:
+        to_syslog: write to syslog(3), facility daemon. It is opened now: a chroot may come.
+    """
+
+    def __init__(self, *, to_syslog: bool = False) -> None:
+        self._to_syslog = to_syslog
+        if to_syslog:
+            syslog.openlog("sniproxy", syslog.LOG_PID | syslog.LOG_NDELAY, syslog.LOG_DAEMON)
+
+    def event(self, word: str, priority: int = syslog.LOG_INFO, /, **fields: object) -> None:
+        """Write one line. Fields that are None are left out."""
+        pairs = (f"{key}={_printable(value)}" for key, value in fields.items() if value is not None)
+        self._write(priority, " ".join((word, *pairs)))
+
+    def bug(self, error: BaseException) -> None:
+        """Write the traceback of an exception that nobody expected."""
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            self._write(syslog.LOG_ERR, f"bug {line}")
+
+    def _write(self, priority: int, line: str) -> None:
+        if self._to_syslog:
+            syslog.syslog(priority, line)
+            return
+        with contextlib.suppress(OSError):
+            # One write, so that lines of several processes do not mix.
+            os.write(2, f"sniproxy: {line}\n".encode())
+
+
+def _printable(value: object) -> str:
+    """Return `value` as one word of printable ASCII, whatever a client sent."""
+    text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    if text and all("!" <= char <= "~" and char not in '"\\' for char in text):
+        return text
+    body = "".join(
+        char if " " <= char <= "~" and char not in '"\\' else f"\\x{ord(char):02x}" for char in text
+    )
+    return f'"{body}"'
+
+
+def show_address(address: Address) -> str:
+    """Return `address` the way people write it: 192.0.2.1:443, [2001:db8::1]:443."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

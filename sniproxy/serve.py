@@ -1,0 +1,58 @@
+"""Everything put together: listener, sessions, relay, drain."""
+
+from _socket import socket
+
+import trio
+
+from sniproxy.config import Config
+from sniproxy.engine.drain import Census, drain
+from sniproxy.engine.listener import Listener
+from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.notify import Notifier
+from sniproxy.engine.pipes import PipePool
+from sniproxy.engine.relay import Relay
+from sniproxy.engine.signals import Signals
+from sniproxy.hosts import HostsDirectory
+from sniproxy.log import Log, show_address
+from sniproxy.session import Sessions
+
+
+async def serve(
+    listening: socket, hosts: HostsDirectory, config: Config, log: Log, notifier: Notifier
+) -> None:
+    """Serve what `listening` accepts, from `hosts`, until a signal asks to end.
+
+    Returns when the last connection has ended, by itself or at the end of the drain.
+    """
+    loop = EventLoop(on_fault=log.bug)
+    pipes = PipePool()
+    relay = Relay(loop, pipes)
+    signals = Signals()
+    census = Census()
+    # Two lifetimes. What serves must outlive those who are served.
+    async with trio.open_nursery() as service:
+        await service.start(signals.receive)
+        service.start_soon(loop.run)
+        async with trio.open_nursery() as conversations:
+            sessions = Sessions(config, loop, relay, hosts, log, census, conversations)
+            listener = Listener(
+                loop,
+                listening,
+                on_accept=sessions.begin,
+                on_exhausted=lambda error: log.event("exhausted", reason=error.strerror),
+            )
+            service.start_soon(listener.run)
+            service.start_soon(sessions.expire)
+            service.start_soon(notifier.run, sessions.status)
+            notifier.ready()
+            log.event("listening", address=show_address(listening.getsockname()))
+
+            await signals.drain.wait()
+            notifier.stopping()
+            log.event("draining", open=census.open)
+            await drain(listener, census, signals, config.drain_seconds)
+            cut = sessions.cut()
+        service.cancel_scope.cancel()
+    log.event("drained", served=sessions.served, refused=sessions.refused, cut=cut)
+    loop.shut()
+    pipes.close()

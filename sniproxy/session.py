@@ -1,0 +1,386 @@
+"""One connection's story: look at the hello, find the host, join the two; or refuse.
+
+The story is told by methods that never wait, since the bytes of most hellos are there when we look.
+Those of the others wake us through the loop, up to the deadline. Two things take a trio task,
+because they take time and are rare: a backend whose backlog is full, and a refusal, which has to
+reach the client.
+"""
+
+import contextlib
+import struct
+from _socket import (
+    MSG_DONTWAIT,
+    MSG_PEEK,
+    SHUT_WR,
+    SO_LINGER,
+    SO_RCVLOWAT,
+    SOL_SOCKET,
+    socket,
+)
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from functools import partial
+from select import EPOLLERR, EPOLLHUP, EPOLLRDHUP
+
+import trio
+
+from sniproxy.config import Config
+from sniproxy.engine.drain import Census
+from sniproxy.engine.listener import Address
+from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.relay import LINGER_0, READ_EVENTS, Relay
+from sniproxy.hosts import HostError, HostReason, HostsDirectory
+from sniproxy.log import Log, show_address
+from sniproxy.wire import (
+    MAX_WIRE,
+    Alert,
+    ClientHello,
+    HelloError,
+    HelloReader,
+    Reason,
+    alert_record,
+    proxy_v1_header,
+)
+from sniproxy_hostname import Hostname, InvalidHostname
+
+# What SO_RCVLOWAT is on a new socket.
+_ANY_BYTES = 1
+
+# getsockopt(SOL_SOCKET, SO_MEMINFO): nine u32 counters of a socket's memory, of which the first two
+# are what is allocated for received bytes, and how much may be (linux/sock_diag.h, asm/socket.h).
+_SO_MEMINFO = 55
+_MEMINFO = struct.Struct("9I")
+
+
+class SessionReason(StrEnum):
+    """Why a client was turned away, where neither the hello nor the host is to blame."""
+
+    CLIENT_CLOSED = "client_closed"
+    DEADLINE = "deadline"
+
+
+# The answer to every failure of the lookup. Failures of the hello carry their own answer.
+ALERTS: dict[HostReason, Alert] = {
+    # "The server ... does not recognize the server name", RFC 6066 §3: there is no such host, or
+    # what is in its place is not fit to be one.
+    HostReason.NO_SUCH_HOST: Alert.UNRECOGNIZED_NAME,
+    HostReason.NO_SOCKET: Alert.UNRECOGNIZED_NAME,
+    HostReason.NOT_LISTENING: Alert.UNRECOGNIZED_NAME,
+    HostReason.NOT_A_STREAM_SOCKET: Alert.UNRECOGNIZED_NAME,
+    HostReason.PERMISSION_DENIED: Alert.UNRECOGNIZED_NAME,
+    HostReason.LINK_LOOP: Alert.UNRECOGNIZED_NAME,
+    HostReason.NAME_TOO_LONG: Alert.UNRECOGNIZED_NAME,
+    HostReason.WRONG_OWNER: Alert.UNRECOGNIZED_NAME,
+    HostReason.WRITABLE_BY_OTHERS: Alert.UNRECOGNIZED_NAME,
+    # It is a host of ours, and out of order.
+    HostReason.BACKEND_BUSY: Alert.INTERNAL_ERROR,
+    HostReason.BACKEND_FAILED: Alert.INTERNAL_ERROR,
+}
+
+
+class Sessions:
+    """Everything that sessions share, and how many there are.
+
+    Args:
+        nursery: where the few sessions that take time have their tasks.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        loop: EventLoop,
+        relay: Relay,
+        hosts: HostsDirectory,
+        log: Log,
+        census: Census,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.config = config
+        self.loop = loop
+        self.relay = relay
+        self.hosts = hosts
+        self.log = log
+        self.census = census
+        self.nursery = nursery
+        # One hello at a time is looked at, and never kept.
+        self.buffer = memoryview(bytearray(MAX_WIRE))
+        # Those who wait for the rest of their hello, the oldest first: a dict keeps the order.
+        self.waiting: dict[Session, None] = {}
+        self.served = self.refused = 0
+
+    def begin(self, client: socket, address: Address) -> None:
+        """Begin the story of an accepted client."""
+        self.census.enter()
+        session = Session(self, client, address)
+        try:
+            session.look(0)
+        except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
+            self.log.bug(error)
+            session.abort()
+
+    def cut(self) -> int:
+        """End whoever is left; return how many there were."""
+        left = self.census.open
+        self.nursery.cancel_scope.cancel()
+        for session in list(self.waiting):
+            session.abort()
+        self.relay.abort_all()
+        return left
+
+    def status(self) -> str:
+        """Say in one line what goes on, for people."""
+        return f"{self.census.open} open, {self.served} served, {self.refused} refused"
+
+    async def expire(self) -> None:
+        """Turn away, until cancelled, whoever has not sent a hello by the deadline."""
+        while True:
+            now = trio.current_time()
+            for session in list(self.waiting):
+                if session.deadline > now:
+                    break
+                session.expire()
+            # Nobody's deadline is nearer than the oldest's; and of those who come while we sleep,
+            # no deadline is nearer than all the time that they are given.
+            oldest = next(iter(self.waiting), None)
+            await trio.sleep_until(
+                oldest.deadline if oldest else now + self.config.hello_seconds,
+            )
+
+
+class Session:
+    """One client, from accept until it is joined to its backend, or refused."""
+
+    __slots__ = (
+        "address",
+        "client",
+        "deadline",
+        "hello",
+        "mark",
+        "name",
+        "over",
+        "shared",
+        "watched",
+    )
+
+    def __init__(self, shared: Sessions, client: socket, address: Address) -> None:
+        self.shared = shared
+        self.client = client
+        self.address = address
+        self.deadline = 0.0  # known as soon as the session has to wait for anything
+        self.hello = HelloReader()
+        self.name: bytes | None = None
+        self.mark = _ANY_BYTES
+        self.watched = False
+        self.over = False
+
+    def on_event(self, events: int) -> None:
+        """Look again: more of the hello is there, or its end."""
+        if self in self.shared.waiting:
+            self.look(events)
+
+    def look(self, events: int) -> None:
+        """Look at what the client has sent; `events` is what the loop knows of it."""
+        try:
+            hello = self._peek(events)
+            if hello is None:
+                return
+            self._stop_waiting()
+            self.name = hello.required_server_name()
+            host = Hostname(self.name)
+        except HelloError as error:
+            self._refuse(error.reason, error.alert)
+        except InvalidHostname:
+            # RFC 6066 §3 leaves no other form of a name; so nobody here has this one.
+            self._refuse(Reason.INVALID_NAME, Alert.UNRECOGNIZED_NAME)
+        else:
+            if not self._connect(host):
+                self._take_time(partial(self._connect_later, host))
+
+    def _peek(self, events: int) -> ClientHello | None:
+        """Read what is new without taking it from the socket; return the hello if it is whole.
+
+        If it is not, the session waits for more, or is over.
+        """
+        try:
+            size = self.client.recv_into(self.shared.buffer, MAX_WIRE, MSG_PEEK | MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except OSError:
+            # ECONNRESET
+            events |= EPOLLERR
+        else:
+            if not size:
+                # Not a word, as of a monitor that asks whether we are there: nothing to report.
+                self.close()
+                return None
+            if size > self.hello.size:
+                hello = self.hello.feed(self.shared.buffer[self.hello.size : size])
+                if hello is not None:
+                    return hello
+        if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+            self._give_up(SessionReason.CLIENT_CLOSED)
+        elif self.hello.size and events and self.hello.size < self.mark and self._is_full():
+            raise HelloError(
+                Alert.INTERNAL_ERROR, Reason.HELLO_TOO_LARGE, "the receive buffer is full"
+            )
+        else:
+            self._wait()
+        return None
+
+    def _is_full(self) -> bool:
+        """Tell whether the kernel has no room for the rest of the hello.
+
+        A full receive buffer makes a socket readable below its mark; but so does a shortage of
+        memory anywhere in the machine (tcp_epollin_ready in the kernel's net/ipv4/tcp.c). Full
+        buffers were seen to have 55 to 94 % of their memory allocated: less than all, since the
+        window closes before the memory is used up. A small hello in a large buffer has a few.
+        """
+        memory = self.client.getsockopt(SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+        allocated, limit, *_ = _MEMINFO.unpack(memory)
+        return bool(2 * allocated >= limit)
+
+    def _wait(self) -> None:
+        """Have the loop tell when the next verdict is possible, or the client has gone."""
+        shared = self.shared
+        if not self.watched:
+            self._set_deadline()
+            shared.waiting[self] = None
+            shared.loop.watch(self.client.fileno(), self, READ_EVENTS)
+            self.watched = True
+        self._set_mark(self.hello.size + self.hello.missing)
+
+    def _stop_waiting(self) -> None:
+        self.shared.waiting.pop(self, None)
+        self._set_mark(_ANY_BYTES)
+
+    def _set_mark(self, mark: int) -> None:
+        if mark != self.mark:
+            self.client.setsockopt(SOL_SOCKET, SO_RCVLOWAT, mark)
+            self.mark = mark
+
+    def _set_deadline(self) -> None:
+        if not self.deadline:
+            self.deadline = trio.current_time() + self.shared.config.hello_seconds
+
+    def _connect(self, host: Hostname) -> bool:
+        """Join the client to the backend of `host`, or refuse it; False if that must wait."""
+        shared = self.shared
+        try:
+            backend, send_proxy_v1 = shared.hosts.connect(host)
+        except HostError as error:
+            if error.reason is HostReason.BACKEND_BUSY:
+                return False
+            self._refuse(error.reason, ALERTS[error.reason], str(error))
+            return True
+        if send_proxy_v1:
+            try:
+                # It fits: the send buffer of a new socket takes far more than 107 bytes.
+                backend.send(self._proxy_header())
+            except OSError as error:
+                backend.close()
+                self._refuse(
+                    HostReason.BACKEND_FAILED, ALERTS[HostReason.BACKEND_FAILED], error.strerror
+                )
+                return True
+        self.over = True
+        shared.served += 1
+        shared.relay.join(self.client, backend, shared.census.leave, near_watched=self.watched)
+        return True
+
+    def _proxy_header(self) -> bytes:
+        try:
+            destination = self.client.getsockname()[:2]
+        except OSError:
+            destination = None
+        return proxy_v1_header(self.address[:2], destination)
+
+    async def _connect_later(self, host: Hostname) -> None:
+        """Try again until the backend's backlog has room, or the deadline has passed."""
+        self._set_deadline()
+        config = self.shared.config
+        pause = config.first_retry
+        while trio.current_time() + pause < self.deadline:
+            await trio.sleep(pause)
+            if self._connect(host):
+                return
+            pause = min(2 * pause, config.last_retry)
+        self._refuse(HostReason.BACKEND_BUSY, ALERTS[HostReason.BACKEND_BUSY])
+
+    def _refuse(self, reason: str, alert: Alert, detail: str | None = None) -> None:
+        """Send `alert` and see to it that it arrives."""
+        self._stop_waiting()
+        self._report(reason, alert, detail)
+        if self.watched:
+            self.shared.loop.unwatch(self.client.fileno())
+        self._take_time(partial(self._deliver, alert))
+
+    async def _deliver(self, alert: Alert) -> None:
+        config = self.shared.config
+        left = self.hello.size + config.alert_bytes
+        with trio.move_on_after(config.alert_seconds), contextlib.suppress(OSError):
+            # RFC 8446 §6.2: "Upon transmission or receipt of a fatal alert message, both parties
+            # MUST immediately close the connection." Our half, that is; the client's is read to its
+            # end, as closing a socket with unread bytes would reset it and take the alert along.
+            self.client.send(alert_record(alert), MSG_DONTWAIT)
+            self.client.shutdown(SHUT_WR)
+            while left > 0:
+                try:
+                    size = self.client.recv_into(self.shared.buffer, 0, MSG_DONTWAIT)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(self.client.fileno())
+                else:
+                    if not size:
+                        break
+                    left -= size
+        self.close()
+
+    def expire(self) -> None:
+        """End the session: its deadline has passed."""
+        self._give_up(SessionReason.DEADLINE)
+
+    def _give_up(self, reason: str) -> None:
+        """Close without an alert."""
+        self._report(reason, None)
+        with contextlib.suppress(OSError):
+            # What is there is thrown away, so that the client sees an end and no reset.
+            self.client.recv_into(self.shared.buffer, 0, MSG_DONTWAIT)
+        self.close()
+
+    def close(self) -> None:
+        """End the session, if it has not ended; the client's bytes and ours are let through."""
+        if not self.over:
+            self.over = True
+            self.shared.waiting.pop(self, None)
+            self.shared.loop.close(self.client)
+            self.shared.census.leave()
+
+    def abort(self) -> None:
+        """End the session, if it has not ended, with a reset."""
+        if not self.over:
+            self.client.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
+            self.close()
+
+    def _report(self, reason: str, alert: Alert | None, detail: str | None = None) -> None:
+        self.shared.refused += 1
+        self.shared.log.event(
+            "refused",
+            client=show_address(self.address),
+            name=self.name,
+            reason=reason,
+            alert=alert and int(alert),
+            detail=detail,
+        )
+
+    def _take_time(self, story: Callable[[], Awaitable[None]]) -> None:
+        """Go on in a task of its own."""
+        self.shared.nursery.start_soon(self._guard, story)
+
+    async def _guard(self, story: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await story()
+        except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
+            self.shared.log.bug(error)
+            self.abort()
+        except trio.Cancelled:
+            self.abort()
+            raise

@@ -1,0 +1,29 @@
+"""What is on the wire before the first byte is relayed: ClientHello in, alert or PROXY header out.
+
+Law: a leaf. Bytes in, values out; no socket, no trio, no clock, and nothing that knows what a host
+is. Everything can be tried at a Python prompt:
+
+    >>> from sniproxy.wire import HelloReader
+    >>> reader = HelloReader()
+    >>> reader.feed(bytes.fromhex("16 03 01"))      # None: not there yet
+    >>> reader.missing
+    2
+"""
+
+from .alert import Alert, alert_record
+from .client_hello import ClientHello
+from .errors import HelloError, Reason
+from .hello import MAX_WIRE, HelloReader
+from .proxy_header import Address, proxy_v1_header
+
+__all__ = [
+    "MAX_WIRE",
+    "Address",
+    "Alert",
+    "ClientHello",
+    "HelloError",
+    "HelloReader",
+    "Reason",
+    "alert_record",
+    "proxy_v1_header",
+]

@@ -1,0 +1,201 @@
+"""What a person types → Hostname: UTS #46, and nothing but InvalidHostname when it fails."""
+
+# ruff: noqa: RUF001 - characters that look like others are what these tests are about
+
+import contextlib
+import sys
+import time
+import unicodedata
+
+import idna
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sniproxy_hostname import Hostname, InvalidHostname
+from sniproxy_hostname._unicode import from_unicode
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        pytest.param("🕸💍.ws", "xn--sr8hvo.ws", id="emoji"),
+        pytest.param("xn--sr8hvo.ws", "xn--sr8hvo.ws", id="an A-label"),
+        pytest.param("XN--SR8HVO.WS", "xn--sr8hvo.ws", id="an A-label in capitals"),
+        pytest.param("ｘn--sr8hvo.ws", "xn--sr8hvo.ws", id="an A-label after mapping"),
+        pytest.param("faß.de", "xn--fa-hia.de", id="sharp s is kept"),
+        pytest.param("FAẞ.de", "xn--fa-hia.de", id="capital sharp s"),
+        pytest.param("EXAMPLE.com.", "example.com", id="ASCII"),
+        pytest.param("Bücher.example", "xn--bcher-kva.example", id="capital and umlaut"),
+        pytest.param("Bu\u0308cher.example", "xn--bcher-kva.example", id="decomposed"),
+        pytest.param("例え。テスト．", "xn--r8jz45g.xn--zckzah", id="ideographic dots"),
+        pytest.param("ｅｘａｍｐｌｅ．ｃｏｍ", "example.com", id="fullwidth"),
+        pytest.param("exam\u00adple.com", "example.com", id="soft hyphen is ignored"),
+        pytest.param("r3---sn-abc.example", "r3---sn-abc.example", id="-- in ASCII"),
+        pytest.param("ab--ß", "xn--ab---yna", id="-- in Unicode"),
+        pytest.param("क्\u200dष.example", "xn--11b2ezcw70k.example", id="joiner after virama"),
+        pytest.param("نامه\u200cای.com", "xn--mgba3gch31f060k.com", id="non-joiner, Persian"),
+        pytest.param("א1.example", "xn--1-zhc.example", id="right to left"),
+    ],
+)
+def test_accepted(typed: str, name: str) -> None:
+    assert from_unicode(typed) == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "reason"),
+    [
+        # What Hostname refuses is refused after mapping too.
+        pytest.param("", "the name is empty", id="empty"),
+        pytest.param("\u00ad", "the name is empty", id="nothing but a soft hyphen"),
+        pytest.param("a。。b", "a label is empty", id="dots meet"),
+        pytest.param("example。.", "a label is empty", id="two trailing dots"),
+        pytest.param("a_b.example", "'_' is none of", id="underscore"),
+        pytest.param("ß_.example", "'_' is none of", id="underscore beside Unicode"),
+        pytest.param("ａ／ｂ", "'/' is none of", id="fullwidth slash"),
+        pytest.param("℀", "'/' is none of", id="a slash made by mapping"),
+        pytest.param("a b", "' ' is none of", id="space"),
+        pytest.param("a\u00a0b", "' ' is none of", id="a space made by mapping"),
+        pytest.param("１２７.0.0.1", "the last label is a number", id="fullwidth IPv4"),
+        pytest.param("a" * 64, "is 64 bytes long", id="a label of 64"),
+        pytest.param("ä" * 60, "is 66 bytes long", id="a label of 60, in Punycode"),
+        # Punycode.
+        pytest.param("xn--", "no character that needs Punycode", id="A-label of nothing"),
+        pytest.param("xn--abc-", "no character that needs Punycode", id="A-label of ASCII"),
+        pytest.param("xn--0", "not valid Punycode", id="Punycode that ends too soon"),
+        pytest.param("xn--ß", "not valid Punycode", id="Punycode in Unicode"),
+        pytest.param("xn---bbk", "does not encode back", id="second spelling of xn--bbk"),
+        pytest.param("xn--a", "U+0080 not allowed", id="A-label of a control character"),
+        pytest.param("xn--ib9b", "U+D800 not allowed", id="A-label of a surrogate"),
+        pytest.param("xn--kkg", "mapped and normalised", id="A-label of a capital"),
+        pytest.param("xn--ux-uub", "mapped and normalised", id="A-label not in NFC"),
+        pytest.param("xn--a-wbb", "combining character", id="A-label with a mark first"),
+        pytest.param("xn--1ch", r"'\u2260' is not allowed", id="A-label of ≠"),
+        pytest.param("xn----qfa", "begins or ends with a hyphen", id="A-label of -ß"),
+        pytest.param("xn--xn---epa", "begins with xn-- again", id="A-label of an A-label"),
+        # Characters and their order.
+        pytest.param("-ß", "begins or ends with a hyphen", id="hyphen first"),
+        pytest.param("ß-", "begins or ends with a hyphen", id="hyphen last"),
+        pytest.param("\u0301a", "combining character", id="mark first"),
+        pytest.param("\ud800", "U+D800 not allowed", id="surrogate"),
+        pytest.param("ß\0", r"'\x00' is none of", id="NUL"),
+        pytest.param("a\u2024b", "U+2024 not allowed", id="one dot leader"),
+        pytest.param("≠", r"'\u2260' is not allowed", id="≠"),
+        pytest.param("≮", r"'\u226e' is not allowed", id="≮"),
+        pytest.param("≯", r"'\u226f' is not allowed", id="≯"),
+        pytest.param("=\u0338", r"'\u2260' is not allowed", id="≠ in two parts"),
+        pytest.param("a\u200db", "joins nothing", id="joiner between letters"),
+        pytest.param("a\u200cb", "joins nothing", id="non-joiner between letters"),
+        pytest.param("👩\u200d💻", "joins nothing", id="joiner between emoji"),
+        pytest.param("\U00017000\u200d", "joins nothing", id="joiner after Tangut"),
+        # Right to left.
+        pytest.param("אa.example", "direction", id="both directions in a label"),
+        pytest.param("1a.א", "First codepoint", id="digit first beside Hebrew"),
+        pytest.param("1a.xn--4db", "First codepoint", id="digit first beside Hebrew's A-label"),
+        # Length.
+        pytest.param(".".join(["a" * 63] * 4), "longer than 253 bytes", id="255 characters"),
+        pytest.param("\ufdfa" * 100, "longer than 253 bytes", id="mapping makes it long"),
+        pytest.param("a" * 1025, "1025 characters long", id="more than anyone types"),
+    ],
+)
+def test_refused(typed: str, reason: str) -> None:
+    with pytest.raises(InvalidHostname) as caught:
+        from_unicode(typed)
+    assert reason in str(caught.value)
+
+
+def test_a_digit_may_begin_a_label_where_nothing_runs_right_to_left() -> None:
+    assert from_unicode("1a.ß") == "1a.xn--zca"
+
+
+def too_new_for_python() -> str | None:
+    """A character that is valid by idna's tables and that Python's do not have."""
+    for character in map(chr, range(sys.maxunicode + 1)):
+        if unicodedata.category(character) == "Cn":
+            with contextlib.suppress(idna.IDNAError):
+                if idna.uts46_remap(character) == character:
+                    return character
+    return None
+
+
+def test_a_character_unknown_to_python_is_refused() -> None:
+    if (character := too_new_for_python()) is None:
+        pytest.skip("this Python knows every character that idna knows")
+    with pytest.raises(InvalidHostname, match="is unknown to Unicode"):
+        from_unicode(character)
+
+
+# A name from random characters is nearly always refused for its first odd one. So: few
+# alphabets, mixed, with the characters that have rules of their own.
+special = "-.ßς≠\u00ad\u0300\u0301\u0338\u093f\u094d\u200c\u200dא1١۱a=_。ｘｎ"
+anything = st.characters(exclude_categories=())
+characters = st.sampled_from(special) | st.characters(max_codepoint=0x24F) | anything
+a_labels = st.text("abcdefghijklmnopqrstuvwxyz0123456789-", max_size=12).map("xn--{}".format)
+encoded = st.text(st.characters(min_codepoint=0x80), min_size=1, max_size=5).map(
+    lambda text: "xn--" + text.encode("punycode").decode("ascii")
+)
+typed_names = st.text(characters, max_size=30) | a_labels | encoded
+
+
+def check_is_readable(refusal: InvalidHostname) -> None:
+    assert str(refusal).isprintable()
+
+
+@given(typed_names)
+@example("\ud800")
+@example("\0")
+@example("xn--\ud800")
+@example("xn--99999999")
+@example("\u200d")
+def test_any_text_is_a_fixed_point_or_refused(typed: str) -> None:
+    try:
+        name = from_unicode(typed)
+    except InvalidHostname as refusal:
+        check_is_readable(refusal)
+    else:
+        assert from_unicode(name) == name
+        assert Hostname(name.encode()) == name
+
+
+# Letters of one alphabet make labels that idna mostly accepts, whichever letters they are.
+alphabets = [
+    "a0-ÀöÿŠſ",
+    "Αασςώ",
+    "Жжйђ",
+    "אבת1",
+    "ابپ\u200c",
+    "कष\u094d\u200d",
+    "一龥々",
+    "ｆＡ９ﬁ",
+]
+one_label = st.sampled_from(alphabets).flatmap(lambda letters: st.text(letters, min_size=1))
+
+
+@given(one_label | encoded)
+@example("faß")
+@example("xn--fa-hia")
+def test_what_strict_idna_accepts_is_the_same_name_here(typed: str) -> None:
+    # One label beside a Latin one: idna checks the direction label by label, we check the name's.
+    name = f"{typed}.example"
+    try:
+        expected = idna.encode(name, uts46=True, std3_rules=True)
+    except idna.IDNAError:
+        return  # strict: it refuses more than we do
+    assert from_unicode(name).encode() == expected
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        pytest.param("".join(map(chr, range(0x4E00, 0x4E00 + 254))), id="254 different"),
+        pytest.param("\ufdfa" * 1024, id="a mapping of 18 characters each"),
+        pytest.param("\u094d\u200c" * 127, id="joiners"),
+        pytest.param("xn--" + "a" * 250, id="one huge number"),
+        pytest.param("ä" * 10**6, id="a million"),
+    ],
+)
+def test_hostile_names_are_refused_at_once(typed: str) -> None:
+    start = time.process_time()
+    with pytest.raises(InvalidHostname):
+        from_unicode(typed)
+    assert time.process_time() - start < 0.5  # ten times what the slowest takes

@@ -1,0 +1,184 @@
+"""The message alone: SPEC section 4, row by row, as far as the body of a ClientHello decides it."""
+
+import pytest
+
+from sniproxy.wire import Alert, ClientHello, HelloError, Reason
+from sniproxy.wire.client_hello import parse_client_hello
+from tests.support import hellos
+from tests.support.hellos import (
+    ALPN,
+    GREASE,
+    SERVER_NAME,
+    SUPPORTED_VERSIONS,
+    TLS12,
+    TLS13,
+    client_hello,
+    extension,
+    name_entry,
+    server_name,
+    supported_versions,
+    u16,
+    vector8,
+    vector16,
+)
+
+A = server_name("a.example")
+NAMED = ClientHello(b"a.example", (), offers_tls13=False)
+
+
+def case(name: str, *values: object) -> object:
+    return pytest.param(*values, id=name)
+
+
+READABLE = [
+    case("no extensions block, as before TLS 1.0", client_hello(None), ClientHello()),
+    case("empty extensions block", client_hello([]), ClientHello()),
+    case("a name", client_hello([A]), NAMED),
+    case("a name with no last byte to spare", client_hello([A], session_id=b""), NAMED),
+    case("legacy_version is ignored", client_hello([A], legacy_version=0xFFFF), NAMED),
+    case("longest session_id", client_hello([A], session_id=bytes(32)), NAMED),
+    case("most cipher suites", client_hello([A], cipher_suites=bytes(2**16 - 2)), NAMED),
+    case("most compression", client_hello([A], compression_methods=bytes(255)), NAMED),
+    case("GREASE", client_hello([extension(GREASE), A, extension(GREASE, b"\0")]), NAMED),
+    case("unknown extension twice", client_hello([extension(99), A, extension(99)]), NAMED),
+    case(
+        "a name that is not one", client_hello([server_name("\0/é")]), ClientHello("\0/é".encode())
+    ),
+    case("ECH changes nothing", client_hello([extension(0xFE0D, b"\0" * 99), A]), NAMED),
+    case(
+        "unknown name types, before and behind, empty too",
+        client_hello([server_name(name_entry("", 7), "a.example", name_entry("x", 7))]),
+        NAMED,
+    ),
+    case("unknown name types only", client_hello([server_name(name_entry("x", 1))]), ClientHello()),
+    case("longest name", client_hello([server_name("a" * 65_000)]), ClientHello(b"a" * 65_000)),
+    case(
+        "protocols",
+        client_hello([hellos.alpn("h2", "x" * 255)]),
+        ClientHello(None, (b"h2", b"x" * 255)),
+    ),
+    case(
+        "TLS 1.3 among others",
+        client_hello([supported_versions(GREASE, TLS12, TLS13)]),
+        ClientHello(offers_tls13=True),
+    ),
+    case(
+        "0x0304 across two versions",
+        client_hello([supported_versions(0x7F03, 0x0403)]),
+        ClientHello(),
+    ),
+    case(
+        "most versions",
+        client_hello([supported_versions(*[TLS12] * 126, TLS13)]),
+        ClientHello(offers_tls13=True),
+    ),
+]
+
+DECODE_ERRORS = [
+    case("nothing", b""),
+    case("random too short", client_hello()[:33]),
+    case("session_id of 33", client_hello([A], session_id=bytes(33))),
+    case("odd cipher suites", client_hello([A], cipher_suites=b"\x13\x01\x00")),
+    case("no cipher suites", client_hello([A], cipher_suites=b"")),
+    case("no compression method", client_hello([A], compression_methods=b"")),
+    case("one byte of an extensions block", client_hello(None, trailing=b"\0")),
+    case("bytes behind the extensions", client_hello([A], trailing=b"\0")),
+    case("extensions block one short", client_hello([A], extensions_length=len(A) - 1)),
+    case("extensions block one over", client_hello([A], extensions_length=len(A) + 1)),
+    case("half an extension header", client_hello([A, b"\0\1\0"])),
+    case("extension overruns", client_hello([A, extension(99, b"ab", length=3)])),
+    case("server_name without a list", client_hello([extension(SERVER_NAME)])),
+    case("server_name list empty", client_hello([server_name()])),
+    case("server_name list short", client_hello([server_name("ab", length=4)])),
+    case("server_name list over", client_hello([server_name("ab", length=6)])),
+    case(
+        "server_name with leftovers", client_hello([extension(0, vector16(name_entry("a")) + b"!")])
+    ),
+    case("host_name empty", client_hello([server_name("")])),
+    case("host_name overruns", client_hello([server_name(name_entry("ab", length=3))])),
+    case("host_name leaves a byte", client_hello([server_name(name_entry("ab", length=1))])),
+    case("unknown name overruns", client_hello([server_name(name_entry("ab", 7, length=3))])),
+    case("name type alone", client_hello([server_name(b"\0")])),
+    case("ALPN empty", client_hello([extension(ALPN)])),
+    case("ALPN list empty", client_hello([extension(ALPN, vector16(b""))])),
+    case("ALPN list too short", client_hello([extension(ALPN, vector16(b"\0"))])),
+    case("ALPN name empty", client_hello([extension(ALPN, vector16(vector8(b"h2") + b"\0"))])),
+    case("ALPN name overruns", client_hello([extension(ALPN, vector16(vector8(b"h2", 3)))])),
+    case("ALPN with leftovers", client_hello([extension(ALPN, vector16(vector8(b"h2")) + b"!")])),
+    case("versions empty", client_hello([supported_versions()])),
+    case("versions missing", client_hello([extension(SUPPORTED_VERSIONS)])),
+    case("versions odd", client_hello([extension(SUPPORTED_VERSIONS, vector8(b"\3\4\3"))])),
+    case("versions overrun", client_hello([extension(SUPPORTED_VERSIONS, vector8(u16(TLS13), 4))])),
+    case(
+        "versions leftover",
+        client_hello([extension(SUPPORTED_VERSIONS, vector8(u16(TLS13)) + b"!")]),
+    ),
+]
+
+DUPLICATES = [
+    case("server_name", client_hello([A, extension(99), A]), Reason.DUPLICATE_SERVER_NAME),
+    case("host_name", client_hello([server_name("a", "a")]), Reason.DUPLICATE_SERVER_NAME),
+    case(
+        "host_name around another type",
+        client_hello([server_name("a", name_entry("x", 7), "b")]),
+        Reason.DUPLICATE_SERVER_NAME,
+    ),
+    case("ALPN", client_hello([hellos.alpn("h2")] * 2), Reason.DUPLICATE_EXTENSION),
+    case("versions", client_hello([supported_versions(TLS13)] * 2), Reason.DUPLICATE_EXTENSION),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), READABLE)
+def test_what_can_be_read(body: bytes, expected: ClientHello) -> None:
+    assert parse_client_hello(body) == expected
+    assert parse_client_hello(memoryview(body)) == expected
+
+
+@pytest.mark.parametrize("body", DECODE_ERRORS)
+def test_decode_error(body: bytes) -> None:
+    with pytest.raises(HelloError) as caught:
+        parse_client_hello(body)
+    assert (caught.value.alert, caught.value.reason) == (Alert.DECODE_ERROR, Reason.MALFORMED_HELLO)
+
+
+@pytest.mark.parametrize(("body", "reason"), DUPLICATES)
+def test_illegal_parameter(body: bytes, reason: Reason) -> None:
+    with pytest.raises(HelloError) as caught:
+        parse_client_hello(body)
+    assert (caught.value.alert, caught.value.reason) == (Alert.ILLEGAL_PARAMETER, reason)
+
+
+def test_a_hello_cut_anywhere_is_an_error_but_where_the_extensions_are_optional() -> None:
+    body = hellos.hello_body(protocols=["h2"])
+    without_extensions = len(client_hello(None))
+    for size in range(len(body)):
+        if size == without_extensions:
+            assert parse_client_hello(body[:size]) == ClientHello()
+        else:
+            with pytest.raises(HelloError):
+                parse_client_hello(body[:size])
+
+
+def test_the_result_does_not_refer_to_the_buffer() -> None:
+    buffer = bytearray(hellos.hello_body("a.example"))
+    hello = parse_client_hello(memoryview(buffer))
+    buffer[:] = bytes(len(buffer))
+    buffer.clear()  # a view that is still held would forbid it
+    assert hello.server_name == b"a.example"
+
+
+@pytest.mark.parametrize(
+    ("hello", "alert"),
+    [
+        (ClientHello(offers_tls13=True), Alert.MISSING_EXTENSION),
+        (ClientHello(offers_tls13=False), Alert.UNRECOGNIZED_NAME),
+    ],
+)
+def test_a_required_name_that_is_not_there(hello: ClientHello, alert: Alert) -> None:
+    with pytest.raises(HelloError) as caught:
+        hello.required_server_name()
+    assert (caught.value.alert, caught.value.reason) == (alert, Reason.NO_SERVER_NAME)
+
+
+def test_a_required_name_that_is_there() -> None:
+    assert ClientHello(b"a.example").required_server_name() == b"a.example"
