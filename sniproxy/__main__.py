@@ -82,6 +82,10 @@ def _config(argv: Sequence[str] | None) -> Config:
 
 
 def _run(config: Config) -> None:
+    for fd in (1, 2):
+        if not _is_open(fd):
+            # Else the next thing opened would be taken for standard output or error.
+            _put_null(fd)
     try:
         listening = take_listening_socket(0)
     except NotListening as error:
@@ -107,7 +111,11 @@ def _run(config: Config) -> None:
     notifier = Notifier()
     # What is here now stays: the collector need not look at it again.
     gc.freeze()
-    trio.run(partial(serve, listening, hosts, config, log, notifier))
+    try:
+        trio.run(partial(serve, listening, hosts, config, log, notifier))
+    finally:
+        notifier.close()
+        hosts.close()
 
 
 def _system_call_failed(what: str, error: OSError) -> _FatalError:
@@ -121,19 +129,27 @@ def _let_go_of_standard_descriptors() -> bool:
     stays open, and what is written there goes nowhere.
     """
     listening = os.fstat(0)
-    ours = [fd for fd in (0, 1, 2) if _is_same_file(fd, listening)]
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    ours = [fd for fd in (0, 1, 2) if os.path.samestat(os.fstat(fd), listening)]
     for fd in ours:
-        os.dup2(null, fd)
-    os.close(null)
+        _put_null(fd)
     return 2 in ours
 
 
-def _is_same_file(fd: int, other: os.stat_result) -> bool:
+def _is_open(fd: int) -> bool:
     try:
-        return os.path.samestat(os.fstat(fd), other)
-    except OSError:  # EBADF: closed
+        os.fstat(fd)
+    except OSError:  # EBADF
         return False
+    return True
+
+
+def _put_null(fd: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    if null == fd:
+        os.set_inheritable(fd, True)
+    else:
+        os.dup2(null, fd)
+        os.close(null)
 
 
 def _raise_descriptor_limit() -> None:

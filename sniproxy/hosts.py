@@ -85,6 +85,9 @@ class HostsDirectory:
         self._fd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fchdir(self._fd)
+            if not os.fstat(self._fd).st_nlink:
+                # Removed. It can be searched, but nothing will ever be in it.
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         except OSError:
             self.close()
             raise

@@ -67,7 +67,8 @@ def _run(arguments: list[str]) -> int:
         case ["--version", *_]:
             print(f"sniproxy-listen {__version__}")
         case [where, program, *_] if not where.startswith("-"):
-            os.dup2(listen(where).fileno(), 0)
+            with listen(where) as listening:
+                os.dup2(listening.fileno(), 0)
             _become(program, arguments[1:])
         case _:
             raise _FatalError(_CALLED_WRONGLY, f"unable to understand the arguments: {_USAGE}")

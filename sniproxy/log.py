@@ -58,4 +58,7 @@ def _printable(value: object) -> str:
 def show_address(address: Address) -> str:
     """Return `address` the way people write it: 192.0.2.1:443, [2001:db8::1]:443."""
     host, port = address[:2]
+    if "." in host:
+        # An IPv4 client of a dual-stack socket.
+        host = host.removeprefix("::ffff:")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

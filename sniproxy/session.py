@@ -113,7 +113,7 @@ class Sessions:
         self.census.enter()
         session = Session(self, client, address)
         try:
-            session.look(0)
+            session.look()
         except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
             self.log.bug(error)
             session.abort()
@@ -154,6 +154,7 @@ class Session:
         "address",
         "client",
         "deadline",
+        "events",
         "hello",
         "mark",
         "name",
@@ -171,17 +172,19 @@ class Session:
         self.name: bytes | None = None
         self.mark = _ANY_BYTES
         self.watched = False
+        self.events = 0  # what the loop has told of the client so far
         self.over = False
 
     def on_event(self, events: int) -> None:
         """Look again: more of the hello is there, or its end."""
+        self.events |= events
         if self in self.shared.waiting:
-            self.look(events)
+            self.look()
 
-    def look(self, events: int) -> None:
-        """Look at what the client has sent; `events` is what the loop knows of it."""
+    def look(self) -> None:
+        """Look at what the client has sent so far."""
         try:
-            hello = self._peek(events)
+            hello = self._peek()
             if hello is None:
                 return
             self._stop_waiting()
@@ -196,7 +199,7 @@ class Session:
             if not self._connect(host):
                 self._take_time(partial(self._connect_later, host))
 
-    def _peek(self, events: int) -> ClientHello | None:
+    def _peek(self) -> ClientHello | None:
         """Read what is new without taking it from the socket; return the hello if it is whole.
 
         If it is not, the session waits for more, or is over.
@@ -207,7 +210,7 @@ class Session:
             pass
         except OSError:
             # ECONNRESET
-            events |= EPOLLERR
+            self.events |= EPOLLERR
         else:
             if not size:
                 # Not a word, as of a monitor that asks whether we are there: nothing to report.
@@ -217,9 +220,9 @@ class Session:
                 hello = self.hello.feed(self.shared.buffer[self.hello.size : size])
                 if hello is not None:
                     return hello
-        if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        if self.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             self._give_up(SessionReason.CLIENT_CLOSED)
-        elif self.hello.size and events and self.hello.size < self.mark and self._is_full():
+        elif self.events and self.hello.size < self.mark and self._is_full():
             raise HelloError(
                 Alert.INTERNAL_ERROR, Reason.HELLO_TOO_LARGE, "the receive buffer is full"
             )
@@ -284,7 +287,9 @@ class Session:
                 return True
         self.over = True
         shared.served += 1
-        shared.relay.join(self.client, backend, shared.census.leave, near_watched=self.watched)
+        shared.relay.join(
+            self.client, backend, shared.census.leave, self.events if self.watched else None
+        )
         return True
 
     def _proxy_header(self) -> bytes:

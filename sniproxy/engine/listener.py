@@ -104,7 +104,6 @@ def _kind_of_file(fd: int, mode: int) -> str:
         return "a terminal"
     for test, kind in (
         (stat.S_ISREG, "a file"),
-        (stat.S_ISDIR, "a directory"),
         (stat.S_ISFIFO, "a pipe"),
         (stat.S_ISCHR, "a device"),
     ):

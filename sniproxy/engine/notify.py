@@ -21,6 +21,12 @@ class Notifier:
         self._systemd = sdnotify.SystemdNotifier() if environment.get("NOTIFY_SOCKET") else None
         self._watchdog = _watchdog_seconds(environment)
 
+    def close(self) -> None:
+        """Close the socket; nothing more can be said."""
+        if self._systemd is not None:
+            self._systemd.socket.close()
+            self._systemd = None
+
     def ready(self) -> None:
         """Say that connections are accepted from now on."""
         self._say("READY=1")

@@ -61,7 +61,11 @@ class Relay:
         self.connections: set[_Flow] = set()
 
     def join(
-        self, near: socket, far: socket, on_end: Callable[[], None], *, near_watched: bool = False
+        self,
+        near: socket,
+        far: socket,
+        on_end: Callable[[], None],
+        near_events: int | None = None,
     ) -> None:
         """Relay between two connected stream sockets until both directions have ended.
 
@@ -71,7 +75,8 @@ class Relay:
             near: the socket that is likely to have something to say already.
             far: the other one, not watched by the loop.
             on_end: called once, when both sockets have been given up.
-            near_watched: whether the loop watches `near` already, for `READ_EVENTS`.
+            near_events: what has happened to `near` so far, if the loop watches it already, for
+                `READ_EVENTS`. What was told to another watcher will not be told again.
 
         Raises:
             OSError: the kernel can't watch them (ENOMEM, ENOSPC); both are reset.
@@ -82,12 +87,13 @@ class Relay:
         self.connections.add(up)
         try:
             self.loop.watch(far.fileno(), down, READ_EVENTS)
-            if near_watched:
-                self.loop.hand_over(near.fileno(), up)
-            else:
+            if near_events is None:
+                near_events = 0
                 self.loop.watch(near.fileno(), up, READ_EVENTS)
+            else:
+                self.loop.hand_over(near.fileno(), up)
             # Now, not when epoll says so: what is read here costs no event.
-            up.on_event(0)
+            up.on_event(near_events)
         except BaseException:
             up.abort()
             raise

@@ -1,0 +1,159 @@
+"""Accepting: when it stops for a while, and what it takes along at the end."""
+
+import _socket
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+
+import pytest
+import trio
+from trio.testing import MockClock, trio_test
+
+from sniproxy.engine.listener import Listener, take_listening_socket
+from sniproxy.engine.loop import EventLoop
+
+
+@pytest.fixture
+def clock() -> MockClock:
+    return MockClock(autojump_threshold=0.01)
+
+
+class Flaky:
+    """A listening socket whose accept() fails when it is told to."""
+
+    def __init__(self, listening: _socket.socket) -> None:
+        self._listening = listening
+        self.failures: list[int] = []
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._listening, name)
+
+    def _accept(self) -> object:
+        self.asked += 1
+        if self.failures:
+            number = self.failures.pop(0)
+            raise OSError(number, os.strerror(number))
+        return self._listening._accept()  # type: ignore[attr-defined]
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.bound = socket.create_server(("127.0.0.1", 0))
+        self.socket = Flaky(take_listening_socket(self.bound.fileno()))
+        self.loop = EventLoop(self.fail)
+        self.accepted: list[_socket.socket] = []
+        self.exhausted: list[int | None] = []
+        self.listener = Listener(
+            self.loop,
+            self.socket,  # type: ignore[arg-type]
+            lambda accepted, address: self.accepted.append(accepted),
+            lambda error: self.exhausted.append(error.errno),
+        )
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+    def connect(self, count: int = 1) -> None:
+        for _ in range(count):
+            socket.create_connection(self.bound.getsockname()).close()
+
+
+@asynccontextmanager
+async def bench() -> AsyncIterator[Bench]:
+    it = Bench()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(it.loop.run)
+        nursery.start_soon(it.listener.run)
+        yield it
+        nursery.cancel_scope.cancel()
+    it.listener.close()
+    it.loop.shut()
+    it.bound.close()
+    for accepted in it.accepted:
+        accepted.close()
+
+
+@trio_test
+async def test_it_accepts_all_who_come(clock: MockClock) -> None:
+    async with bench() as it:
+        it.connect(100)  # more than a batch
+        await trio.sleep(1)
+        assert len(it.accepted) == 100
+
+
+@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPERM, errno.ETIMEDOUT])
+@trio_test
+async def test_the_loss_of_one_connection_is_nothing(clock: MockClock, number: int) -> None:
+    async with bench() as it:
+        it.socket.failures = [number, number]
+        it.connect()
+        await trio.sleep(0.01)
+        assert len(it.accepted) == 1
+        assert not it.exhausted
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINVAL]
+)
+@trio_test
+async def test_when_nothing_is_left_it_pauses_and_says_so_once(
+    clock: MockClock, number: int
+) -> None:
+    async with bench() as it:
+        it.socket.failures = [number] * 5
+        it.connect(3)
+        await trio.sleep(0.35)
+        assert it.exhausted == [number]
+        # Once in a tenth of a second, and not as fast as it can.
+        assert it.socket.asked == 4
+        await trio.sleep(0.3)
+        assert len(it.accepted) == 3
+        it.socket.failures = [number]
+        it.connect()
+        await trio.sleep(0.3)
+        assert it.exhausted == [number, number]
+        assert len(it.accepted) == 4
+
+
+@trio_test
+async def test_closing_takes_along_who_is_in_the_queue(clock: MockClock) -> None:
+    async with bench() as it:
+        it.connect(100)
+        it.listener.close()
+        assert len(it.accepted) == 100
+        it.listener.close()  # as often as one likes
+
+
+@trio_test
+async def test_closing_in_a_pause(clock: MockClock) -> None:
+    async with bench() as it:
+        it.socket.failures = [errno.EMFILE] * 3
+        it.connect()
+        await trio.sleep(0.05)
+        it.listener.close()
+        await trio.sleep(1)
+        assert not it.accepted
+
+
+def test_accepted_sockets_inherit_their_options() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as bound,
+        closing(take_listening_socket(bound.fileno())) as listening,
+        socket.create_connection(bound.getsockname()),
+    ):
+        fd, _ = listening._accept()  # type: ignore[attr-defined]
+        with socket.socket(fileno=fd) as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+def test_the_descriptor_taken_over_is_not_inherited() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as bound,
+        closing(take_listening_socket(bound.fileno())) as listening,
+    ):
+        assert not os.get_inheritable(listening.fileno())

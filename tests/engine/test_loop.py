@@ -1,0 +1,126 @@
+"""The loop: turns, other tasks, and what a fault may not do."""
+
+import _socket
+import os
+import select
+import socket
+
+import trio
+from trio.testing import trio_test
+
+from sniproxy.engine.loop import EventLoop
+
+
+class Recorder:
+    """A watcher that keeps what it is told, and can do something about it."""
+
+    def __init__(self) -> None:
+        self.events: list[int] = []
+        self.aborted = 0
+
+    def on_event(self, events: int) -> None:
+        self.events.append(events)
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+class Faulty(Recorder):
+    def on_event(self, events: int) -> None:
+        super().on_event(events)
+        raise ZeroDivisionError
+
+
+async def until(condition: "Recorder", count: int) -> None:
+    with trio.fail_after(5):
+        while len(condition.events) < count:
+            await trio.lowlevel.checkpoint()
+
+
+@trio_test
+async def test_a_fault_ends_its_watcher_alone() -> None:
+    faults: list[Exception] = []
+    loop = EventLoop(faults.append)
+    faulty, other = Faulty(), Recorder()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        loop.soon(faulty)
+        loop.soon(other)
+        await until(other, 1)
+        assert [type(fault) for fault in faults] == [ZeroDivisionError]
+        assert (faulty.aborted, other.aborted) == (1, 0)
+        nursery.cancel_scope.cancel()
+    loop.shut()
+
+
+@trio_test
+async def test_an_endless_watcher_leaves_others_their_turn() -> None:
+    loop = EventLoop(lambda error: None)
+
+    class Endless(Recorder):
+        def on_event(self, events: int) -> None:
+            super().on_event(events)
+            loop.soon(self)
+
+    endless, other = Endless(), Recorder()
+    reader, writer = os.pipe()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        loop.soon(endless)
+        loop.watch(reader, other, select.EPOLLIN | select.EPOLLET)
+        os.write(writer, b"x")
+        await until(other, 1)  # which is a task of trio's that has its turn, too
+        assert endless.events
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    os.close(reader)
+    os.close(writer)
+
+
+@trio_test
+async def test_a_closed_socket_is_told_nothing_in_the_same_turn() -> None:
+    loop = EventLoop(lambda error: None)
+    ends = [socket.socketpair() for _ in range(2)]
+    near = [_socket.socket(end.family, end.type, 0, end.detach()) for end, _ in ends]
+
+    class Closer(Recorder):
+        def on_event(self, events: int) -> None:
+            super().on_event(events)
+            for sock in near:
+                loop.close(sock)
+
+    watchers = [Closer(), Closer()]
+    for sock, watcher in zip(near, watchers, strict=True):
+        loop.watch(sock.fileno(), watcher, select.EPOLLIN)
+    for _, far in ends:
+        far.send(b"x")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert sum(len(watcher.events) for watcher in watchers) == 1
+        assert [sock.fileno() for sock in near] == [-1, -1]
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    for _, far in ends:
+        far.close()
+
+
+@trio_test
+async def test_a_task_may_ask_for_a_turn_or_close_while_the_loop_sleeps() -> None:
+    loop = EventLoop(lambda error: None)
+    recorder = Recorder()
+    near, far = socket.socketpair()
+    plain = _socket.socket(near.family, near.type, 0, near.detach())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        loop.soon(recorder)
+        await until(recorder, 1)
+        assert recorder.events == [0]
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        loop.close(plain)
+        with trio.fail_after(5):
+            assert await trio.socket.from_stdlib_socket(far).recv(1) == b""
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    far.close()

@@ -1,0 +1,417 @@
+"""The relay between real sockets: a near end over TCP, a far end over a Unix socket."""
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from trio.testing import check_half_closeable_stream, trio_test
+
+from sniproxy.engine.drain import Census
+from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.pipes import PipePool
+from sniproxy.engine.relay import Relay
+from sniproxy.engine.stream import relay_streams
+from tests.support.sockets import Noise, plain, reset, tcp_pair, unix_pair
+
+# More than all buffers between two ends can hold.
+MUCH = 16 << 20
+
+# struct linger {1, 0}: closing sends a reset.
+RESET = struct.pack("ii", 1, 0)
+
+
+class Bench:
+    """A relay in a running loop, and what became of its connections."""
+
+    def __init__(self) -> None:
+        self.faults: list[Exception] = []
+        self.loop = EventLoop(self.faults.append)
+        self.pipes = PipePool()
+        self.relay = Relay(self.loop, self.pipes)
+        self.census = Census()
+        self._ends: list[trio.SocketStream] = []
+
+    def join(self, unix_buffers: int | None = None) -> tuple[trio.SocketStream, trio.SocketStream]:
+        """Return the two ends of a new connection: the client's, and the backend's."""
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        if unix_buffers is not None:
+            for end in (backend, far):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, unix_buffers)
+        far.setblocking(False)
+        self.census.enter()
+        self.relay.join(plain(near), plain(far), self.census.leave)
+        ends = stream(client), stream(backend)
+        self._ends += ends
+        return ends
+
+    async def close(self) -> None:
+        self.relay.abort_all()
+        self.loop.shut()
+        self.pipes.close()
+        for end in self._ends:
+            await end.aclose()
+        assert self.faults == []
+
+    async def all_ended(self) -> None:
+        with trio.fail_after(5):
+            await self.census.empty()
+
+
+@asynccontextmanager
+async def bench() -> AsyncIterator[Bench]:
+    it = Bench()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(it.loop.run)
+            yield it
+            nursery.cancel_scope.cancel()
+    finally:
+        await it.close()
+
+
+def stream(sock: socket.socket) -> trio.SocketStream:
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+async def send_noise(end: trio.SocketStream, size: int, seed: bytes) -> None:
+    for block in Noise(seed).blocks(size):
+        await end.send_all(block)
+    await end.send_eof()
+
+
+async def expect_noise(end: trio.SocketStream, size: int, seed: bytes) -> None:
+    buffered = bytearray()
+    for block in Noise(seed).blocks(size):
+        while len(buffered) < len(block):
+            chunk = await end.receive_some()
+            assert chunk, "the end came too early"
+            buffered += chunk
+        assert buffered[: len(block)] == block
+        del buffered[: len(block)]
+    assert not buffered
+    assert await end.receive_some() == b""
+
+
+async def check_both_ways(
+    client: trio.SocketStream, backend: trio.SocketStream, size: int = MUCH
+) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send_noise, client, size, b"up")
+        nursery.start_soon(expect_noise, backend, size, b"up")
+        nursery.start_soon(send_noise, backend, size, b"down")
+        nursery.start_soon(expect_noise, client, size, b"down")
+
+
+async def send_much(client: trio.SocketStream, backend: trio.SocketStream) -> None:
+    """Send from one end to the other, and end nothing."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.send_all, bytes(MUCH))
+        received = 0
+        while received < MUCH:
+            received += len(await backend.receive_some())
+
+
+class Splices:
+    """Counts what goes through os.splice, or fails instead."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.fail_at: int | None = None
+        self._splice = os.splice
+        patch.setattr(os, "splice", self._counted)
+
+    def _counted(self, source: int, sink: int, size: int, *, flags: int) -> int:
+        self.count += 1
+        if self.count == self.fail_at:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return self._splice(source, sink, size, flags=flags)
+
+
+@pytest.fixture
+def splices(monkeypatch: pytest.MonkeyPatch) -> Splices:
+    return Splices(monkeypatch)
+
+
+@trio_test
+async def test_it_is_a_half_closeable_stream() -> None:
+    async with bench() as it:
+
+        async def make() -> tuple[trio.SocketStream, trio.SocketStream]:
+            return it.join()
+
+        # No clogged maker: between two ends there are buffers of the kernel's that no test can fill
+        # with a single byte.
+        await check_half_closeable_stream(make, None)
+
+
+@trio_test
+async def test_much_goes_both_ways_at_once_and_arrives_whole(splices: Splices) -> None:
+    async with bench() as it:
+        await check_both_ways(*it.join())
+        await it.all_ended()
+        assert splices.count
+
+
+@trio_test
+async def test_much_goes_through_small_buffers() -> None:
+    # On the Unix side: so small ones over TCP, less than a segment, make it wait for its timers.
+    async with bench() as it:
+        await check_both_ways(*it.join(unix_buffers=4096), MUCH // 16)
+        await it.all_ended()
+
+
+@trio_test
+async def test_without_pipes_it_copies(splices: Splices) -> None:
+    async with bench() as it:
+        it.relay.pipes = PipePool(limit=0)
+        await check_both_ways(*it.join())
+        await it.all_ended()
+        assert not splices.count
+
+
+# The first splice fills a pipe, the second empties it. Twice, for either way to start with.
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@trio_test
+async def test_where_splice_says_einval_it_copies(splices: Splices, call: int) -> None:
+    splices.fail_at = call
+    async with bench() as it:
+        await check_both_ways(*it.join())
+        assert call <= splices.count <= call + 1  # the other way may be at it already
+
+
+@trio_test
+async def test_small_messages_are_not_spliced(splices: Splices) -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        for _ in range(100):
+            await client.send_all(b"ping")
+            assert await backend.receive_some() == b"ping"
+            await backend.send_all(b"pong")
+            assert await client.receive_some() == b"pong"
+        assert not splices.count
+
+
+@trio_test
+async def test_who_chats_after_much_is_no_longer_spliced(splices: Splices) -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await send_much(client, backend)
+        # More than enough for all credit to be used up.
+        for _ in range(20):
+            await client.send_all(b"ping")
+            assert await backend.receive_some() == b"ping"
+        spliced = splices.count
+        await client.send_all(b"ping")
+        assert await backend.receive_some() == b"ping"
+        assert splices.count == spliced
+
+
+@trio_test
+async def test_an_idle_connection_holds_no_pipe() -> None:
+    async with bench() as it:
+        it.relay.pipes = PipePool(limit=1)
+        for _ in range(3):
+            await send_much(*it.join())
+            # Both ends stay open, and idle.
+            pipe = it.relay.pipes.take()
+            assert pipe is not None
+            it.relay.pipes.give(pipe)
+
+
+@trio_test
+async def test_a_stalled_connection_holds_back_the_sender_and_no_other() -> None:
+    async with bench() as it:
+        client, _ = it.join()
+        with trio.move_on_after(0.1) as gave_up:
+            await client.send_all(bytes(256 << 20))
+        assert gave_up.cancelled_caught
+        await check_both_ways(*it.join())
+
+
+@trio_test
+async def test_the_end_comes_after_the_last_byte_and_the_other_way_lives_on() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(b"question")
+        await client.send_eof()
+        assert await backend.receive_some() == b"question"
+        assert await backend.receive_some() == b""
+        for _ in range(3):
+            await backend.send_all(b"answer")
+            assert await client.receive_some() == b"answer"
+        assert it.census.open
+        await backend.send_eof()
+        assert await client.receive_some() == b""
+        await it.all_ended()
+
+
+@trio_test
+async def test_the_backend_may_end_first() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await backend.send_eof()
+        assert await client.receive_some() == b""
+        await client.send_all(b"late")
+        assert await backend.receive_some() == b"late"
+        await client.send_eof()
+        assert await backend.receive_some() == b""
+        await it.all_ended()
+
+
+@trio_test
+async def test_a_backend_that_closes_ends_both_ways_after_its_last_byte() -> None:
+    # As on a direct connection: what it has sent arrives, then the end; what is sent to it then
+    # is answered with a reset.
+    async with bench() as it:
+        client, backend = it.join()
+        size = 1 << 20  # more than a Unix socket holds
+        async with trio.open_nursery() as nursery:
+
+            async def send_and_close() -> None:
+                await send_noise(backend, size, b"x")
+                await backend.aclose()
+
+            nursery.start_soon(send_and_close)
+            await expect_noise(client, size, b"x")
+        await it.all_ended()
+        await client.send_all(b"anybody?")
+        with pytest.raises(trio.BrokenResourceError):
+            await client.send_all(b"nobody.")
+
+
+@trio_test
+async def test_a_reset_by_the_client_ends_the_backend() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(b"hello")
+        assert await backend.receive_some() == b"hello"
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        await client.aclose()
+        assert await backend.receive_some() == b""
+        await it.all_ended()
+
+
+@trio_test
+async def test_a_backend_that_closes_with_bytes_unread_is_a_reset_for_the_client() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(b"unread")
+        await backend.socket.recv(1, socket.MSG_PEEK)
+        await backend.aclose()
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await client.receive_some()
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+        await it.all_ended()
+
+
+@trio_test
+async def test_a_backend_that_refuses_an_upload_can_say_why() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        async with trio.open_nursery() as nursery:
+
+            async def upload() -> None:
+                with pytest.raises(trio.BrokenResourceError):
+                    await client.send_all(bytes(256 << 20))
+
+            nursery.start_soon(upload)
+            await backend.receive_some()
+            await backend.send_all(b"too large")
+            await backend.aclose()
+            assert await client.receive_some() == b"too large"
+        await it.all_ended()
+
+
+@trio_test
+async def test_a_reset_in_mid_stream_takes_the_stalled_other_way_along() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        with trio.move_on_after(0.05):
+            await client.send_all(bytes(256 << 20))
+        with trio.move_on_after(0.05):
+            await backend.send_all(bytes(256 << 20))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        await client.aclose()
+        await it.all_ended()
+        with pytest.raises(trio.BrokenResourceError):
+            await backend.send_all(b"x")
+
+
+@trio_test
+async def test_abort_all_resets_the_clients() -> None:
+    async with bench() as it:
+        pairs = [it.join() for _ in range(3)]
+        assert it.relay.abort_all() == 3
+        await it.all_ended()
+        for client, backend in pairs:
+            with pytest.raises(trio.BrokenResourceError):
+                await client.receive_some()
+            assert await backend.receive_some() == b""
+
+
+@trio_test
+async def test_descriptors_come_back() -> None:
+    async with bench() as it:
+        await check_both_ways(*it.join())
+        await it.all_ended()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            client, backend = it.join()
+            await client.send_all(b"x")
+            await backend.receive_some()
+            await client.aclose()
+            await backend.aclose()
+        await it.all_ended()
+        await trio.lowlevel.checkpoint()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@trio_test
+async def test_the_oracle_is_a_half_closeable_stream_too() -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def make() -> tuple[trio.SocketStream, trio.SocketStream]:
+            client, near = tcp_pair()
+            backend, far = unix_pair()
+
+            async def relay() -> None:
+                # A broken end is what the oracle reports, and what some of the checks are about.
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await relay_streams(stream(near), stream(far))
+
+            nursery.start_soon(relay)
+            return stream(client), stream(backend)
+
+        await check_half_closeable_stream(make, None)
+        nursery.cancel_scope.cancel()
+
+
+@trio_test
+async def test_the_oracle_agrees_on_much() -> None:
+    client, near = tcp_pair()
+    backend, far = unix_pair()
+    async with (
+        stream(client) as client_end,
+        stream(backend) as backend_end,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(relay_streams, stream(near), stream(far))
+        await check_both_ways(client_end, backend_end)
+
+
+@trio_test
+async def test_the_oracle_reports_a_reset() -> None:
+    client, near = tcp_pair()
+    backend, far = unix_pair()
+    reset(client)
+    with pytest.raises(trio.BrokenResourceError):
+        await relay_streams(stream(near), stream(far))
+    with backend:
+        assert backend.recv(1) == b""

@@ -1,0 +1,204 @@
+"""sniproxy's command line: what it refuses to start with, and how it says so."""
+
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+import sniproxy
+from tests.support import hellos
+from tests.support.backends import RawBackend, host_directory
+from tests.support.daemon import start_daemon
+from tests.support.sockets import receive_all, receive_exactly
+
+PROGRAM = [sys.executable, "-P", "-m", "sniproxy"]
+
+
+def run(
+    *options: str, stdin: int | None = subprocess.DEVNULL, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *options], stdin=stdin, cwd=cwd, capture_output=True, text=True, timeout=10
+    )
+
+
+def only_line(result: subprocess.CompletedProcess[str], code: int) -> str:
+    """Return the one line on standard error that explains the exit code."""
+    assert result.stdout == ""
+    [line] = result.stderr.splitlines()
+    assert line.startswith("sniproxy: fatal: unable to ")
+    assert result.returncode == code
+    return line
+
+
+@contextmanager
+def a_file(tmp_path: Path) -> Iterator[int]:
+    with (tmp_path / "file").open("w+") as file:
+        yield file.fileno()
+
+
+@contextmanager
+def a_device(tmp_path: Path) -> Iterator[int]:
+    with open(os.devnull) as null:
+        yield null.fileno()
+
+
+@contextmanager
+def a_pipe(tmp_path: Path) -> Iterator[int]:
+    ends = os.pipe()
+    yield ends[0]
+    for end in ends:
+        os.close(end)
+
+
+@contextmanager
+def a_terminal(tmp_path: Path) -> Iterator[int]:
+    ends = pty.openpty()
+    yield ends[1]
+    for end in ends:
+        os.close(end)
+
+
+@contextmanager
+def a_udp_socket(tmp_path: Path) -> Iterator[int]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        yield sock.fileno()
+
+
+@contextmanager
+def a_unix_socket(tmp_path: Path) -> Iterator[int]:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "socket"))
+        sock.listen()
+        yield sock.fileno()
+
+
+@contextmanager
+def a_tcp_socket_that_does_not_listen(tmp_path: Path) -> Iterator[int]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.fileno()
+
+
+@contextmanager
+def a_connected_tcp_socket(tmp_path: Path) -> Iterator[int]:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.create_connection(listening.getsockname()) as sock,
+    ):
+        yield sock.fileno()
+
+
+@pytest.mark.parametrize(
+    ("standard_input", "called"),
+    [
+        (a_file, "a file"),
+        (a_device, "a device"),
+        (a_pipe, "a pipe"),
+        (a_terminal, "a terminal"),
+        (a_udp_socket, "a UDP socket"),
+        (a_unix_socket, "a Unix socket"),
+        (a_tcp_socket_that_does_not_listen, "a TCP socket that does not listen"),
+        (a_connected_tcp_socket, "a TCP socket that does not listen"),
+    ],
+)
+def test_standard_input_is_no_listening_tcp_socket(
+    standard_input: Callable[[Path], AbstractContextManager[int]], called: str, tmp_path: Path
+) -> None:
+    with standard_input(tmp_path) as fd:
+        line = only_line(run(stdin=fd), code=100)
+    assert f"it is {called};" in line
+    assert line.endswith("pass one like this: sniproxy-listen :443 sniproxy")
+
+
+def test_standard_input_is_closed() -> None:
+    result = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *PROGRAM], capture_output=True, text=True, timeout=10
+    )
+    assert "it is closed;" in only_line(result, code=100)
+
+
+@pytest.mark.parametrize("option", ["--unknown", "--hash", "-x", "argument", "--workers"])
+def test_an_unknown_option_is_refused(option: str) -> None:
+    assert option in only_line(run(option), code=100)
+
+
+def test_help_and_version_need_no_socket() -> None:
+    result = run("--help")
+    assert "--hashed" in result.stdout
+    assert (result.returncode, result.stderr) == (0, "")
+    result = run("--version")
+    assert result.stdout == f"sniproxy {sniproxy.__version__}\n"
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_the_hosts_directory_is_gone(hosts: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        command = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *PROGRAM]
+        result = subprocess.run(
+            command, stdin=listening.fileno(), cwd=hosts, capture_output=True, text=True, timeout=10
+        )
+    assert "hosts directory" in only_line(result, code=100)
+
+
+def test_inetd_lets_go_of_the_port(hosts: Path) -> None:
+    # inetd's "wait" mode: the listening socket is standard input, output and error.
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+        process = subprocess.Popen(
+            PROGRAM,
+            stdin=listening.fileno(),
+            stdout=listening.fileno(),
+            stderr=listening.fileno(),
+            cwd=hosts,
+        )
+    try:
+        with socket.create_connection(address, timeout=10) as client:
+            client.sendall(b"x")
+            assert receive_all(client) == bytes([21, 3, 3, 0, 2, 2, 10])
+        with RawBackend(host_directory(hosts, "a.example") / "tls-socket") as backend:
+            flight = hellos.hello_bytes("a.example")
+            with socket.create_connection(address, timeout=10) as client:
+                client.sendall(flight)
+                with backend.accept() as connection:
+                    assert receive_exactly(connection, len(flight)) == flight
+                    process.send_signal(signal.SIGHUP)
+                    # Somebody is served still, and yet the port is closed.
+                    while True:
+                        try:
+                            socket.create_connection(address, timeout=10).close()
+                        except ConnectionResetError:
+                            pass  # it was half open when the port closed
+                        except ConnectionRefusedError:
+                            break
+                    assert process.poll() is None
+        assert process.wait(timeout=5) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_it_may_have_as_many_descriptors_as_the_hard_limit_says(hosts: Path) -> None:
+    with start_daemon(hosts) as daemon:
+        limits = Path(f"/proc/{daemon.process.pid}/limits").read_text().splitlines()
+        [line] = [line for line in limits if line.startswith("Max open files")]
+        soft, hard = line.split()[3:5]
+        assert soft == hard
+
+
+def test_a_daemon_started_with_a_closed_standard_error_serves(hosts: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *PROGRAM]
+        process = subprocess.Popen(command, stdin=listening.fileno(), cwd=hosts)
+        with socket.create_connection(listening.getsockname(), timeout=10) as client:
+            client.sendall(b"x")
+            assert receive_all(client) == bytes([21, 3, 3, 0, 2, 2, 10])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0

@@ -1,0 +1,293 @@
+"""The lookup: what is found, what is not, and whom it trusts."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sniproxy.hosts import HostError, HostReason, HostsDirectory
+from sniproxy_hostname import Hostname, directory_namer
+from tests.support.backends import host_directory, listen_unix
+
+NAME = Hostname(b"example.com")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as several users")
+
+TENANT, OTHER = 54321, 54322
+
+
+@pytest.fixture
+def directory(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostsDirectory]:
+    hosts.chmod(0o755)
+    monkeypatch.chdir(hosts)
+    directory = HostsDirectory(directory_namer(hashed=False))
+    yield directory
+    assert Path.cwd() == hosts
+    directory.close()
+
+
+def listen_at(path: Path) -> socket.socket:
+    return listen_unix(path)
+
+
+def listen_as(uid: int, path: Path) -> socket.socket:
+    """Listen as another user: SO_PEERCRED is about who called listen(2)."""
+    os.seteuid(uid)
+    try:
+        return listen_unix(path)
+    finally:
+        os.seteuid(0)
+
+
+def check_connects(directory: HostsDirectory, host: Hostname = NAME) -> bool:
+    backend, send_proxy_v1 = directory.connect(host)
+    backend.close()
+    return send_proxy_v1
+
+
+def reason(directory: HostsDirectory, host: Hostname = NAME) -> HostReason:
+    with pytest.raises(HostError) as caught:
+        directory.connect(host)
+    return caught.value.reason
+
+
+def test_a_host_is_found_at_the_moment_it_is_there(directory: HostsDirectory, hosts: Path) -> None:
+    assert reason(directory) is HostReason.NO_SUCH_HOST
+    home = host_directory(hosts, NAME)
+    assert reason(directory) is HostReason.NO_SOCKET
+    with listen_at(home / "tls-socket"):
+        assert not check_connects(directory)
+        (home / "send-proxy-v1").touch()
+        assert check_connects(directory)
+        (home / "send-proxy-v1").unlink()
+        assert not check_connects(directory)
+    assert reason(directory) is HostReason.NOT_LISTENING
+    home.rename(hosts / "elsewhere")
+    assert reason(directory) is HostReason.NO_SUCH_HOST
+
+
+def test_hosts_sockets_and_options_may_be_links(directory: HostsDirectory, hosts: Path) -> None:
+    away = hosts.parent / "away"
+    away.mkdir(mode=0o755)
+    home = host_directory(away, "home")
+    (hosts / NAME).symlink_to(home)
+    (home / "tls-socket").symlink_to(away / "listening")
+    (home / "send-proxy-v1").symlink_to("anything")
+    with listen_at(away / "listening"):
+        assert check_connects(directory)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected"),
+    [
+        (lambda path: path.touch(), HostReason.NOT_LISTENING),
+        (lambda path: path.mkdir(), HostReason.NOT_LISTENING),
+        (lambda path: os.mkfifo(path), HostReason.NOT_LISTENING),
+        (lambda path: path.symlink_to("nowhere"), HostReason.NO_SOCKET),
+        (lambda path: path.symlink_to("tls-socket"), HostReason.LINK_LOOP),
+        (lambda path: path.symlink_to("x" * 300), HostReason.NAME_TOO_LONG),
+        (lambda path: path.symlink_to("file/x"), HostReason.NO_SOCKET),
+    ],
+    ids=["file", "directory", "fifo", "dangling", "loop", "too long", "through a file"],
+)
+def test_what_is_no_listening_socket(
+    directory: HostsDirectory,
+    hosts: Path,
+    prepare: Callable[[Path], None],
+    expected: HostReason,
+) -> None:
+    home = host_directory(hosts, NAME)
+    (home / "file").touch()
+    prepare(home / "tls-socket")
+    assert reason(directory) is expected
+
+
+def test_a_datagram_socket(directory: HostsDirectory, hosts: Path) -> None:
+    home = host_directory(hosts, NAME)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram:
+        datagram.bind(str(home / "tls-socket"))
+        assert reason(directory) is HostReason.NOT_A_STREAM_SOCKET
+
+
+def test_a_host_that_is_a_file_or_a_link_loop(directory: HostsDirectory, hosts: Path) -> None:
+    (hosts / NAME).touch()
+    assert reason(directory) is HostReason.NO_SUCH_HOST
+    (hosts / NAME).unlink()
+    (hosts / NAME).symlink_to(NAME)
+    assert reason(directory) is HostReason.LINK_LOOP
+
+
+def test_a_full_backlog(directory: HostsDirectory, hosts: Path) -> None:
+    with listen_unix(host_directory(hosts, NAME) / "tls-socket", backlog=0):
+        first, _ = directory.connect(NAME)
+        assert reason(directory) is HostReason.BACKEND_BUSY
+        first.close()
+
+
+def test_out_of_descriptors(
+    directory: HostsDirectory, hosts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("sniproxy.hosts.socket", fail)
+    host_directory(hosts, NAME)
+    assert reason(directory) is HostReason.BACKEND_FAILED
+
+
+def test_a_name_of_253_bytes_needs_no_short_path(directory: HostsDirectory, hosts: Path) -> None:
+    host = Hostname(b".".join([b"a" * 63] * 3 + [b"b" * 61]))
+    assert len(host) == 253
+    with listen_unix(host_directory(hosts, host) / "tls-socket"):
+        check_connects(directory, host)
+
+
+def test_hashed_names_only(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(hosts)
+    name = directory_namer(hashed=True)
+    hashed = HostsDirectory(name)
+    with listen_unix(host_directory(hosts, NAME) / "tls-socket"):
+        assert reason(hashed) is HostReason.NO_SUCH_HOST
+    (hosts / NAME).rename(hosts / name(NAME))
+    (hosts / name(NAME) / "tls-socket").unlink()
+    with listen_unix(hosts / name(NAME) / "tls-socket"):
+        check_connects(hashed)
+    hashed.close()
+
+
+def test_if_there_is_no_way_back_nothing_is_looked_up_elsewhere(
+    directory: HostsDirectory, hosts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A tenant may have made anything in a directory of theirs, even hosts.
+    home = host_directory(hosts, NAME)
+    trap = Hostname(b"trap.example")
+    with listen_unix(host_directory(home, trap) / "tls-socket"):
+        with monkeypatch.context() as patch:
+
+            def fail(fd: int) -> None:
+                raise PermissionError(13, "Permission denied")
+
+            patch.setattr("sniproxy.hosts.os.fchdir", fail)
+            for host in NAME, trap:
+                with pytest.raises(PermissionError):
+                    directory.connect(host)
+        assert reason(directory, trap) is HostReason.NO_SUCH_HOST
+
+
+@needs_root
+class TestTrust:
+    """Whose socket may answer for whose directory."""
+
+    @pytest.fixture(autouse=True)
+    def _reachable(self, tmp_path: Path) -> None:
+        for path in [tmp_path, *tmp_path.parents]:
+            if path.stat().st_mode & 0o001 == 0:
+                path.chmod(path.stat().st_mode | 0o011)
+
+    @pytest.fixture
+    def tenants(self, hosts: Path) -> Path:
+        """The directory of a tenant's host, made by the tenant."""
+        home = host_directory(hosts, NAME)
+        os.chown(home, TENANT, TENANT)
+        return home
+
+    def test_a_tenants_own(self, directory: HostsDirectory, tenants: Path) -> None:
+        with listen_as(TENANT, tenants / "tls-socket"):
+            check_connects(directory)
+            tenants.chmod(0o777)  # their own business
+            check_connects(directory)
+
+    @pytest.mark.parametrize("owner", [0, OTHER])
+    def test_not_a_tenants_link_to_another_ones(
+        self, directory: HostsDirectory, hosts: Path, tenants: Path, owner: int
+    ) -> None:
+        other = host_directory(hosts, "other.example")
+        os.chown(other, owner, owner)
+        with listen_as(owner, other / "tls-socket"):
+            (tenants / "tls-socket").symlink_to(other / "tls-socket")
+            assert reason(directory) is HostReason.WRONG_OWNER
+            check_connects(directory, Hostname(b"other.example"))
+
+    def test_a_tenants_link_to_another_ones_directory_is_that_directory(
+        self, directory: HostsDirectory, hosts: Path
+    ) -> None:
+        other = host_directory(hosts, "other.example")
+        os.chown(other, OTHER, OTHER)
+        (hosts / NAME).symlink_to("other.example")
+        os.chown(hosts / NAME, TENANT, TENANT, follow_symlinks=False)
+        with listen_as(OTHER, other / "tls-socket"):
+            check_connects(directory)
+
+    @pytest.mark.parametrize("uid", [0, TENANT, OTHER])
+    def test_an_administrators_directory_takes_any(
+        self, directory: HostsDirectory, hosts: Path, uid: int
+    ) -> None:
+        home = host_directory(hosts, NAME)
+        listening = hosts.parent / "listening"
+        listening.mkdir()
+        listening.chmod(0o777)
+        with listen_as(uid, listening / "socket"):
+            (home / "tls-socket").symlink_to(listening / "socket")
+            check_connects(directory)
+
+    @pytest.mark.parametrize("mode", [0o775, 0o757, 0o1777])
+    @pytest.mark.parametrize("uid", [0, TENANT])
+    def test_not_roots_directory_that_others_may_write(
+        self, directory: HostsDirectory, hosts: Path, mode: int, uid: int
+    ) -> None:
+        home = host_directory(hosts, NAME)
+        home.chmod(0o777)
+        with listen_as(uid, home / "tls-socket"):
+            home.chmod(mode)
+            assert reason(directory) is HostReason.WRITABLE_BY_OTHERS
+
+    def test_the_owner_of_the_hosts_directory_is_an_administrator(
+        self, directory: HostsDirectory, hosts: Path, tenants: Path
+    ) -> None:
+        away = hosts.parent / "away"
+        away.mkdir()
+        away.chmod(0o777)
+        with listen_as(OTHER, away / "socket"):
+            (tenants / "tls-socket").symlink_to(away / "socket")
+            assert reason(directory) is HostReason.WRONG_OWNER
+            os.chown(hosts, TENANT, TENANT)
+            check_connects(directory)
+            tenants.chmod(0o775)
+            assert reason(directory) is HostReason.WRONG_OWNER
+        os.chown(hosts, 0, 0)
+
+    def test_a_hosts_directory_that_cannot_be_searched(
+        self, hosts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(hosts)
+        hosts.chmod(0o600)
+        os.seteuid(OTHER)
+        try:
+            with pytest.raises(PermissionError):
+                HostsDirectory(directory_namer(hashed=False))
+        finally:
+            os.seteuid(0)
+            hosts.chmod(0o755)
+
+    def test_a_directory_without_search_permission(
+        self, directory: HostsDirectory, tenants: Path
+    ) -> None:
+        tenants.chmod(0o600)
+        with listen_unix(tenants / "tls-socket"):
+            os.seteuid(OTHER)
+            try:
+                assert reason(directory) is HostReason.PERMISSION_DENIED
+            finally:
+                os.seteuid(0)
+
+    def test_a_socket_without_write_permission(
+        self, directory: HostsDirectory, tenants: Path
+    ) -> None:
+        with listen_as(TENANT, tenants / "tls-socket"):
+            (tenants / "tls-socket").chmod(0o600)
+            os.seteuid(OTHER)
+            try:
+                assert reason(directory) is HostReason.PERMISSION_DENIED
+            finally:
+                os.seteuid(0)

@@ -1,0 +1,104 @@
+"""sniproxy-listen: what it binds, what it refuses, and the program that it becomes."""
+
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from sniproxy.listen import parse
+
+LISTEN = [sys.executable, "-P", "-m", "sniproxy.listen"]
+
+# Says what its standard input is.
+LOOK = [
+    sys.executable,
+    "-c",
+    """
+import socket, sys
+s = socket.socket(fileno=0)
+listens = s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+v6only = s.family == socket.AF_INET6 and s.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+print(s.family.name, s.getsockname()[0], listens, v6only, sys.argv[1:])
+""",
+]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LISTEN, *arguments], capture_output=True, text=True, timeout=10)
+
+
+def only_line(result: subprocess.CompletedProcess[str], code: int) -> str:
+    assert result.stdout == ""
+    [line] = result.stderr.splitlines()
+    assert line.startswith("sniproxy-listen: fatal: unable to ")
+    assert result.returncode == code
+    return line
+
+
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [
+        ("127.0.0.1:0", "AF_INET 127.0.0.1 1 False"),
+        ("0.0.0.0:0", "AF_INET 0.0.0.0 1 False"),
+        (":0", "AF_INET6 :: 1 0"),
+        ("[::]:0", "AF_INET6 :: 1 0"),
+        ("[::1]:0", "AF_INET6 ::1 1 1"),
+    ],
+)
+def test_the_program_gets_the_socket_and_its_arguments(where: str, found: str) -> None:
+    result = run(where, *LOOK, "--help", "-x", "")
+    assert result.stdout == f"{found} ['--help', '-x', '']\n"
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("443", "not of the form ADDRESS:PORT"),
+        ("::1:443", "not of the form ADDRESS:PORT"),
+        ("127.0.0.1:", "not of the form ADDRESS:PORT"),
+        ("127.0.0.1:https", "not of the form ADDRESS:PORT"),
+        ("127.0.0.1:-1", "not of the form ADDRESS:PORT"),
+        ("127.0.0.1:65536", "no port is higher than 65535"),
+        ("localhost:443", "'localhost' is not a numeric IPv4 address"),
+        ("256.0.0.1:443", "'256.0.0.1' is not a numeric IPv4 address"),
+        ("[127.0.0.1]:443", "'127.0.0.1' is not a numeric IPv6 address"),
+        ("[]:443", "'' is not a numeric IPv6 address"),
+        ("\N{ARABIC-INDIC DIGIT ONE}:443", "is not a numeric IPv4 address"),
+        ("127.0.0.1:\N{ARABIC-INDIC DIGIT ONE}", "not of the form ADDRESS:PORT"),
+    ],
+)
+def test_what_is_no_address_is_refused(where: str, why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)):
+        parse(where)
+
+
+def test_a_wrong_call_is_explained() -> None:
+    assert "'nonsense'" in only_line(run("nonsense", "true"), code=100)
+    for arguments in [], [":0"], ["--unknown"], ["-x", "true"]:
+        assert "usage: sniproxy-listen ADDRESS:PORT PROGRAM" in only_line(run(*arguments), code=100)
+
+
+def test_an_address_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert only_line(run(where, "true"), code=111) == (
+            f"sniproxy-listen: fatal: unable to listen on {where}: Address already in use"
+        )
+
+
+def test_an_address_of_another_machine_is_named() -> None:
+    line = only_line(run("192.0.2.1:0", "true"), code=111)
+    assert "192.0.2.1:0: Cannot assign requested address" in line
+
+
+def test_a_program_that_is_not_there_is_named() -> None:
+    line = only_line(run(":0", "/nonexistent/program"), code=111)
+    assert line.endswith("unable to run '/nonexistent/program': No such file or directory")
+
+
+def test_help_and_version() -> None:
+    assert run("--help").stdout.startswith("usage: sniproxy-listen ADDRESS:PORT PROGRAM")
+    assert run("--version").stdout.startswith("sniproxy-listen ")

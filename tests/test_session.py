@@ -1,0 +1,291 @@
+"""What takes time: deadlines, alerts on their way, full backlogs. On a clock that does not wait."""
+
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock, trio_test
+
+from sniproxy.config import Config
+from sniproxy.engine.drain import Census
+from sniproxy.engine.listener import Listener, take_listening_socket
+from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.pipes import PipePool
+from sniproxy.engine.relay import Relay
+from sniproxy.hosts import HostReason, HostsDirectory
+from sniproxy.log import Log
+from sniproxy.session import ALERTS, Sessions
+from sniproxy_hostname import Hostname, directory_namer
+from tests.support import hellos
+from tests.support.backends import host_directory, listen_unix
+
+NAME = "example.com"
+HELLO = hellos.hello_bytes(NAME)
+CONFIG = Config()
+
+
+@pytest.fixture
+def clock() -> MockClock:
+    # The threshold, in real seconds, is what sockets on this machine may need to answer.
+    return MockClock(autojump_threshold=0.03)
+
+
+class Notes(Log):
+    """A log that can be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def _write(self, priority: int, line: str) -> None:
+        self.lines.append(line)
+
+
+class Door:
+    """Sessions in a running loop, in this very process."""
+
+    def __init__(self, service: trio.Nursery, conversations: trio.Nursery, log: Notes) -> None:
+        self.log = log
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.loop = EventLoop(log.bug)
+        self.pipes = PipePool()
+        self.census = Census()
+        self.hosts = HostsDirectory(directory_namer(hashed=False))
+        self.sessions = Sessions(
+            CONFIG,
+            self.loop,
+            Relay(self.loop, self.pipes),
+            self.hosts,
+            log,
+            self.census,
+            conversations,
+        )
+        self.listener = Listener(
+            self.loop,
+            take_listening_socket(self.listening.fileno()),
+            self.sessions.begin,
+            lambda error: log.event("exhausted", reason=error.strerror),
+        )
+        for task in self.loop.run, self.listener.run, self.sessions.expire:
+            service.start_soon(task)
+
+    async def connect(self) -> trio.SocketStream:
+        return await trio.open_tcp_stream(*self.listening.getsockname())
+
+    def close(self) -> None:
+        self.listener.close()
+        self.loop.shut()
+        self.pipes.close()
+        self.hosts.close()
+        self.listening.close()
+
+
+@asynccontextmanager
+async def door() -> AsyncIterator[Door]:
+    log = Notes()
+    async with trio.open_nursery() as service:
+        async with trio.open_nursery() as conversations:
+            it = Door(service, conversations, log)
+            try:
+                yield it
+            finally:
+                it.sessions.cut()
+        service.cancel_scope.cancel()
+    it.close()
+    assert not [line for line in log.lines if line.startswith("bug")]
+
+
+@pytest.fixture(autouse=True)
+def _in_hosts_directory(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(hosts)
+
+
+@pytest.fixture
+def backend(hosts: Path) -> Iterator[socket.socket]:
+    with listen_unix(host_directory(hosts, NAME) / "tls-socket") as listening:
+        yield listening
+
+
+async def receive_to_end(client: trio.SocketStream) -> bytes:
+    return b"".join([chunk async for chunk in client])
+
+
+@trio_test
+async def test_who_says_nothing_is_let_go_after_ten_seconds(clock: MockClock) -> None:
+    async with door() as it, await it.connect() as client:
+        began = trio.current_time()
+        assert await receive_to_end(client) == b""
+        assert trio.current_time() - began == pytest.approx(CONFIG.hello_seconds, abs=0.1)
+        assert "reason=deadline" in it.log.lines[-1]
+
+
+@trio_test
+async def test_who_drips_gains_nothing(clock: MockClock) -> None:
+    async with door() as it, await it.connect() as client:
+        began = trio.current_time()
+        with pytest.raises(trio.BrokenResourceError):
+            for byte in HELLO:
+                await client.send_all(bytes([byte]))
+                await trio.sleep(1)
+        assert trio.current_time() - began < CONFIG.hello_seconds + 3
+        assert "reason=deadline" in it.log.lines[-1]
+
+
+@trio_test
+async def test_each_has_a_deadline_of_its_own(clock: MockClock) -> None:
+    async with door() as it:
+        ends = []
+
+        async def wait() -> None:
+            async with await it.connect() as client:
+                await receive_to_end(client)
+                ends.append(trio.current_time())
+
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(wait)
+                await trio.sleep(4)
+        expected = [began + CONFIG.hello_seconds + after for after in (0, 4, 8)]
+        assert ends == pytest.approx(expected, abs=0.2)
+
+
+@trio_test
+async def test_a_joined_connection_has_no_deadline(
+    clock: MockClock, backend: socket.socket
+) -> None:
+    async with door() as it, await it.connect() as client:
+        await client.send_all(HELLO[:10])
+        await trio.sleep(9)
+        await client.send_all(HELLO[10:])
+        await trio.sleep(100)
+        connection, _ = backend.accept()
+        with connection:
+            connection.sendall(b"late")
+            assert await client.receive_some() == b"late"
+
+
+@trio_test
+async def test_a_refused_client_that_stays_is_let_go_after_a_second(clock: MockClock) -> None:
+    async with door() as it, await it.connect() as client:
+        await client.send_all(b"x")
+        began = trio.current_time()
+        assert await receive_to_end(client) == bytes([21, 3, 3, 0, 2, 2, 10])
+        assert it.census.open == 1
+        await it.census.empty()
+        assert trio.current_time() - began == pytest.approx(CONFIG.alert_seconds, abs=0.1)
+
+
+@trio_test
+async def test_a_refused_client_that_floods_is_let_go_at_once(clock: MockClock) -> None:
+    async with door() as it, await it.connect() as client:
+        began = trio.current_time()
+        with pytest.raises(trio.BrokenResourceError):
+            while True:
+                await client.send_all(bytes(1 << 16))
+        await it.census.empty()
+        assert trio.current_time() - began < CONFIG.alert_seconds
+
+
+@trio_test
+async def test_a_full_backlog_is_waited_for(clock: MockClock, hosts: Path) -> None:
+    with listen_unix(host_directory(hosts, NAME) / "tls-socket", backlog=0) as backend:
+        async with door() as it:
+            clients = [await it.connect() for _ in range(10)]
+            for client in clients:
+                await client.send_all(HELLO)
+            for _ in clients:
+                # Each has all the time until the deadline.
+                connection, _ = await trio.to_thread.run_sync(backend.accept)
+                with connection:
+                    assert connection.recv(1 << 16) == HELLO
+                    connection.sendall(b"served")
+            for client in clients:
+                assert await receive_to_end(client) == b"served"
+                await client.aclose()
+
+
+@trio_test
+async def test_a_backlog_that_stays_full_is_given_up_at_the_deadline(
+    clock: MockClock, hosts: Path
+) -> None:
+    with listen_unix(host_directory(hosts, NAME) / "tls-socket", backlog=0):
+        async with door() as it, await it.connect() as first, await it.connect() as second:
+            began = trio.current_time()
+            await first.send_all(HELLO)  # is all that fits
+            await trio.sleep(1)
+            await second.send_all(HELLO)
+            assert await receive_to_end(second) == bytes([21, 3, 3, 0, 2, 2, 80])
+            assert trio.current_time() - began == pytest.approx(CONFIG.hello_seconds, abs=0.2)
+            assert "name=example.com reason=backend_busy alert=80" in it.log.lines[-1]
+
+
+@trio_test
+async def test_a_client_that_leaves_a_full_backlog_is_forgotten(
+    clock: MockClock, hosts: Path
+) -> None:
+    with listen_unix(host_directory(hosts, NAME) / "tls-socket", backlog=0) as backend:
+        async with door() as it:
+            async with await it.connect() as first, await it.connect() as second:
+                await first.send_all(HELLO)
+                await trio.sleep(0.1)
+                await second.send_all(HELLO)
+                await trio.sleep(0.1)
+            with backend.accept()[0] as connection:
+                assert connection.recv(1 << 16) == HELLO
+            with trio.fail_after(CONFIG.hello_seconds):
+                with (await trio.to_thread.run_sync(backend.accept))[0] as connection:
+                    assert connection.recv(1 << 16) == HELLO
+                await it.census.empty()
+
+
+@trio_test
+async def test_cut_ends_every_kind_of_session(
+    clock: MockClock, hosts: Path, backend: socket.socket
+) -> None:
+    async with door() as it:
+        waiting, refused, joined = [await it.connect() for _ in range(3)]
+        await waiting.send_all(HELLO[:10])
+        await refused.send_all(b"x")
+        await joined.send_all(HELLO)
+        await trio.sleep(0.1)
+        assert it.census.open == 3
+        assert it.sessions.cut() == 3
+    assert not it.census.open
+    for client in waiting, joined:
+        with pytest.raises(trio.BrokenResourceError):
+            await client.receive_some()
+    for client in waiting, refused, joined:
+        await client.aclose()
+
+
+@trio_test
+async def test_a_bug_in_one_session_ends_that_one_alone(
+    clock: MockClock, monkeypatch: pytest.MonkeyPatch, backend: socket.socket
+) -> None:
+    async with door() as it, await it.connect() as first, await it.connect() as second:
+        with monkeypatch.context() as patch:
+
+            def fail(host: Hostname) -> None:
+                raise ZeroDivisionError(host)
+
+            patch.setattr(it.hosts, "connect", fail)
+            for client, pieces in (first, [HELLO]), (second, [HELLO[:10], HELLO[10:]]):
+                for piece in pieces:
+                    await client.send_all(piece)
+                    await trio.sleep(0.1)
+                with pytest.raises(trio.BrokenResourceError):
+                    await client.receive_some()
+        assert "bug ZeroDivisionError: example.com" in it.log.lines
+        it.log.lines.clear()
+        async with await it.connect() as third:
+            await third.send_all(HELLO)
+            with (await trio.to_thread.run_sync(backend.accept))[0] as connection:
+                assert connection.recv(1 << 16) == HELLO
+
+
+def test_every_reason_has_an_answer() -> None:
+    assert set(ALERTS) == set(HostReason)
