@@ -67,8 +67,12 @@ def _run(arguments: list[str]) -> int:
         case ["--version", *_]:
             print(f"sniproxy-listen {__version__}")
         case [where, program, *_] if not where.startswith("-"):
-            with listen(where) as listening:
-                os.dup2(listening.fileno(), 0)
+            listening = listen(where).detach()
+            # It is descriptor 0 already if standard input was closed.
+            if listening == 0:
+                os.set_inheritable(0, True)
+            else:
+                os.dup2(listening, 0)
             _become(program, arguments[1:])
         case _:
             raise _FatalError(_CALLED_WRONGLY, f"unable to understand the arguments: {_USAGE}")

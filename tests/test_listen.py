@@ -53,6 +53,12 @@ def test_the_program_gets_the_socket_and_its_arguments(where: str, found: str) -
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_standard_input_may_have_been_closed() -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *LISTEN, "127.0.0.1:0", *LOOK]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    assert result.stdout == "AF_INET 127.0.0.1 1 False []\n"
+
+
 @pytest.mark.parametrize(
     ("where", "why"),
     [
