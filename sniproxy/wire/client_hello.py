@@ -87,7 +87,7 @@ def parse_client_hello(body: bytes | bytearray | memoryview) -> ClientHello:
 
     Raises:
         HelloError: malformed_hello (decode_error), or duplicate_extension or
-            duplicate_server_name (illegal_parameter).
+            duplicate_name (illegal_parameter).
     """
     hello = Reader(bytes(body), "ClientHello")
     hello.skip(_LEGACY_VERSION + _RANDOM)
@@ -101,13 +101,7 @@ def parse_client_hello(body: bytes | bytearray | memoryview) -> ClientHello:
     extensions = hello.vector16("extensions")
     hello.end()
 
-    found: dict[int, Reader] = {}
-    for extension_type, data in extensions.extensions(_READ):
-        # RFC 8446 section 4.2: "There MUST NOT be more than one extension of the same type in a
-        # given extension block." Which of two would the backend believe?
-        if extension_type in found:
-            raise _duplicate(extension_type)
-        found[extension_type] = data
+    found = extensions.extensions(_READ)
     return ClientHello(
         _server_name(found[_SERVER_NAME]) if _SERVER_NAME in found else None,
         _alpn_protocols(found[_ALPN]) if _ALPN in found else (),
@@ -121,13 +115,6 @@ def _whole_pairs(what: str, content: bytes) -> bytes:
     if len(content) % 2:
         raise HelloError(Alert.DECODE_ERROR, Reason.MALFORMED_HELLO, f"odd length of {what}")
     return content
-
-
-def _duplicate(extension_type: int) -> HelloError:
-    reason = Reason.DUPLICATE_EXTENSION
-    if extension_type == _SERVER_NAME:
-        reason = Reason.DUPLICATE_SERVER_NAME
-    return HelloError(Alert.ILLEGAL_PARAMETER, reason, f"two extensions {_READ[extension_type]}")
 
 
 def _server_name(extension: Reader) -> bytes | None:
@@ -145,7 +132,7 @@ def _server_name(extension: Reader) -> bytes | None:
         # "The ServerNameList MUST NOT contain more than one name of the same name_type."
         if host_name is not None:
             raise HelloError(
-                Alert.ILLEGAL_PARAMETER, Reason.DUPLICATE_SERVER_NAME, "two entries host_name"
+                Alert.ILLEGAL_PARAMETER, Reason.DUPLICATE_NAME, "two entries host_name"
             )
         host_name = server_name_list.opaque16("host_name", minimum=1)
     return host_name
@@ -153,12 +140,21 @@ def _server_name(extension: Reader) -> bytes | None:
 
 def _alpn_protocols(extension: Reader) -> tuple[bytes, ...]:
     """Read `struct { ProtocolName protocol_name_list<2..2^16-1> } ProtocolNameList;`, RFC 7301."""
-    protocol_name_list = extension.vector16("protocol_name_list", minimum=2)
+    protocol_name_list = extension.opaque16("protocol_name_list", minimum=2)
     extension.end()
     protocols = []
-    while protocol_name_list.left:
+    position, end = 0, len(protocol_name_list)
+    while position < end:
+        start = position + 1
+        position = start + protocol_name_list[position]
         # RFC 7301 section 3.1: "Empty strings MUST NOT be included"
-        protocols.append(protocol_name_list.opaque8("protocol_name", minimum=1))
+        if position == start or position > end:
+            raise HelloError(
+                Alert.DECODE_ERROR,
+                Reason.MALFORMED_HELLO,
+                "a protocol_name is empty, or longer than its list",
+            )
+        protocols.append(protocol_name_list[start:position])
     return tuple(protocols)
 
 

@@ -21,7 +21,7 @@ class Reason(StrEnum):
     HELLO_TOO_LARGE = "hello_too_large"
     MALFORMED_HELLO = "malformed_hello"
     DUPLICATE_EXTENSION = "duplicate_extension"
-    DUPLICATE_SERVER_NAME = "duplicate_server_name"
+    DUPLICATE_NAME = "duplicate_name"
     NO_SERVER_NAME = "no_server_name"
     INVALID_NAME = "invalid_name"  # for those who judge the name; here it is only bytes
 

@@ -116,12 +116,12 @@ DECODE_ERRORS = [
 ]
 
 DUPLICATES = [
-    case("server_name", client_hello([A, extension(99), A]), Reason.DUPLICATE_SERVER_NAME),
-    case("host_name", client_hello([server_name("a", "a")]), Reason.DUPLICATE_SERVER_NAME),
+    case("server_name", client_hello([A, extension(99), A]), Reason.DUPLICATE_EXTENSION),
+    case("host_name", client_hello([server_name("a", "a")]), Reason.DUPLICATE_NAME),
     case(
         "host_name around another type",
         client_hello([server_name("a", name_entry("x", 7), "b")]),
-        Reason.DUPLICATE_SERVER_NAME,
+        Reason.DUPLICATE_NAME,
     ),
     case("ALPN", client_hello([hellos.alpn("h2")] * 2), Reason.DUPLICATE_EXTENSION),
     case("versions", client_hello([supported_versions(TLS13)] * 2), Reason.DUPLICATE_EXTENSION),

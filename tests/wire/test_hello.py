@@ -167,7 +167,7 @@ REFUSED = [
         record(name_twice := handshake(hellos.client_hello([hellos.server_name("a", "b")]))),
         HEADER + len(name_twice),
         47,
-        "duplicate_server_name",
+        "duplicate_name",
     ),
     case(
         "announced too large",
