@@ -61,8 +61,9 @@ class SessionReason(StrEnum):
 
 # The answer to every failure of the lookup. Failures of the hello carry their own answer.
 ALERTS: dict[HostReason, Alert] = {
-    # "The server ... does not recognize the server name", RFC 6066 §3: there is no such host, or
-    # what is in its place is not fit to be one.
+    # RFC 6066 §3: a server that "does not recognize the server name" may "abort the handshake by
+    # sending a fatal-level unrecognized_name(112) alert". There is no such host, or what is in its
+    # place is not fit to be one.
     HostReason.NO_SUCH_HOST: Alert.UNRECOGNIZED_NAME,
     HostReason.NO_SOCKET: Alert.UNRECOGNIZED_NAME,
     HostReason.NOT_LISTENING: Alert.UNRECOGNIZED_NAME,
@@ -135,16 +136,14 @@ class Sessions:
         """Turn away, until cancelled, whoever has not sent a hello by the deadline."""
         while True:
             now = trio.current_time()
-            for session in list(self.waiting):
-                if session.deadline > now:
+            # If nobody waits: no deadline of those who come while we sleep is nearer than this.
+            next_deadline = now + self.config.hello_seconds
+            while (oldest := next(iter(self.waiting), None)) is not None:
+                if oldest.deadline > now:
+                    next_deadline = oldest.deadline
                     break
-                session.expire()
-            # Nobody's deadline is nearer than the oldest's; and of those who come while we sleep,
-            # no deadline is nearer than all the time that they are given.
-            oldest = next(iter(self.waiting), None)
-            await trio.sleep_until(
-                oldest.deadline if oldest else now + self.config.hello_seconds,
-            )
+                oldest.expire()
+            await trio.sleep_until(next_deadline)
 
 
 class Session:
@@ -191,10 +190,10 @@ class Session:
             self.name = hello.required_server_name()
             host = Hostname(self.name)
         except HelloError as error:
-            self._refuse(error.reason, error.alert)
-        except InvalidHostname:
-            # RFC 6066 §3 leaves no other form of a name; so nobody here has this one.
-            self._refuse(Reason.INVALID_NAME, Alert.UNRECOGNIZED_NAME)
+            self._refuse(error.reason, error.alert, str(error))
+        except InvalidHostname as error:
+            # Not a name at all, so nobody here has it.
+            self._refuse(Reason.INVALID_NAME, Alert.UNRECOGNIZED_NAME, str(error))
         else:
             if not self._connect(host):
                 self._take_time(partial(self._connect_later, host))
@@ -281,9 +280,8 @@ class Session:
                 backend.send(self._proxy_header())
             except OSError as error:
                 backend.close()
-                self._refuse(
-                    HostReason.BACKEND_FAILED, ALERTS[HostReason.BACKEND_FAILED], error.strerror
-                )
+                failed = HostReason.BACKEND_FAILED
+                self._refuse(failed, ALERTS[failed], error.strerror or str(error))
                 return True
         self.over = True
         shared.served += 1
@@ -309,9 +307,10 @@ class Session:
             if self._connect(host):
                 return
             pause = min(2 * pause, config.last_retry)
-        self._refuse(HostReason.BACKEND_BUSY, ALERTS[HostReason.BACKEND_BUSY])
+        busy = HostReason.BACKEND_BUSY
+        self._refuse(busy, ALERTS[busy], "its backlog was full until the deadline")
 
-    def _refuse(self, reason: str, alert: Alert, detail: str | None = None) -> None:
+    def _refuse(self, reason: str, alert: Alert, detail: str) -> None:
         """Send `alert` and see to it that it arrives."""
         self._stop_waiting()
         self._report(reason, alert, detail)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import hellos
+from tests.support.answers import ROWS
 from tests.support.backends import RawBackend, host_directory
 from tests.support.daemon import Daemon, start_daemon
 from tests.support.sockets import receive_all, receive_exactly
@@ -114,36 +115,15 @@ def fatal(alert: int) -> bytes:
     return bytes([21, 3, 3, 0, 2, 2, alert])
 
 
-# One for each alert, and each refused at a different moment.
+# The shortest flight for each alert. (The table itself is in test_answers.py.)
 REFUSED = {
-    "not TLS": (b"GET / HTTP/1.1\r\n\r\n", 10),
-    "one byte that is not TLS": (b"G", 10),
-    "another record between fragments": (hellos.record(b"\1") + b"\x15", 10),
-    "not a ClientHello": (hellos.record(b"\2"), 10),
-    "record too long": (b"\x16\3\1\x40\1", 22),
-    "empty record": (b"\x16\3\1\0\0", 50),
-    "two names": (
-        hellos.record(hellos.handshake(hellos.client_hello([hellos.server_name("a.x", NAME)]))),
-        47,
-    ),
-    "too large": (hellos.record(b"\1\1\0\1"), 80),
-    "no name, TLS 1.3": (hellos.hello_bytes(None), 109),
-    "no name, TLS 1.2": (hellos.hello_bytes(None, versions=[]), 112),
-    "not a name": (hellos.hello_bytes("127.0.0.1"), 112),
-    "an unknown name": (hellos.hello_bytes("unknown.example"), 112),
-    "a parent directory": (hellos.hello_bytes(".."), 112),
+    row.alert: row.flight
+    for row in sorted(ROWS, key=lambda row: len(row.flight), reverse=True)
+    if row.alert is not None
 }
 
 
-@pytest.mark.parametrize(("flight", "alert"), REFUSED.values(), ids=REFUSED)
-def test_refused(daemon: Daemon, flight: bytes, alert: int) -> None:
-    with daemon.connect() as client:
-        client.sendall(flight)
-        # The alert, and then an end and no reset.
-        assert receive_all(client) == fatal(alert)
-
-
-@pytest.mark.parametrize(("flight", "alert"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("alert", "flight"), REFUSED.items())
 def test_refused_byte_by_byte(daemon: Daemon, flight: bytes, alert: int) -> None:
     with daemon.connect() as client:
         send_in_pieces(client, [bytes([byte]) for byte in flight], pause=0.0005)
