@@ -1,11 +1,14 @@
 """The daemon's command line, its environment and its exit codes."""
 
 import argparse
+import contextlib
 import gc
 import os
 import resource
 import signal
+import stat
 import sys
+import syslog
 from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
@@ -57,28 +60,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         config = _config(argv)
-        _run(config)
+        if config is not None:
+            _run(config)
     except _FatalError as error:
-        print(f"sniproxy: fatal: {error}", file=sys.stderr)
+        _complain(f"fatal: {error}")
         return error.code
     return 0
 
 
-def _config(argv: Sequence[str] | None) -> Config:
+def _complain(message: str) -> None:
+    if _is_open(0) and 2 in _copies_of_standard_input():
+        # From inetd: standard error is the socket.
+        syslog.openlog("sniproxy", syslog.LOG_PID, syslog.LOG_DAEMON)
+        syslog.syslog(syslog.LOG_ERR, message)
+    else:
+        with contextlib.suppress(OSError):  # nobody is left to tell
+            os.write(2, f"sniproxy: {message}\n".encode(errors="backslashreplace"))
+
+
+def _config(argv: Sequence[str] | None) -> Config | None:
+    """Return what the options ask for; None if that was only to be told something."""
     parser = _Parser(
         prog="sniproxy",
         description=_DESCRIPTION,
         epilog=f"For example: cd /srv/hosts && {_HOW_TO_CALL}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
     parser.add_argument(
         "--hashed",
         action="store_true",
         help="the directories are named by the BLAKE3 of the hostname, 64 hex digits",
     )
-    parser.add_argument("--version", action="version", version=f"sniproxy {__version__}")
-    return Config(hashed=parser.parse_args(argv).hashed)
+    parser.add_argument("-h", "--help", action="store_true", help="print this")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    options, unknown = parser.parse_known_args(argv)
+    if options.help:
+        _print(parser.format_help())
+        return None
+    if options.version:
+        _print(f"sniproxy {__version__}\n")
+        return None
+    if unknown:
+        parser.error(f"{unknown[0]!a} is none (see sniproxy --help)")
+    return Config(hashed=options.hashed)
+
+
+def _print(text: str) -> None:
+    try:
+        os.write(1, text.encode())
+    except OSError as error:
+        raise _system_call_failed("write standard output", error) from error
 
 
 def _run(config: Config) -> None:
@@ -105,9 +138,9 @@ def _run(config: Config) -> None:
         ) from None
     try:
         log = Log(to_syslog=_let_go_of_standard_descriptors())
-        _raise_descriptor_limit()
     except OSError as error:
         raise _system_call_failed("start", error) from error
+    _raise_descriptor_limit()
     notifier = Notifier()
     # What is here now stays: the collector need not look at it again.
     gc.freeze()
@@ -128,11 +161,18 @@ def _let_go_of_standard_descriptors() -> bool:
     inetd makes descriptors 1 and 2 the listening socket as well. While one of them is open the port
     stays open, and what is written there goes nowhere.
     """
-    listening = os.fstat(0)
-    ours = [fd for fd in (0, 1, 2) if os.path.samestat(os.fstat(fd), listening)]
-    for fd in ours:
+    copies = _copies_of_standard_input()
+    for fd in copies:
         _put_null(fd)
-    return 2 in ours
+    return 2 in copies
+
+
+def _copies_of_standard_input() -> list[int]:
+    """Return which standard descriptors are the socket on standard input, itself included."""
+    status = os.fstat(0)
+    if not stat.S_ISSOCK(status.st_mode):
+        return [0]
+    return [fd for fd in (0, 1, 2) if _is_open(fd) and os.path.samestat(os.fstat(fd), status)]
 
 
 def _is_open(fd: int) -> bool:
@@ -155,7 +195,9 @@ def _put_null(fd: int) -> None:
 def _raise_descriptor_limit() -> None:
     """Allow ourselves as many descriptors as we may have; a connection takes two."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # ValueError is how this module says EPERM, for a limit above fs.nr_open. Then it stays.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

@@ -109,25 +109,41 @@ class HostsDirectory:
         if self._away:
             # The way back was barred the last time. From a tenant's directory nothing is looked up.
             self._come_back()
+        backend = None
+        try:
+            self._enter(host)
+            backend, send_proxy_v1 = self._connect_here()
+        finally:
+            try:
+                self._come_back()
+            except HostError:
+                if backend is not None:
+                    backend.close()
+                raise
+        return backend, send_proxy_v1
+
+    def _enter(self, host: Hostname) -> None:
         self._away = True
         try:
-            try:
-                os.chdir(self._directory_name(host))
-            except OSError as error:
-                raise _host_error(_NO_DIRECTORY, error) from None
-            return self._connect_here()
-        finally:
-            self._come_back()
+            os.chdir(self._directory_name(host))
+        except OSError as error:
+            raise _host_error(_NO_DIRECTORY, error) from None
 
     def _come_back(self) -> None:
-        os.fchdir(self._fd)
+        try:
+            os.fchdir(self._fd)
+        except OSError as error:
+            # EACCES, for one: somebody has closed the directory of hosts to us.
+            raise HostError(
+                HostReason.BACKEND_FAILED, f"unable to search the hosts directory: {error.strerror}"
+            ) from None
         self._away = False
 
     def _connect_here(self) -> tuple[socket, bool]:
-        # Of the directory that was reached, whatever links led to it.
-        directory = os.stat(".")
         backend = None
         try:
+            # Of the directory that was reached, whatever links led to it.
+            directory = os.stat(".")
             backend = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
             backend.connect(_SOCKET)
             self._check_owner(directory, backend)

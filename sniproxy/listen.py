@@ -4,11 +4,15 @@ For places without a supervisor. Exit codes: 100 called wrongly, 111 a system ca
 those of the program.
 """
 
+import contextlib
+import errno
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any, NamedTuple, NoReturn
 
 from sniproxy import __version__
@@ -56,17 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except _FatalError as error:
-        print(f"sniproxy-listen: fatal: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody is left to tell
+            os.write(2, f"sniproxy-listen: fatal: {error}\n".encode(errors="backslashreplace"))
         return error.code
 
 
 def _run(arguments: list[str]) -> int:
     match arguments:
         case ["-h" | "--help", *_]:
-            print(_HELP, end="")
+            _print(_HELP)
         case ["--version", *_]:
-            print(f"sniproxy-listen {__version__}")
-        case [where, program, *_] if not where.startswith("-"):
+            _print(f"sniproxy-listen {__version__}\n")
+        case [where, program, *_] if program and not where.startswith("-"):
             listening = listen(where).detach()
             # It is descriptor 0 already if standard input was closed.
             if listening == 0:
@@ -77,6 +82,14 @@ def _run(arguments: list[str]) -> int:
         case _:
             raise _FatalError(_CALLED_WRONGLY, f"unable to understand the arguments: {_USAGE}")
     return 0
+
+
+def _print(text: str) -> None:
+    try:
+        os.write(1, text.encode())
+    except OSError as error:
+        message = f"unable to write standard output: {error.strerror}"
+        raise _FatalError(_SYSTEM_CALL_FAILED, message) from None
 
 
 def parse(where: str) -> Endpoint:
@@ -96,11 +109,13 @@ def parse(where: str) -> Endpoint:
     else:
         family, host = socket.AF_INET6, match["v6"] if match["v6"] is not None else "::"
     try:
-        # Numeric: a name may have many addresses, and none before the network is up.
+        # Numeric: a name may have many addresses, and none before the network is up. getaddrinfo
+        # alone would take 127.1 and 2130706433 for addresses, and * for loopback.
+        _ = IPv4Address(host) if family == socket.AF_INET else IPv6Address(host)
         [(_, _, _, _, address), *_] = socket.getaddrinfo(
             host, port, family, socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
         )
-    except (socket.gaierror, UnicodeError):
+    except (ValueError, socket.gaierror):
         version = "IPv4" if family == socket.AF_INET else "IPv6"
         raise ValueError(f"{host!a} is not a numeric {version} address") from None
     # The option means something for the wildcard address only.
@@ -119,7 +134,13 @@ def listen(where: str) -> socket.socket:
         message = f"unable to listen on {where!a}: {error}"
         raise _FatalError(_CALLED_WRONGLY, message) from None
     try:
-        listening = socket.socket(endpoint.family, socket.SOCK_STREAM)
+        try:
+            listening = socket.socket(endpoint.family, socket.SOCK_STREAM)
+        except OSError as error:
+            if error.errno != errno.EAFNOSUPPORT or not where.startswith(":"):
+                raise
+            # A kernel without IPv6: all addresses are those of IPv4.
+            return listen(f"0.0.0.0{where}")
         # A port whose last connections are still in TIME_WAIT can be had at once.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if endpoint.family == socket.AF_INET6:
@@ -135,6 +156,9 @@ def listen(where: str) -> socket.socket:
 
 
 def _become(program: str, argv: list[str]) -> NoReturn:
+    # Python ignores these, and what is ignored stays so across exec.
+    for number in signal.SIGPIPE, signal.SIGXFSZ:
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(program, argv)  # noqa: S606 - to become the program that was named is the purpose
     except OSError as error:

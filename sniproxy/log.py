@@ -1,16 +1,20 @@
 """One line per event: a fixed first word, then key=value. Supervisors add the time.
 
 Lines go to standard error, or to syslog where standard error is no place for them (inetd makes it
-the listening socket). A line that can't be written is dropped: no disk and no reader may stop the
-service.
+the listening socket). A line that can't be written now is dropped: no full disk, and no reader that
+has fallen behind, may stop the service.
 """
 
 import contextlib
 import os
+import select
 import syslog
 import traceback
 
 from sniproxy.engine.listener import Address
+
+# Characters of a value that are worth a line: any hostname, and what else a client may call one.
+_LONGEST_VALUE = 300
 
 
 class Log:
@@ -22,6 +26,9 @@ class Log:
 
     def __init__(self, *, to_syslog: bool = False) -> None:
         self._to_syslog = to_syslog
+        # Not O_NONBLOCK: that would be shared with whoever else writes there.
+        self._writable = select.poll()
+        self._writable.register(2, select.POLLOUT)
         if to_syslog:
             syslog.openlog("sniproxy", syslog.LOG_PID | syslog.LOG_NDELAY, syslog.LOG_DAEMON)
 
@@ -39,14 +46,19 @@ class Log:
         if self._to_syslog:
             syslog.syslog(priority, line)
             return
-        with contextlib.suppress(OSError):
-            # One write, so that lines of several processes do not mix.
-            os.write(2, f"sniproxy: {line}\n".encode())
+        # A pipe that can be written to at all takes PIPE_BUF bytes without waiting, pipe(7).
+        data = f"sniproxy: {line}".encode("ascii", "backslashreplace")[: select.PIPE_BUF - 1]
+        if self._writable.poll(0):
+            with contextlib.suppress(OSError):
+                # One write, so that lines of several processes do not mix.
+                os.write(2, data + b"\n")
 
 
 def _printable(value: object) -> str:
     """Return `value` as one word of printable ASCII, whatever a client sent."""
     text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    if len(text) > _LONGEST_VALUE:
+        text = text[:_LONGEST_VALUE] + "..."
     if text and all("!" <= char <= "~" and char not in '"\\' for char in text):
         return text
     body = "".join(

@@ -7,7 +7,6 @@ reach the client.
 """
 
 import contextlib
-import struct
 from _socket import (
     MSG_DONTWAIT,
     MSG_PEEK,
@@ -45,11 +44,6 @@ from sniproxy_hostname import Hostname, InvalidHostname
 
 # What SO_RCVLOWAT is on a new socket.
 _ANY_BYTES = 1
-
-# getsockopt(SOL_SOCKET, SO_MEMINFO): nine u32 counters of a socket's memory, of which the first two
-# are what is allocated for received bytes, and how much may be (linux/sock_diag.h, asm/socket.h).
-_SO_MEMINFO = 55
-_MEMINFO = struct.Struct("9I")
 
 
 class SessionReason(StrEnum):
@@ -108,6 +102,7 @@ class Sessions:
         # Those who wait for the rest of their hello, the oldest first: a dict keeps the order.
         self.waiting: dict[Session, None] = {}
         self.served = self.refused = 0
+        self.refusing = 0  # of the open ones, those who have only to hear an alert
 
     def begin(self, client: socket, address: Address) -> None:
         """Begin the story of an accepted client."""
@@ -120,8 +115,8 @@ class Sessions:
             session.abort()
 
     def cut(self) -> int:
-        """End whoever is left; return how many there were."""
-        left = self.census.open
+        """End whoever is left; return how many were served, or waiting for it."""
+        left = self.census.open - self.refusing
         self.nursery.cancel_scope.cancel()
         for session in list(self.waiting):
             session.abort()
@@ -142,7 +137,11 @@ class Sessions:
                 if oldest.deadline > now:
                     next_deadline = oldest.deadline
                     break
-                oldest.expire()
+                try:
+                    oldest.expire()
+                except Exception as error:  # noqa: BLE001 - as in `begin`
+                    self.log.bug(error)
+                    oldest.abort()
             await trio.sleep_until(next_deadline)
 
 
@@ -158,6 +157,7 @@ class Session:
         "mark",
         "name",
         "over",
+        "refused",
         "shared",
         "watched",
     )
@@ -172,6 +172,7 @@ class Session:
         self.mark = _ANY_BYTES
         self.watched = False
         self.events = 0  # what the loop has told of the client so far
+        self.refused = False
         self.over = False
 
     def on_event(self, events: int) -> None:
@@ -212,16 +213,15 @@ class Session:
             self.events |= EPOLLERR
         else:
             if not size:
-                # Not a word, as of a monitor that asks whether we are there: nothing to report.
-                self.close()
+                self._leave()
                 return None
             if size > self.hello.size:
                 hello = self.hello.feed(self.shared.buffer[self.hello.size : size])
                 if hello is not None:
                     return hello
         if self.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
-            self._give_up(SessionReason.CLIENT_CLOSED)
-        elif self.events and self.hello.size < self.mark and self._is_full():
+            self._leave()
+        elif self.events and self.hello.size < self.mark and self._is_too_small():
             raise HelloError(
                 Alert.INTERNAL_ERROR, Reason.HELLO_TOO_LARGE, "the receive buffer is full"
             )
@@ -229,17 +229,15 @@ class Session:
             self._wait()
         return None
 
-    def _is_full(self) -> bool:
-        """Tell whether the kernel has no room for the rest of the hello.
+    def _is_too_small(self) -> bool:
+        """Tell whether the receive buffer is one that the rest of the hello will not fit into.
 
-        A full receive buffer makes a socket readable below its mark; but so does a shortage of
-        memory anywhere in the machine (tcp_epollin_ready in the kernel's net/ipv4/tcp.c). Full
-        buffers were seen to have 55 to 94 % of their memory allocated: less than all, since the
-        window closes before the memory is used up. A small hello in a large buffer has a few.
+        A full buffer makes a socket readable below its mark, but so does a shortage of memory
+        anywhere in the machine, which passes. Setting the mark makes the buffer grow; where it may
+        not, since somebody has fixed its size on the listener, the kernel lowers the mark to half
+        of it (tcp_set_rcvlowat in net/ipv4/tcp.c). Then there is no use in waiting.
         """
-        memory = self.client.getsockopt(SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
-        allocated, limit, *_ = _MEMINFO.unpack(memory)
-        return bool(2 * allocated >= limit)
+        return self.client.getsockopt(SOL_SOCKET, SO_RCVLOWAT) < self.mark
 
     def _wait(self) -> None:
         """Have the loop tell when the next verdict is possible, or the client has gone."""
@@ -316,6 +314,8 @@ class Session:
         self._report(reason, alert, detail)
         if self.watched:
             self.shared.loop.unwatch(self.client.fileno())
+        self.shared.refusing += 1
+        self.refused = True
         self._take_time(partial(self._deliver, alert))
 
     async def _deliver(self, alert: Alert) -> None:
@@ -342,6 +342,14 @@ class Session:
         """End the session: its deadline has passed."""
         self._give_up(SessionReason.DEADLINE)
 
+    def _leave(self) -> None:
+        """End the session: the client has gone."""
+        if self.hello.size:
+            self._give_up(SessionReason.CLIENT_CLOSED)
+        else:
+            # Not a word, as of a monitor that asks whether we are there: nothing to report.
+            self.close()
+
     def _give_up(self, reason: str) -> None:
         """Close without an alert."""
         self._report(reason, None)
@@ -355,6 +363,7 @@ class Session:
         if not self.over:
             self.over = True
             self.shared.waiting.pop(self, None)
+            self.shared.refusing -= self.refused
             self.shared.loop.close(self.client)
             self.shared.census.leave()
 

@@ -130,6 +130,22 @@ def test_an_unknown_option_is_refused(option: str) -> None:
     assert option in only_line(run(option), code=100)
 
 
+def test_a_mistake_has_its_exit_code_even_if_nobody_hears_of_it() -> None:
+    with open("/dev/full", "w") as full:
+        for options in [], ["--unknown"]:
+            result = subprocess.run(
+                [*PROGRAM, *options], stdin=subprocess.DEVNULL, stderr=full, timeout=10
+            )
+            assert result.returncode == 100
+        result = subprocess.run([*PROGRAM, "--help"], stdout=full, stderr=subprocess.PIPE)
+    assert result.returncode == 111
+    assert result.stderr.startswith(b"sniproxy: fatal: unable to write standard output")
+
+
+def test_a_mistake_of_several_lines_is_told_in_one() -> None:
+    assert "'a\\nb'" in only_line(run("a\nb"), code=100)
+
+
 def test_help_and_version_need_no_socket() -> None:
     result = run("--help")
     assert "--hashed" in result.stdout
@@ -183,6 +199,13 @@ def test_inetd_lets_go_of_the_port(hosts: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_mistake_under_inetd_has_its_exit_code(hosts: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        fd = listening.fileno()
+        process = subprocess.run([*PROGRAM, "--x"], stdin=fd, stdout=fd, stderr=fd, timeout=10)
+    assert process.returncode == 100
 
 
 def test_it_may_have_as_many_descriptors_as_the_hard_limit_says(hosts: Path) -> None:

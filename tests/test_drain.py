@@ -91,6 +91,16 @@ def test_a_second_signal_ends_the_drain(
         client.recv(1)
 
 
+def test_a_signal_at_the_very_end_changes_nothing(hosts: Path) -> None:
+    for pause in (0.0, 0.001, 0.003, 0.01, 0.03):
+        with start_daemon(hosts) as daemon:
+            daemon.signal(signal.SIGTERM)
+            daemon.wait_for_log("draining")
+            time.sleep(pause)
+            daemon.signal(signal.SIGHUP)
+            assert daemon.wait(timeout=2) == 0
+
+
 def test_a_client_in_mid_hello_may_finish_it(hosts: Path) -> None:
     with (
         start_daemon(hosts) as daemon,
@@ -185,6 +195,28 @@ def test_the_supervisor_is_told(hosts: Path, supervisor: Supervisor) -> None:
         assert supervisor.hear("STATUS=0 open, 0 served, 1") == "STATUS=0 open, 0 served, 1 refused"
         daemon.signal(signal.SIGHUP)
         assert supervisor.hear("STOPPING") == "STOPPING=1"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"NOTIFY_SOCKET": "/nonexistent/notify"},
+        {"NOTIFY_SOCKET": "nonsense"},
+        {"NOTIFY_SOCKET": "@nobody.listens", "WATCHDOG_USEC": "100"},
+    ],
+)
+def test_a_supervisor_that_is_not_there_is_no_harm(
+    hosts: Path, environment: dict[str, str]
+) -> None:
+    with start_daemon(hosts, env=environment) as daemon:
+        daemon.signal(signal.SIGHUP)
+        assert daemon.wait(timeout=2) == 0
+
+
+@pytest.mark.parametrize("time", ["-1", "0", "", "soon"])
+def test_a_watchdog_time_that_is_none(hosts: Path, supervisor: Supervisor, time: str) -> None:
+    with start_daemon(hosts, env=supervisor.environment | {"WATCHDOG_USEC": time}):
+        supervisor.hear("READY")
 
 
 def test_the_watchdog_is_kept_quiet_at_half_its_time(hosts: Path, supervisor: Supervisor) -> None:

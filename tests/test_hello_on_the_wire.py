@@ -15,7 +15,7 @@ from tests.support import hellos
 from tests.support.answers import ROWS
 from tests.support.backends import RawBackend, host_directory
 from tests.support.daemon import Daemon, start_daemon
-from tests.support.sockets import receive_all, receive_exactly
+from tests.support.sockets import receive_all, receive_exactly, reset
 
 NAME = "example.com"
 
@@ -151,10 +151,19 @@ def test_a_hello_that_fills_the_receive_buffer_is_too_large(hosts: Path) -> None
         assert receive_exactly(client, 7) == fatal(80)
 
 
+def test_many_small_segments_are_not_too_large(daemon: Daemon, backend: RawBackend) -> None:
+    # Each takes a multiple of its size in the kernel's memory, which is not how a hello is judged.
+    flight = hellos.records(hellos.hello_of_size(2000, NAME), [1])
+    with daemon.connect() as client:
+        send_in_pieces(client, list(hellos.cut(flight, [6])), pause=0.0001)
+        check_it_arrives(backend, client, flight)
+
+
 def test_a_client_that_says_nothing_and_goes_is_no_event(daemon: Daemon) -> None:
     before = len(daemon.log())
     for _ in range(3):
         daemon.connect().close()
+        reset(daemon.connect())
     with daemon.connect() as client:
         client.sendall(b"x")
         receive_all(client)

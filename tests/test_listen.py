@@ -1,13 +1,16 @@
 """sniproxy-listen: what it binds, what it refuses, and the program that it becomes."""
 
+import errno
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 
 import pytest
 
-from sniproxy.listen import parse
+from sniproxy.listen import listen, parse
 
 LISTEN = [sys.executable, "-P", "-m", "sniproxy.listen"]
 
@@ -68,6 +71,10 @@ def test_standard_input_may_have_been_closed() -> None:
         ("127.0.0.1:https", "not of the form ADDRESS:PORT"),
         ("127.0.0.1:-1", "not of the form ADDRESS:PORT"),
         ("127.0.0.1:65536", "no port is higher than 65535"),
+        ("*:443", "'*' is not a numeric IPv4 address"),
+        ("[*]:443", "'*' is not a numeric IPv6 address"),
+        ("127.1:443", "'127.1' is not a numeric IPv4 address"),
+        ("2130706433:443", "'2130706433' is not a numeric IPv4 address"),
         ("localhost:443", "'localhost' is not a numeric IPv4 address"),
         ("256.0.0.1:443", "'256.0.0.1' is not a numeric IPv4 address"),
         ("[127.0.0.1]:443", "'127.0.0.1' is not a numeric IPv6 address"),
@@ -83,7 +90,7 @@ def test_what_is_no_address_is_refused(where: str, why: str) -> None:
 
 def test_a_wrong_call_is_explained() -> None:
     assert "'nonsense'" in only_line(run("nonsense", "true"), code=100)
-    for arguments in [], [":0"], ["--unknown"], ["-x", "true"]:
+    for arguments in [], [":0"], [":0", ""], ["--unknown"], ["-x", "true"]:
         assert "usage: sniproxy-listen ADDRESS:PORT PROGRAM" in only_line(run(*arguments), code=100)
 
 
@@ -103,6 +110,32 @@ def test_an_address_of_another_machine_is_named() -> None:
 def test_a_program_that_is_not_there_is_named() -> None:
     line = only_line(run(":0", "/nonexistent/program"), code=111)
     assert line.endswith("unable to run '/nonexistent/program': No such file or directory")
+
+
+def test_a_kernel_without_ipv6_has_all_addresses_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = socket.socket
+
+    def fail(family: int, kind: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        return create(family, kind)
+
+    monkeypatch.setattr("sniproxy.listen.socket.socket", fail)
+    with listen(":0") as listening:
+        assert listening.getsockname()[0] == "0.0.0.0"
+
+
+def test_the_program_ignores_no_signal_that_we_did_not() -> None:
+    result = run("127.0.0.1:0", "grep", "SigIgn", "/proc/self/status")
+    assert int(result.stdout.split()[1], 16) & (1 << (signal.SIGPIPE - 1)) == 0
+
+
+def test_help_that_cannot_be_written() -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*LISTEN, "--help"], stdout=full, stderr=subprocess.PIPE)
+        assert result.returncode == 111
+        assert b"unable to write standard output" in result.stderr
+        assert subprocess.run([*LISTEN, "nonsense"], stderr=full).returncode == 100
 
 
 def test_help_and_version() -> None:

@@ -1,6 +1,7 @@
 """The event lines: always one line, always printable, whatever a client sent."""
 
 import os
+import select
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,27 @@ def test_a_line_that_cannot_be_written_is_dropped(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "write", lambda fd, line: write(full, line))
     Log().event("word")
     os.close(full)
+
+
+def test_a_reader_that_has_fallen_behind_is_not_waited_for() -> None:
+    reader, writer = os.pipe()
+    kept = os.dup(2)
+    os.dup2(writer, 2)
+    try:
+        log = Log()
+        for _ in range(5000):
+            log.event("word", key="x" * 100)
+    finally:
+        os.dup2(kept, 2)
+        for fd in kept, reader, writer:
+            os.close(fd)
+
+
+def test_what_a_client_says_at_length_is_cut_short(capfd: pytest.CaptureFixture[str]) -> None:
+    Log().event("word", key=b"\xff" * 60_000)
+    line = capfd.readouterr().err
+    assert line.endswith('..."\n')
+    assert len(line) < select.PIPE_BUF
 
 
 def test_syslog_is_opened_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

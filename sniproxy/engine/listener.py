@@ -163,10 +163,14 @@ class Listener:
     async def run(self) -> None:
         """Accept until closed or cancelled."""
         while self._socket is not None:
-            self._loop.watch(self._socket.fileno(), self, EPOLLIN)
-            self._watched = True
-            await self._pause.wait()
-            self._pause = trio.Event()
+            try:
+                self._loop.watch(self._socket.fileno(), self, EPOLLIN)
+            except OSError as error:  # ENOMEM, ENOSPC
+                self._report(error)
+            else:
+                self._watched = True
+                await self._pause.wait()
+                self._pause = trio.Event()
             await trio.sleep(_PAUSE)
 
     def close(self) -> None:
@@ -191,14 +195,17 @@ class Listener:
             except OSError as error:
                 if error.errno in _ONE_IS_LOST:
                     continue
-                if not self._exhausted:
-                    self._exhausted = True
-                    self._on_exhausted(error)
+                self._report(error)
                 self._unwatch()
                 self._pause.set()
                 return
             self._exhausted = False
             self._on_accept(Socket(self._family, socket.SOCK_STREAM, 0, fd), address)
+
+    def _report(self, error: OSError) -> None:
+        if not self._exhausted:
+            self._exhausted = True
+            self._on_exhausted(error)
 
     def _unwatch(self) -> None:
         if self._watched:

@@ -118,6 +118,8 @@ class EventLoop:
                     if time.monotonic() > turn_ends:
                         await trio.lowlevel.checkpoint()
                         turn_ends = time.monotonic() + _TURN
+                # Whom other tasks closed at that checkpoint: nothing more may come to wake us.
+                self._bury()
         finally:
             self._bury()
 
@@ -135,8 +137,7 @@ class EventLoop:
         # Only as many as there are now: one that asks again has its turn after new events.
         for _ in range(len(self._runnable)):
             self._tell(self._runnable.popleft(), 0)
-        if self._doomed:
-            self._bury()
+        self._bury()
 
     def _tell(self, watcher: Watcher, mask: int) -> None:
         try:

@@ -1,6 +1,7 @@
 """Telling the supervisor: sd_notify(3). Without NOTIFY_SOCKET every method does nothing."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 
 import sdnotify
@@ -17,8 +18,17 @@ class Notifier:
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        # SystemdNotifier reads NOTIFY_SOCKET by itself; made without it, it leaks a socket.
-        self._systemd = sdnotify.SystemdNotifier() if environment.get("NOTIFY_SOCKET") else None
+        self._systemd = None
+        if environment.get("NOTIFY_SOCKET"):
+            # It reads NOTIFY_SOCKET by itself; made without it, it would leak a socket. Where there
+            # is nobody at the other end it has none, and leaves the one it tried with to be found.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                systemd = sdnotify.SystemdNotifier()
+            if systemd.socket is not None:
+                # A supervisor that does not listen must not stop us.
+                systemd.socket.setblocking(False)
+                self._systemd = systemd
         self._watchdog = _watchdog_seconds(environment)
 
     def close(self) -> None:
@@ -71,6 +81,7 @@ def _watchdog_seconds(environment: Mapping[str, str]) -> float | None:
     if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     try:
-        return int(environment["WATCHDOG_USEC"]) / 1e6
+        seconds = int(environment["WATCHDOG_USEC"]) / 1e6
     except (KeyError, ValueError):
         return None
+    return seconds if seconds > 0 else None

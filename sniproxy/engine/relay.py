@@ -10,7 +10,9 @@ Everything that affects what a peer gets to see lives here. The laws:
 
 Both sockets are watched edge-triggered: an event says only that something changed. So a direction
 moves bytes until its source has none (a short read says so as well as EAGAIN does, epoll(7)), or
-its sink takes none (it is `stalled` until EPOLLOUT), or it has had its turn.
+its sink takes none (it is `stalled` until EPOLLOUT), or it has had its turn. Reads are short at
+urgent data, too, which TLS does not know and a stream of bytes can't carry: it is answered with a
+reset.
 
 Two gears. Small traffic is copied through one buffer that all share: two calls for each message.
 A source that fills the buffer again and again is spliced through a pipe instead, so that the bytes
@@ -22,13 +24,14 @@ import os
 import struct
 from _socket import MSG_DONTWAIT, SHUT_WR, SO_LINGER, SOL_SOCKET, socket
 from collections.abc import Callable
-from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import Pipe, PipePool
 
-READ_EVENTS = EPOLLIN | EPOLLRDHUP | EPOLLET
+READ_EVENTS = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
 _READ_WRITE_EVENTS = READ_EVENTS | EPOLLOUT
+_ENDING = EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR
 
 # The shared buffer: four full TLS records (16 KiB), two of the largest pieces that a Unix socket
 # takes (32 KiB), and small enough to stay in the processor's cache between recv and send.
@@ -45,6 +48,9 @@ _HIGH_GEAR = 2
 _FULL_CREDIT = _HIGH_GEAR + 4
 
 _SPLICE_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+
+# What splice(2) says where it is not to be had: these sockets can't, or a sandbox forbids it.
+_NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
 # struct linger {1, 0}: close(2) sends a reset and drops what was not sent, socket(7).
 LINGER_0 = struct.pack("ii", 1, 0)
@@ -111,6 +117,7 @@ class _Flow:
 
     __slots__ = (
         "back",
+        "broken",
         "credit",
         "ended",
         "ending",
@@ -141,6 +148,7 @@ class _Flow:
         self.stalled = False  # the sink takes nothing until EPOLLOUT
         self.ending = False  # an end or an error stands behind the last byte of the source
         self.ended = False  # the end has been passed on
+        self.broken = False  # the source has an error, which may come up behind its last bytes
         self.gone = False  # the source is closed for both directions: it will not read either
         self.write_watched = False  # EPOLLOUT is asked for on the *source*, for `back`'s sake
 
@@ -154,16 +162,16 @@ class _Flow:
             back.pump()
             if self.back is None or events == EPOLLOUT:
                 return
-        if events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        if events & _ENDING:
             self.ending = True
-            if events & EPOLLHUP:
-                self.gone = True
-            if events & EPOLLERR and (self.ended or self.stalled):
+            self.gone = self.gone or bool(events & EPOLLHUP)
+            self.broken = self.broken or bool(events & EPOLLERR)
+            if events & EPOLLPRI or (self.broken and (self.ended or self.stalled)):
                 # No read will bring the error up soon, and it is not to wait.
                 self.abort()
             elif self.gone and self.ended:
                 self._finish()
-        if not (self.stalled or self.ended):
+        if not (self.stalled or self.ended or self.back is None):
             self.pump()
 
     def abort(self) -> None:
@@ -237,7 +245,7 @@ class _Flow:
                 except BlockingIOError:
                     break
                 except OSError as error:
-                    if error.errno != errno.EINVAL:
+                    if error.errno not in _NO_SPLICE:
                         return self.abort()
                     self.relay.can_splice = False
                     self.relay.loop.soon(self)
@@ -250,7 +258,7 @@ class _Flow:
             except BlockingIOError:
                 return self._stall()
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _NO_SPLICE:
                     return self._sink_failed()
                 self.relay.can_splice = False
                 self.pending = os.read(pipe.read_end, self.piped)
@@ -280,9 +288,12 @@ class _Flow:
         return True
 
     def _stall(self) -> None:
-        self.stalled = True
         back = self.back
         assert back is not None
+        if self.broken:
+            # The source was reset, and that is not to wait for the sink.
+            return self.abort()
+        self.stalled = True
         if not back.write_watched:
             # Asked for at the first stall only: a Unix socket tells with every read of its peer
             # that it is writable, and most connections never want to know.
@@ -316,6 +327,7 @@ class _Flow:
         # It may have spoken before it went: one that refuses an upload says why in its last words.
         # What can be passed on at once is.
         self.stalled = True
+        self.pending = b""  # whatever it was: something is lost
         back = self.back
         assert back is not None
         if not (back.stalled or back.ended):

@@ -18,6 +18,10 @@ class Signals:
     async def receive(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Receive until cancelled; once started, no signal is lost or kills the process."""
         wanted = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+        for each in wanted:
+            # What they are set back to in the end: one more signal while the process exits is too
+            # late to mean anything, and not to be taken for what it died of.
+            signal.signal(each, signal.SIG_IGN)
         with trio.open_signal_receiver(*wanted) as received:
             task_status.started()
             async for number in received:

@@ -119,6 +119,27 @@ async def test_when_nothing_is_left_it_pauses_and_says_so_once(
 
 
 @trio_test
+async def test_when_it_cannot_be_watched_it_is_tried_again(
+    clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench() as it:
+        watch = it.loop.watch
+        failures = [errno.ENOMEM, errno.ENOSPC]
+
+        def fail(fd: int, watcher: Listener, events: int) -> None:
+            if failures:
+                number = failures.pop()
+                raise OSError(number, os.strerror(number))
+            watch(fd, watcher, events)
+
+        monkeypatch.setattr(it.loop, "watch", fail)
+        it.connect()
+        await trio.sleep(1)
+        assert it.exhausted == [errno.ENOSPC]
+        assert len(it.accepted) == 1
+
+
+@trio_test
 async def test_closing_takes_along_who_is_in_the_queue(clock: MockClock) -> None:
     async with bench() as it:
         it.connect(100)

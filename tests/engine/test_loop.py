@@ -106,6 +106,38 @@ async def test_a_closed_socket_is_told_nothing_in_the_same_turn() -> None:
 
 
 @trio_test
+async def test_whom_a_task_closes_in_the_middle_of_a_turn_is_closed() -> None:
+    # At the checkpoint that a turn ends with, other tasks run, and the loop is awake already.
+    loop = EventLoop(lambda error: None)
+    near, far = socket.socketpair()
+    plain = _socket.socket(near.family, near.type, 0, near.detach())
+    asleep = trio.Event()
+
+    class Busy(Recorder):
+        def on_event(self, events: int) -> None:
+            super().on_event(events)
+            if asleep.is_set():
+                return
+            loop.soon(self)
+
+    async def close() -> None:
+        await until(busy, 1000)
+        asleep.set()
+        loop.close(plain)
+
+    busy = Busy()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        loop.soon(busy)
+        nursery.start_soon(close)
+        with trio.fail_after(5):
+            assert await trio.socket.from_stdlib_socket(far).recv(1) == b""
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    far.close()
+
+
+@trio_test
 async def test_a_task_may_ask_for_a_turn_or_close_while_the_loop_sleeps() -> None:
     loop = EventLoop(lambda error: None)
     recorder = Recorder()

@@ -124,13 +124,14 @@ class Splices:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self.fail_at: int | None = None
+        self.failure = 0
         self._splice = os.splice
         patch.setattr(os, "splice", self._counted)
 
     def _counted(self, source: int, sink: int, size: int, *, flags: int) -> int:
         self.count += 1
         if self.count == self.fail_at:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            raise OSError(self.failure, os.strerror(self.failure))
         return self._splice(source, sink, size, flags=flags)
 
 
@@ -178,9 +179,10 @@ async def test_without_pipes_it_copies(splices: Splices) -> None:
 
 # The first splice fills a pipe, the second empties it. Twice, for either way to start with.
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EPERM])
 @trio_test
-async def test_where_splice_says_einval_it_copies(splices: Splices, call: int) -> None:
-    splices.fail_at = call
+async def test_where_there_is_no_splice_it_copies(splices: Splices, number: int, call: int) -> None:
+    splices.fail_at, splices.failure = call, number
     async with bench() as it:
         await check_both_ways(*it.join())
         assert call <= splices.count <= call + 1  # the other way may be at it already
@@ -342,6 +344,33 @@ async def test_a_reset_in_mid_stream_takes_the_stalled_other_way_along() -> None
         await it.all_ended()
         with pytest.raises(trio.BrokenResourceError):
             await backend.send_all(b"x")
+
+
+@trio_test
+async def test_a_reset_behind_bytes_that_nobody_takes_is_passed_on_at_once() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        with trio.move_on_after(0.05):
+            await client.send_all(bytes(64 << 20))
+        # The relay is busy, and sees the last bytes and the reset together.
+        await backend.receive_some(1 << 20)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        await client.aclose()
+        await it.all_ended()
+
+
+@trio_test
+async def test_urgent_data_is_answered_with_a_reset(splices: Splices) -> None:
+    # It has no place in a stream of bytes, and nothing behind it may be lost in silence.
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(b"before")
+        assert await backend.receive_some() == b"before"
+        await client.socket.send(b"!", socket.MSG_OOB)
+        await it.all_ended()
+        with pytest.raises(trio.BrokenResourceError):
+            await client.receive_some()
+        assert await backend.receive_some() == b""
 
 
 @trio_test
