@@ -2,10 +2,10 @@
 
 usage: python bench/parse.py [FILE...]
 
-Each FILE is the first flight of a client, as recorded by tests/support/recorder.py; without any, all
-recordings are read. From a new reader to the name in its canonical form, as the daemon does it for
-every connection. Best and median of the rounds: the best is what the code costs, the median what
-the machine made of it.
+Each FILE is the first flight of a client, as recorded by tests/support/recorder.py; without any,
+all recordings are read. From a new reader to the name in its canonical form, as the daemon does it
+for every connection. Best and median of the rounds: the best is what the code costs, the median
+what the machine made of it.
 """
 
 import sys
