@@ -76,7 +76,8 @@ def _unicode_label(label: str) -> str:
 def _decode(a_label: str) -> str:
     try:
         decoded = a_label.removeprefix(_ACE_PREFIX).encode("ascii").decode("punycode")
-    except UnicodeError as error:
+    except (UnicodeError, OverflowError) as error:
+        # Python 3.13 reports where the error is, and overflows if that is far beyond the label.
         raise InvalidHostname(f"the label {a_label!a} is not valid Punycode") from error
     # RFC 5890 §2.3.2.1 calls these "fake A-labels": they would be second names for one host.
     if decoded.isascii():

@@ -79,7 +79,7 @@ def test_one_refused_name_stops_them_all_and_each_is_told() -> None:
     done = command("example.com", "a_b", "example.org", "--", "-a.example")
     assert (done.returncode, done.stdout) == (1, b"")
     first, second = done.stderr.decode().splitlines()
-    assert first.startswith("sniproxy-hostname: 'a_b': ")
+    assert first == "sniproxy-hostname: 'a_b': '_' is none of a-z, 0-9 and the hyphen"
     assert second == "sniproxy-hostname: '-a.example': the label '-a' begins with a hyphen"
 
 
@@ -152,6 +152,11 @@ def test_both_kinds_keep_their_order() -> None:
     assert command("a", "-", "z", typed=b"m\nn\n").stdout == b"a\nm\nn\nz\n"
 
 
+def test_standard_input_may_be_asked_for_twice() -> None:
+    done = command("-", "a", "-", typed=b"m\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"m\na\n", b"")
+
+
 # --- called wrongly
 
 
@@ -173,11 +178,23 @@ def test_wrong_usage(arguments: list[str], message: str, capfd: pytest.CaptureFi
     assert ran.err == f"sniproxy-hostname: fatal: {message} {usage}\n"
 
 
+HELP = """\
+usage: sniproxy-hostname [--hashed] NAME...
+
+Print the name of the directory that sniproxy opens for each NAME, one a line.
+The NAME - stands for the names on standard input, one a line, in UTF-8.
+
+  --hashed    the names that sniproxy --hashed opens: BLAKE3 as 64 hex digits
+  --help      print this
+  --version   print the version
+"""
+
+
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(option: str, capfd: pytest.CaptureFixture[str]) -> None:
     ran = Outcome(main([option]), capfd)
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.startswith("usage: sniproxy-hostname [--hashed] NAME...\n")
+    assert ran.out == HELP
 
 
 def test_version(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +219,11 @@ def test_the_arguments_are_those_of_the_process(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sniproxy-hostname", "A"])
     assert Outcome(main(), capfd).out == "a\n"
+
+
+def test_the_caller_keeps_its_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    assert [main(["a"]), main(["b"])] == [0, 0]
+    assert capfd.readouterr().out == "a\nb\n"
 
 
 # --- the system fails

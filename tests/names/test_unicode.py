@@ -15,6 +15,10 @@ from hypothesis import strategies as st
 from sniproxy_hostname import Hostname, InvalidHostname
 from sniproxy_hostname._unicode import from_unicode
 
+EMPTY_LABEL = "a label is empty: the name begins with a dot, or two dots meet"
+LONGEST_NAME = ".".join(["a" * 63] * 3 + ["a" * 61])
+NUMBER = "the last label is a number, as in an IPv4 address, and an address is not a hostname"
+
 
 @pytest.mark.parametrize(
     ("typed", "name"),
@@ -36,6 +40,9 @@ from sniproxy_hostname._unicode import from_unicode
         pytest.param("क्\u200dष.example", "xn--11b2ezcw70k.example", id="joiner after virama"),
         pytest.param("نامه\u200cای.com", "xn--mgba3gch31f060k.com", id="non-joiner, Persian"),
         pytest.param("א1.example", "xn--1-zhc.example", id="right to left"),
+        pytest.param("א.", "xn--4db", id="right to left and a trailing dot"),
+        pytest.param("\u00ad" * 1023 + "a", "a", id="1024 characters that mean one"),
+        pytest.param(LONGEST_NAME + ".", LONGEST_NAME, id="253 bytes and a dot"),
     ],
 )
 def test_accepted(typed: str, name: str) -> None:
@@ -48,60 +55,137 @@ def test_accepted(typed: str, name: str) -> None:
         # What Hostname refuses is refused after mapping too.
         pytest.param("", "the name is empty", id="empty"),
         pytest.param("\u00ad", "the name is empty", id="nothing but a soft hyphen"),
-        pytest.param("a。。b", "a label is empty", id="dots meet"),
-        pytest.param("example。.", "a label is empty", id="two trailing dots"),
-        pytest.param("a_b.example", "'_' is none of", id="underscore"),
-        pytest.param("ß_.example", "'_' is none of", id="underscore beside Unicode"),
-        pytest.param("ａ／ｂ", "'/' is none of", id="fullwidth slash"),
-        pytest.param("℀", "'/' is none of", id="a slash made by mapping"),
-        pytest.param("a b", "' ' is none of", id="space"),
-        pytest.param("a\u00a0b", "' ' is none of", id="a space made by mapping"),
-        pytest.param("１２７.0.0.1", "the last label is a number", id="fullwidth IPv4"),
-        pytest.param("a" * 64, "is 64 bytes long", id="a label of 64"),
-        pytest.param("ä" * 60, "is 66 bytes long", id="a label of 60, in Punycode"),
+        pytest.param("a。。b", EMPTY_LABEL, id="dots meet"),
+        pytest.param("example。.", EMPTY_LABEL, id="two trailing dots"),
+        pytest.param("a_b.example", "'_' is none of a-z, 0-9 and the hyphen", id="underscore"),
+        pytest.param(
+            "ß_.example", "'_' is none of a-z, 0-9 and the hyphen", id="underscore beside Unicode"
+        ),
+        pytest.param("ａ／ｂ", "'/' is none of a-z, 0-9 and the hyphen", id="fullwidth slash"),
+        pytest.param("℀", "'/' is none of a-z, 0-9 and the hyphen", id="a slash made by mapping"),
+        pytest.param("a b", "' ' is none of a-z, 0-9 and the hyphen", id="space"),
+        pytest.param(
+            "a\u00a0b", "' ' is none of a-z, 0-9 and the hyphen", id="a space made by mapping"
+        ),
+        pytest.param("１２７.0.0.1", NUMBER, id="fullwidth IPv4"),
+        pytest.param(
+            "a" * 64,
+            f"the label '{'a' * 64}' is 64 bytes long, and 63 is the most",
+            id="a label of 64",
+        ),
+        pytest.param(
+            "ä" * 60,
+            f"the label 'xn--4c{'a' * 60}' is 66 bytes long, and 63 is the most",
+            id="a label of 60, in Punycode",
+        ),
         # Punycode.
-        pytest.param("xn--", "no character that needs Punycode", id="A-label of nothing"),
-        pytest.param("xn--abc-", "no character that needs Punycode", id="A-label of ASCII"),
-        pytest.param("xn--0", "not valid Punycode", id="Punycode that ends too soon"),
-        pytest.param("xn--ß", "not valid Punycode", id="Punycode in Unicode"),
-        pytest.param("xn---bbk", "does not encode back", id="second spelling of xn--bbk"),
-        pytest.param("xn--a", "U+0080 not allowed", id="A-label of a control character"),
-        pytest.param("xn--ib9b", "U+D800 not allowed", id="A-label of a surrogate"),
-        pytest.param("xn--kkg", "mapped and normalised", id="A-label of a capital"),
-        pytest.param("xn--ux-uub", "mapped and normalised", id="A-label not in NFC"),
-        pytest.param("xn--a-wbb", "combining character", id="A-label with a mark first"),
-        pytest.param("xn--1ch", r"'\u2260' is not allowed", id="A-label of ≠"),
-        pytest.param("xn----qfa", "begins or ends with a hyphen", id="A-label of -ß"),
-        pytest.param("xn--xn---epa", "begins with xn-- again", id="A-label of an A-label"),
+        pytest.param(
+            "xn--", "the label 'xn--' has no character that needs Punycode", id="A-label of nothing"
+        ),
+        pytest.param(
+            "xn--abc-",
+            "the label 'xn--abc-' has no character that needs Punycode",
+            id="A-label of ASCII",
+        ),
+        pytest.param(
+            "xn--0", "the label 'xn--0' is not valid Punycode", id="Punycode that ends too soon"
+        ),
+        pytest.param(
+            "xn--ß", r"the label 'xn--\xdf' is not valid Punycode", id="Punycode in Unicode"
+        ),
+        pytest.param(
+            "xn---bbk",
+            "the label 'xn---bbk' does not encode back to itself",
+            id="second spelling of xn--bbk",
+        ),
+        pytest.param(
+            "xn--kkg",
+            r"the label '\u1e9e' is not in its mapped and normalised form",
+            id="A-label of a capital",
+        ),
+        pytest.param(
+            "xn--ux-uub",
+            r"the label 'u\u0308x' is not in its mapped and normalised form",
+            id="A-label not in NFC",
+        ),
+        pytest.param("xn--1ch", r"'\u2260' is not allowed in a hostname", id="A-label of ≠"),
+        pytest.param(
+            "xn----qfa", r"the label '-\xdf' begins or ends with a hyphen", id="A-label of -ß"
+        ),
+        pytest.param(
+            "xn--xn---epa",
+            r"the label 'xn--\xe9' was decoded, and begins with xn-- again",
+            id="A-label of an A-label",
+        ),
         # Characters and their order.
-        pytest.param("-ß", "begins or ends with a hyphen", id="hyphen first"),
-        pytest.param("ß-", "begins or ends with a hyphen", id="hyphen last"),
-        pytest.param("\u0301a", "combining character", id="mark first"),
-        pytest.param("\ud800", "U+D800 not allowed", id="surrogate"),
-        pytest.param("ß\0", r"'\x00' is none of", id="NUL"),
-        pytest.param("a\u2024b", "U+2024 not allowed", id="one dot leader"),
-        pytest.param("≠", r"'\u2260' is not allowed", id="≠"),
-        pytest.param("≮", r"'\u226e' is not allowed", id="≮"),
-        pytest.param("≯", r"'\u226f' is not allowed", id="≯"),
-        pytest.param("=\u0338", r"'\u2260' is not allowed", id="≠ in two parts"),
-        pytest.param("a\u200db", "joins nothing", id="joiner between letters"),
-        pytest.param("a\u200cb", "joins nothing", id="non-joiner between letters"),
-        pytest.param("👩\u200d💻", "joins nothing", id="joiner between emoji"),
-        pytest.param("\U00017000\u200d", "joins nothing", id="joiner after Tangut"),
-        # Right to left.
-        pytest.param("אa.example", "direction", id="both directions in a label"),
-        pytest.param("1a.א", "First codepoint", id="digit first beside Hebrew"),
-        pytest.param("1a.xn--4db", "First codepoint", id="digit first beside Hebrew's A-label"),
+        pytest.param("-ß", r"the label '-\xdf' begins or ends with a hyphen", id="hyphen first"),
+        pytest.param("ß-", r"the label '\xdf-' begins or ends with a hyphen", id="hyphen last"),
+        pytest.param("ß\0", r"'\x00' is none of a-z, 0-9 and the hyphen", id="NUL"),
+        pytest.param("≠", r"'\u2260' is not allowed in a hostname", id="≠"),
+        pytest.param("≮", r"'\u226e' is not allowed in a hostname", id="≮"),
+        pytest.param("≯", r"'\u226f' is not allowed in a hostname", id="≯"),
+        pytest.param("=\u0338", r"'\u2260' is not allowed in a hostname", id="≠ in two parts"),
+        pytest.param(
+            "a\u200db",
+            r"'\u200d' joins nothing at its place in 'a\u200db'",
+            id="joiner between letters",
+        ),
+        pytest.param(
+            "a\u200cb",
+            r"'\u200c' joins nothing at its place in 'a\u200cb'",
+            id="non-joiner between letters",
+        ),
+        pytest.param(
+            "👩\u200d💻",
+            r"'\u200d' joins nothing at its place in '\U0001f469\u200d\U0001f4bb'",
+            id="joiner between emoji",
+        ),
+        pytest.param(
+            "\U00017000\u200d",
+            r"'\u200d' joins nothing at its place in '\U00017000\u200d'",
+            id="joiner after Tangut",
+        ),
         # Length.
-        pytest.param(".".join(["a" * 63] * 4), "longer than 253 bytes", id="255 characters"),
-        pytest.param("\ufdfa" * 100, "longer than 253 bytes", id="mapping makes it long"),
-        pytest.param("a" * 1025, "1025 characters long", id="more than anyone types"),
+        pytest.param(
+            ".".join(["a" * 63] * 4), "the name is longer than 253 bytes", id="255 characters"
+        ),
+        pytest.param(
+            "\ufdfa" * 100, "the name is longer than 253 bytes", id="mapping makes it long"
+        ),
+        pytest.param(
+            "a" * 1025,
+            "the name is 1025 characters long, far more than any name",
+            id="more than anyone types",
+        ),
     ],
 )
 def test_refused(typed: str, reason: str) -> None:
     with pytest.raises(InvalidHostname) as caught:
         from_unicode(typed)
+    assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("typed", "reason"),
+    [
+        pytest.param("xn--a", "U+0080 not allowed", id="A-label of a control character"),
+        pytest.param("xn--ib9b", "U+D800 not allowed", id="A-label of a surrogate"),
+        pytest.param("xn--a-wbb", "combining character", id="A-label with a mark first"),
+        pytest.param("\u0301a", "combining character", id="mark first"),
+        pytest.param("\ud800", "U+D800 not allowed", id="surrogate"),
+        pytest.param("a\u2024b", "U+2024 not allowed", id="one dot leader"),
+        pytest.param("אa.example", "direction", id="both directions in a label"),
+        pytest.param("1a.א", "First codepoint", id="digit first beside Hebrew"),
+        pytest.param("1a.xn--4db", "First codepoint", id="digit first beside Hebrew's A-label"),
+        pytest.param("1a.ا", "First codepoint", id="digit first beside Arabic"),
+        pytest.param("١.example", "First codepoint", id="Arabic digit first"),
+    ],
+)
+def test_refused_by_idna_in_its_own_words(typed: str, reason: str) -> None:
+    with pytest.raises(InvalidHostname) as caught:
+        from_unicode(typed)
     assert reason in str(caught.value)
+    assert isinstance(caught.value.__cause__, idna.IDNAError)
 
 
 def test_a_digit_may_begin_a_label_where_nothing_runs_right_to_left() -> None:
@@ -121,8 +205,10 @@ def too_new_for_python() -> str | None:
 def test_a_character_unknown_to_python_is_refused() -> None:
     if (character := too_new_for_python()) is None:
         pytest.skip("this Python knows every character that idna knows")
-    with pytest.raises(InvalidHostname, match="is unknown to Unicode"):
+    with pytest.raises(InvalidHostname) as caught:
         from_unicode(character)
+    version = unicodedata.unidata_version
+    assert str(caught.value) == f"{character!a} is unknown to Unicode {version}, this Python's"
 
 
 # A name from random characters is nearly always refused for its first odd one. So: few

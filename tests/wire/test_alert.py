@@ -27,6 +27,7 @@ def test_an_error_carries_its_answer_and_speaks() -> None:
     error = HelloError(Alert.DECODE_ERROR, Reason.EMPTY_RECORD, "a record of 0 bytes")
     assert (error.alert, error.reason) == (50, "empty_record")
     assert str(error) == error.detail == "a record of 0 bytes"
+    assert error.args == (error.alert, error.reason, error.detail)
     assert str(HelloError(Alert.DECODE_ERROR, Reason.EMPTY_RECORD)) == "empty record"
 
 

@@ -37,6 +37,7 @@ READABLE = [
     case("a name with no last byte to spare", client_hello([A], session_id=b""), NAMED),
     case("legacy_version is ignored", client_hello([A], legacy_version=0xFFFF), NAMED),
     case("longest session_id", client_hello([A], session_id=bytes(32)), NAMED),
+    case("one cipher suite", client_hello([A], cipher_suites=b"\x13\x01"), NAMED),
     case("most cipher suites", client_hello([A], cipher_suites=bytes(2**16 - 2)), NAMED),
     case("most compression", client_hello([A], compression_methods=bytes(255)), NAMED),
     case("GREASE", client_hello([extension(GREASE), A, extension(GREASE, b"\0")]), NAMED),
@@ -57,6 +58,8 @@ READABLE = [
         client_hello([hellos.alpn("h2", "x" * 255)]),
         ClientHello(None, (b"h2", b"x" * 255)),
     ),
+    case("one protocol", client_hello([hellos.alpn("h")]), ClientHello(None, (b"h",))),
+    case("TLS 1.3", client_hello([supported_versions(TLS13)]), ClientHello(offers_tls13=True)),
     case(
         "TLS 1.3 among others",
         client_hello([supported_versions(GREASE, TLS12, TLS13)]),
@@ -75,56 +78,196 @@ READABLE = [
 ]
 
 DECODE_ERRORS = [
-    case("nothing", b""),
-    case("random too short", client_hello()[:33]),
-    case("session_id of 33", client_hello([A], session_id=bytes(33))),
-    case("odd cipher suites", client_hello([A], cipher_suites=b"\x13\x01\x00")),
-    case("no cipher suites", client_hello([A], cipher_suites=b"")),
-    case("no compression method", client_hello([A], compression_methods=b"")),
-    case("one byte of an extensions block", client_hello(None, trailing=b"\0")),
-    case("bytes behind the extensions", client_hello([A], trailing=b"\0")),
-    case("extensions block one short", client_hello([A], extensions_length=len(A) - 1)),
-    case("extensions block one over", client_hello([A], extensions_length=len(A) + 1)),
-    case("half an extension header", client_hello([A, b"\0\1\0"])),
-    case("extension overruns", client_hello([A, extension(99, b"ab", length=3)])),
-    case("server_name without a list", client_hello([extension(SERVER_NAME)])),
-    case("server_name list empty", client_hello([server_name()])),
-    case("server_name list short", client_hello([server_name("ab", length=4)])),
-    case("server_name list over", client_hello([server_name("ab", length=6)])),
+    case("nothing", b"", "ClientHello ends 34 bytes too early"),
+    case("random too short", client_hello()[:33], "ClientHello ends 1 bytes too early"),
     case(
-        "server_name with leftovers", client_hello([extension(0, vector16(name_entry("a")) + b"!")])
+        "session_id of 33",
+        client_hello([A], session_id=bytes(33)),
+        "legacy_session_id of 33 bytes, not 0 to 32",
     ),
-    case("host_name empty", client_hello([server_name("")])),
-    case("host_name overruns", client_hello([server_name(name_entry("ab", length=3))])),
-    case("host_name leaves a byte", client_hello([server_name(name_entry("ab", length=1))])),
-    case("unknown name overruns", client_hello([server_name(name_entry("ab", 7, length=3))])),
-    case("name type alone", client_hello([server_name(b"\0")])),
-    case("ALPN empty", client_hello([extension(ALPN)])),
-    case("ALPN list empty", client_hello([extension(ALPN, vector16(b""))])),
-    case("ALPN list too short", client_hello([extension(ALPN, vector16(b"\0"))])),
-    case("ALPN name empty", client_hello([extension(ALPN, vector16(vector8(b"h2") + b"\0"))])),
-    case("ALPN name overruns", client_hello([extension(ALPN, vector16(vector8(b"h2", 3)))])),
-    case("ALPN with leftovers", client_hello([extension(ALPN, vector16(vector8(b"h2")) + b"!")])),
-    case("versions empty", client_hello([supported_versions()])),
-    case("versions missing", client_hello([extension(SUPPORTED_VERSIONS)])),
-    case("versions odd", client_hello([extension(SUPPORTED_VERSIONS, vector8(b"\3\4\3"))])),
-    case("versions overrun", client_hello([extension(SUPPORTED_VERSIONS, vector8(u16(TLS13), 4))])),
+    case(
+        "odd cipher suites",
+        client_hello([A], cipher_suites=b"\x13\x01\x00"),
+        "odd length of cipher_suites",
+    ),
+    case(
+        "no cipher suites",
+        client_hello([A], cipher_suites=b""),
+        "cipher_suites of 0 bytes, not 2 to 65535",
+    ),
+    case(
+        "no compression method",
+        client_hello([A], compression_methods=b""),
+        "legacy_compression_methods of 0 bytes, not 1 to 255",
+    ),
+    case(
+        "one byte of an extensions block",
+        client_hello(None, trailing=b"\0"),
+        "ClientHello ends before extensions",
+    ),
+    case(
+        "bytes behind the extensions",
+        client_hello([A], trailing=b"\0"),
+        "1 bytes left over in ClientHello",
+    ),
+    case(
+        "extensions block one short",
+        client_hello([A], extensions_length=len(A) - 1),
+        "1 bytes left over in ClientHello",
+    ),
+    case(
+        "extensions block one over",
+        client_hello([A], extensions_length=len(A) + 1),
+        "ClientHello ends 1 bytes too early",
+    ),
+    case(
+        "half an extension header",
+        client_hello([A, b"\0\1\0"]),
+        "extensions ends inside an extension",
+    ),
+    case(
+        "extension overruns",
+        client_hello([A, extension(99, b"ab", length=3)]),
+        "extensions ends inside an extension",
+    ),
+    case(
+        "server_name without a list",
+        client_hello([extension(SERVER_NAME)]),
+        "server_name ends before server_name_list",
+    ),
+    case(
+        "server_name list empty",
+        client_hello([server_name()]),
+        "server_name_list of 0 bytes, not 1 to 65535",
+    ),
+    case(
+        "server_name list short",
+        client_hello([server_name("ab", length=4)]),
+        "1 bytes left over in server_name",
+    ),
+    case(
+        "server_name list over",
+        client_hello([server_name("ab", length=6)]),
+        "server_name ends 1 bytes too early",
+    ),
+    case(
+        "server_name with leftovers",
+        client_hello([extension(SERVER_NAME, vector16(name_entry("a")) + b"!")]),
+        "1 bytes left over in server_name",
+    ),
+    case(
+        "host_name empty",
+        client_hello([server_name("")]),
+        "host_name of 0 bytes, not 1 to 65535",
+    ),
+    case(
+        "host_name overruns",
+        client_hello([server_name(name_entry("ab", length=3))]),
+        "server_name_list ends 1 bytes too early",
+    ),
+    case(
+        "host_name leaves a byte",
+        client_hello([server_name(name_entry("ab", length=1))]),
+        "server_name_list ends before name",
+    ),
+    case(
+        "unknown name overruns",
+        client_hello([server_name(name_entry("ab", 7, length=3))]),
+        "server_name_list ends 1 bytes too early",
+    ),
+    case(
+        "name type alone",
+        client_hello([server_name(b"\0")]),
+        "server_name_list ends before host_name",
+    ),
+    case(
+        "ALPN empty",
+        client_hello([extension(ALPN)]),
+        "application_layer_protocol_negotiation ends before protocol_name_list",
+    ),
+    case(
+        "ALPN list empty",
+        client_hello([extension(ALPN, vector16(b""))]),
+        "protocol_name_list of 0 bytes, not 2 to 65535",
+    ),
+    case(
+        "ALPN list too short",
+        client_hello([extension(ALPN, vector16(b"\0"))]),
+        "protocol_name_list of 1 bytes, not 2 to 65535",
+    ),
+    case(
+        "ALPN name empty",
+        client_hello([extension(ALPN, vector16(vector8(b"h2") + b"\0"))]),
+        "a protocol_name is empty, or longer than its list",
+    ),
+    case(
+        "ALPN name overruns",
+        client_hello([extension(ALPN, vector16(vector8(b"h2", 3)))]),
+        "a protocol_name is empty, or longer than its list",
+    ),
+    case(
+        "ALPN with leftovers",
+        client_hello([extension(ALPN, vector16(vector8(b"h2")) + b"!")]),
+        "1 bytes left over in application_layer_protocol_negotiation",
+    ),
+    case(
+        "versions empty",
+        client_hello([supported_versions()]),
+        "versions of 0 bytes, not 2 to 255",
+    ),
+    case(
+        "versions missing",
+        client_hello([extension(SUPPORTED_VERSIONS)]),
+        "supported_versions ends before versions",
+    ),
+    case(
+        "versions odd",
+        client_hello([extension(SUPPORTED_VERSIONS, vector8(b"\3\4\3"))]),
+        "odd length of versions",
+    ),
+    case(
+        "versions overrun",
+        client_hello([extension(SUPPORTED_VERSIONS, vector8(u16(TLS13), 4))]),
+        "supported_versions ends 2 bytes too early",
+    ),
     case(
         "versions leftover",
         client_hello([extension(SUPPORTED_VERSIONS, vector8(u16(TLS13)) + b"!")]),
+        "1 bytes left over in supported_versions",
     ),
 ]
 
 DUPLICATES = [
-    case("server_name", client_hello([A, extension(99), A]), Reason.DUPLICATE_EXTENSION),
-    case("host_name", client_hello([server_name("a", "a")]), Reason.DUPLICATE_NAME),
+    case(
+        "server_name",
+        client_hello([A, extension(99), A]),
+        Reason.DUPLICATE_EXTENSION,
+        "two extensions server_name",
+    ),
+    case(
+        "host_name",
+        client_hello([server_name("a", "a")]),
+        Reason.DUPLICATE_NAME,
+        "two entries host_name",
+    ),
     case(
         "host_name around another type",
         client_hello([server_name("a", name_entry("x", 7), "b")]),
         Reason.DUPLICATE_NAME,
+        "two entries host_name",
     ),
-    case("ALPN", client_hello([hellos.alpn("h2")] * 2), Reason.DUPLICATE_EXTENSION),
-    case("versions", client_hello([supported_versions(TLS13)] * 2), Reason.DUPLICATE_EXTENSION),
+    case(
+        "ALPN",
+        client_hello([hellos.alpn("h2")] * 2),
+        Reason.DUPLICATE_EXTENSION,
+        "two extensions application_layer_protocol_negotiation",
+    ),
+    case(
+        "versions",
+        client_hello([supported_versions(TLS13)] * 2),
+        Reason.DUPLICATE_EXTENSION,
+        "two extensions supported_versions",
+    ),
 ]
 
 
@@ -134,18 +277,20 @@ def test_what_can_be_read(body: bytes, expected: ClientHello) -> None:
     assert parse_client_hello(memoryview(body)) == expected
 
 
-@pytest.mark.parametrize("body", DECODE_ERRORS)
-def test_decode_error(body: bytes) -> None:
+@pytest.mark.parametrize(("body", "detail"), DECODE_ERRORS)
+def test_decode_error(body: bytes, detail: str) -> None:
     with pytest.raises(HelloError) as caught:
         parse_client_hello(body)
     assert (caught.value.alert, caught.value.reason) == (Alert.DECODE_ERROR, Reason.MALFORMED_HELLO)
+    assert str(caught.value) == detail
 
 
-@pytest.mark.parametrize(("body", "reason"), DUPLICATES)
-def test_illegal_parameter(body: bytes, reason: Reason) -> None:
+@pytest.mark.parametrize(("body", "reason", "detail"), DUPLICATES)
+def test_illegal_parameter(body: bytes, reason: Reason, detail: str) -> None:
     with pytest.raises(HelloError) as caught:
         parse_client_hello(body)
     assert (caught.value.alert, caught.value.reason) == (Alert.ILLEGAL_PARAMETER, reason)
+    assert str(caught.value) == detail
 
 
 def test_a_hello_cut_anywhere_is_an_error_but_where_the_extensions_are_optional() -> None:
@@ -178,6 +323,7 @@ def test_a_required_name_that_is_not_there(hello: ClientHello, alert: Alert) -> 
     with pytest.raises(HelloError) as caught:
         hello.required_server_name()
     assert (caught.value.alert, caught.value.reason) == (alert, Reason.NO_SERVER_NAME)
+    assert str(caught.value) == "no host_name in the ClientHello"
 
 
 def test_a_required_name_that_is_there() -> None:

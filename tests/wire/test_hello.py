@@ -188,6 +188,37 @@ def test_a_refusal_and_its_moment(stream: bytes, at: int, alert: int, reason: st
     assert whole(stream[: at - 1]) is None
 
 
+@pytest.mark.parametrize(
+    ("stream", "detail"),
+    [
+        case(
+            "handshake type",
+            record(b"\2\0\0\0"),
+            "handshake message of type 2, not client_hello",
+        ),
+        case(
+            "message too large",
+            record(handshake(b"", length=MAX_HANDSHAKE + 1)),
+            "message of 65537 bytes, more than 65536",
+        ),
+        case(
+            "largest length there is",
+            record(handshake(b"", length=0xFFFFFF)),
+            "message of 16777215 bytes, more than 65536",
+        ),
+        case(
+            "too many headers",
+            records(hellos.hello_of_size(60_000), [1]),
+            "hello of 98309 bytes on the wire or more, not 98304",
+        ),
+    ],
+)
+def test_what_a_person_is_told(stream: bytes, detail: str) -> None:
+    with pytest.raises(HelloError) as caught:
+        HelloReader().feed(stream)
+    assert str(caught.value) == detail
+
+
 # Limits: exactly at, and one over.
 
 TOO_LARGE = (Alert.INTERNAL_ERROR, Reason.HELLO_TOO_LARGE)
@@ -356,7 +387,7 @@ def test_any_bytes_as_a_body(body: bytes, segments: list[int]) -> None:
 def test_a_verdict_is_final() -> None:
     reader = HelloReader()
     reader.feed(record(MESSAGE))
-    with pytest.raises(RuntimeError, match="after the verdict"):
+    with pytest.raises(RuntimeError, match=r"^feed\(\) after the verdict$"):
         reader.feed(b"")
     reader = HelloReader()
     with pytest.raises(HelloError):

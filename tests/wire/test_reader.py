@@ -30,7 +30,7 @@ def test_a_bound_holds_although_there_are_bytes_behind_it() -> None:
     reader = Reader(b"\x00\x01\x02\x03", "inside", 1, 3)
     assert (reader.left, reader.u8(), reader.left) == (2, 1, 1)
     for read in reader.opaque16, reader.vector16:
-        refusal(partial(read, "short"))
+        assert refusal(partial(read, "short")) == "inside ends before short"
     assert reader.u8() == 2  # a failed read moved nothing
     for read in reader.opaque8, reader.opaque16, reader.vector16:
         assert refusal(partial(read, "nothing")) == "inside ends before nothing"
@@ -46,9 +46,12 @@ def test_opaque(method: Callable[..., bytes], prefix: bytes) -> None:
     assert method(reader, "name", minimum=3) == b"abc"
     assert reader.left == 1
     overrun = prefix + b"ab"
-    assert "ends 1 bytes too early" in refusal(lambda: method(Reader(overrun, "outside"), "name"))
-    assert refusal(lambda: method(Reader(prefix + b"abc", "outside"), "name", 4)).startswith(
-        "name of 3 bytes"
+    assert refusal(lambda: method(Reader(overrun, "outside"), "name")) == (
+        "outside ends 1 bytes too early"
+    )
+    longest = 256 ** len(prefix) - 1
+    assert refusal(lambda: method(Reader(prefix + b"abc", "outside"), "name", 4)) == (
+        f"name of 3 bytes, not 4 to {longest}"
     )
 
 
@@ -66,8 +69,37 @@ def test_a_vector_is_read_inside_its_own_bounds() -> None:
     assert (inside.left, inside.u8(), inside.u8(), inside.left) == (2, ord("a"), ord("b"), 0)
     inside.end()
     assert outside.u8() == ord("c")
-    refusal(lambda: Reader(b"\x00\x03ab", "outside").vector16("inside"))
-    refusal(lambda: Reader(b"\x00\x00", "outside").vector16("inside", minimum=1))
+    assert refusal(lambda: Reader(b"\x00\x03ab", "outside").vector16("inside")) == (
+        "outside ends 1 bytes too early"
+    )
+    assert refusal(lambda: Reader(b"\x00\x00", "outside").vector16("inside", minimum=1)) == (
+        "inside of 0 bytes, not 1 to 65535"
+    )
+
+
+def test_a_length_has_two_whole_bytes() -> None:
+    content = bytes(range(256)) * 2
+    for read in Reader.opaque16, Reader.vector16:
+        reader = Reader(b"\x01\x02" + content[:0x102], "outside")
+        read(reader, "name")
+        reader.end()
+    assert Reader(b"\x01\x02" + content, "outside").opaque16("name") == content[:0x102]
+    assert Reader(b"\xff" + bytes(255), "outside").opaque8("name") == bytes(255)
+    assert Reader(b"\xff\xff" + bytes(65535), "outside").opaque16("name") == bytes(65535)
+
+
+def test_a_vector_may_be_empty_unless_said_otherwise() -> None:
+    assert Reader(b"\x00", "outside").opaque8("name") == b""
+    assert Reader(b"\x00\x00", "outside").opaque16("name") == b""
+    Reader(b"\x00\x00", "outside").vector16("name").end()
+
+
+def test_a_vector_speaks_by_its_own_name() -> None:
+    inside = Reader(b"\x00\x01a", "outside").vector16("inside")
+    assert refusal(inside.end) == "1 bytes left over in inside"
+    assert refusal(partial(inside.skip, 3)) == "inside ends 2 bytes too early"
+    found = Reader(extension(7, b"a"), "extensions").extensions({7: "seven"})
+    assert refusal(found[7].end) == "1 bytes left over in seven"
 
 
 def test_end_does_not_forgive() -> None:
@@ -105,4 +137,5 @@ def test_extensions_stop_at_the_bound(size: int, trailing: bytes) -> None:
     if size == len(block):
         assert reader.extensions({9: "nine"}).keys() == {9}
     else:
-        refusal(lambda: reader.extensions({9: "nine"}))
+        detail = refusal(lambda: reader.extensions({9: "nine"}))
+        assert detail == "extensions ends inside an extension"
