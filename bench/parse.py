@@ -19,8 +19,8 @@ from sniproxy_hostname import Hostname
 FLIGHTS = Path(__file__).parent.parent / "tests" / "flights"
 
 # Long enough for the clock, short enough to fall between two interruptions now and then.
-REPEATS = 500
-ROUNDS = 40
+REPEATS = 50
+ROUNDS = 400
 
 
 def cost(flight: memoryview) -> list[float]:

@@ -24,15 +24,18 @@ from typing import Final, NamedTuple
 
 from .alert import Alert
 from .errors import HelloError, Reason
-from .reader import Reader
+from .reader import Reader, entries, malformed, opaque8, opaque16
 
 __all__ = ["ClientHello", "parse_client_hello"]
 
 _LEGACY_VERSION: Final = 2  # bytes
 _RANDOM: Final = 32  # bytes
+_EXTENSION: Final = Struct("!HH")  # ExtensionType, length of extension_data
+_NAME: Final = Struct("!BH")  # NameType, length of the name
 _UINT16: Final = Struct("!H")
 _TLS13: Final = (0x0304,)  # as _UINT16 unpacks it
 _HOST_NAME: Final = 0  # NameType, RFC 6066 section 3
+_HOST_NAMES: Final = {_HOST_NAME: "host_name"}
 
 # ExtensionType, RFC 8446 section 4.2: those that are read.
 _SERVER_NAME: Final = 0
@@ -92,16 +95,17 @@ def parse_client_hello(body: bytes | bytearray | memoryview) -> ClientHello:
     hello = Reader(bytes(body), "ClientHello")
     hello.skip(_LEGACY_VERSION + _RANDOM)
     hello.opaque8("legacy_session_id", maximum=32)
-    _whole_pairs("cipher_suites", hello.opaque16("cipher_suites", minimum=2))
+    if len(hello.opaque16("cipher_suites", minimum=2)) % 2:
+        raise _odd("cipher_suites")
     hello.opaque8("legacy_compression_methods", minimum=1)
     # RFC 5246 section 7.4.1.2: "The presence of extensions can be detected by determining whether
     # there are bytes following the compression_methods at the end of the ClientHello."
-    if not hello.left:
+    if not (rest := hello.rest()):
         return ClientHello()
-    extensions = hello.vector16("extensions")
-    hello.end()
-
-    found = extensions.extensions(_READ)
+    extensions = opaque16(rest, "ClientHello", "extensions", minimum=0)
+    # RFC 8446 section 4.2: "There MUST NOT be more than one extension of the same type in a given
+    # extension block." Which of two would the backend believe?
+    found = entries(extensions, "extensions", _EXTENSION, _READ, Reason.DUPLICATE_EXTENSION)
     return ClientHello(
         _server_name(found[_SERVER_NAME]) if _SERVER_NAME in found else None,
         _alpn_protocols(found[_ALPN]) if _ALPN in found else (),
@@ -109,39 +113,28 @@ def parse_client_hello(body: bytes | bytearray | memoryview) -> ClientHello:
     )
 
 
-def _whole_pairs(what: str, content: bytes) -> bytes:
+def _odd(what: str) -> HelloError:
     # RFC 8446 section 3.4: "The length of an encoded vector must be an exact multiple of the
     # length of a single element (e.g., a 17-byte vector of uint16 would be illegal)."
-    if len(content) % 2:
-        raise HelloError(Alert.DECODE_ERROR, Reason.MALFORMED_HELLO, f"odd length of {what}")
-    return content
+    return malformed(f"odd length of {what}")
 
 
-def _server_name(extension: Reader) -> bytes | None:
+def _server_name(extension: bytes) -> bytes | None:
     """Read `struct { ServerName server_name_list<1..2^16-1>; } ServerNameList;`, RFC 6066."""
-    server_name_list = extension.vector16("server_name_list", minimum=1)
-    extension.end()
-    host_name = None
-    while server_name_list.left:
-        name_type = server_name_list.u8()
-        if name_type != _HOST_NAME:
-            # RFC 6066 section 3: "For backward compatibility, all future data structures
-            # associated with new NameTypes MUST begin with a 16-bit length field."
-            server_name_list.opaque16("name")
-            continue
-        # "The ServerNameList MUST NOT contain more than one name of the same name_type."
-        if host_name is not None:
-            raise HelloError(
-                Alert.ILLEGAL_PARAMETER, Reason.DUPLICATE_NAME, "two entries host_name"
-            )
-        host_name = server_name_list.opaque16("host_name", minimum=1)
+    names = opaque16(extension, "server_name", "server_name_list", minimum=1)
+    # RFC 6066 section 3: "For backward compatibility, all future data structures associated with
+    # new NameTypes MUST begin with a 16-bit length field." So they can be stepped over. "The
+    # ServerNameList MUST NOT contain more than one name of the same name_type."
+    found = entries(names, "server_name_list", _NAME, _HOST_NAMES, Reason.DUPLICATE_NAME)
+    # opaque HostName<1..2^16-1>;
+    if (host_name := found.get(_HOST_NAME)) == b"":
+        raise malformed("host_name of 0 bytes")
     return host_name
 
 
-def _alpn_protocols(extension: Reader) -> tuple[bytes, ...]:
+def _alpn_protocols(extension: bytes) -> tuple[bytes, ...]:
     """Read `struct { ProtocolName protocol_name_list<2..2^16-1> } ProtocolNameList;`, RFC 7301."""
-    protocol_name_list = extension.opaque16("protocol_name_list", minimum=2)
-    extension.end()
+    protocol_name_list = opaque16(extension, _READ[_ALPN], "protocol_name_list", minimum=2)
     protocols = []
     position, end = 0, len(protocol_name_list)
     while position < end:
@@ -149,17 +142,14 @@ def _alpn_protocols(extension: Reader) -> tuple[bytes, ...]:
         position = start + protocol_name_list[position]
         # RFC 7301 section 3.1: "Empty strings MUST NOT be included"
         if position == start or position > end:
-            raise HelloError(
-                Alert.DECODE_ERROR,
-                Reason.MALFORMED_HELLO,
-                "a protocol_name is empty, or longer than its list",
-            )
+            raise malformed("a protocol_name is empty, or longer than its list")
         protocols.append(protocol_name_list[start:position])
     return tuple(protocols)
 
 
-def _offers_tls13(extension: Reader) -> bool:
+def _offers_tls13(extension: bytes) -> bool:
     """Read `ProtocolVersion versions<2..254>`, RFC 8446 section 4.2.1."""
-    versions = _whole_pairs("versions", extension.opaque8("versions", minimum=2))
-    extension.end()
+    versions = opaque8(extension, "supported_versions", "versions", minimum=2)
+    if len(versions) % 2:
+        raise _odd("versions")
     return _TLS13 in _UINT16.iter_unpack(versions)

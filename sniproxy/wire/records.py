@@ -11,7 +11,7 @@ from typing import Final
 from .alert import Alert
 from .errors import HelloError, Reason
 
-__all__ = ["HEADER", "MAX_RECORD", "Records"]
+__all__ = ["HANDSHAKE", "HEADER", "MAX_RECORD", "Records"]
 
 # struct { ContentType type; ProtocolVersion legacy_record_version; uint16 length; } TLSPlaintext;
 HEADER: Final = 5
@@ -19,7 +19,7 @@ HEADER: Final = 5
 # RFC 8446 section 5.1: "The length MUST NOT exceed 2^14 bytes."
 MAX_RECORD: Final = 2**14
 
-_HANDSHAKE: Final = 22  # ContentType, RFC 8446 section 5.1
+HANDSHAKE: Final = 22  # ContentType, RFC 8446 section 5.1
 
 
 class Records:
@@ -80,7 +80,7 @@ class Records:
         # RFC 8446 section 5.1: "Handshake messages MUST NOT be interleaved with other record
         # types. That is, if a handshake message is split over two or more records, there MUST NOT
         # be any other records between them."
-        if header[0] != _HANDSHAKE:
+        if header[0] != HANDSHAKE:
             raise HelloError(
                 Alert.UNEXPECTED_MESSAGE,
                 Reason.NOT_HANDSHAKE,

@@ -1,5 +1,6 @@
 """The stream: what the verdict is, when it falls, and that nothing else has a say in it."""
 
+import contextlib
 import random
 import ssl
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sniproxy.wire import MAX_WIRE, Alert, ClientHello, HelloError, HelloReader, Reason
-from sniproxy.wire.hello import MAX_HANDSHAKE
+from sniproxy.wire.hello import MAX_HANDSHAKE, _whole_at_once
 from sniproxy.wire.records import HEADER, MAX_RECORD
 from tests.support import hellos, strategies
 from tests.support.hellos import cut, handshake, record, records
@@ -106,6 +107,37 @@ def test_records_of_random_sizes() -> None:
         assert verdict(cut(stream, [chance.randint(1, 30)]))[0] == HELLO
 
 
+LARGEST_RECORD = record(hellos.hello_of_size(MAX_RECORD - 4))
+
+
+@pytest.mark.parametrize(
+    ("stream", "direct"),
+    [
+        case("alone in its record", record(MESSAGE), True),
+        case("in the largest record", LARGEST_RECORD, True),
+        case("in the smallest record", record(handshake(b"!")), True),
+        case("with a record behind it", record(MESSAGE) + record(b"\0"), True),
+        case("with a message behind it", record(MESSAGE + b"\0"), False),
+        case("with no body", record(handshake(b"")) + b"!", False),
+        case("in two records", records(MESSAGE, [100]), False),
+        case("without its last byte", record(MESSAGE)[:-1], False),
+        case("without its body", record(MESSAGE)[:HEADERS], False),
+        case("another message", record(handshake(MESSAGE[4:], msg_type=2)), False),
+        case("another content type", record(MESSAGE, content_type=23), False),
+        case("a record too long", record(handshake(bytes(MAX_RECORD - 3))), False),
+    ],
+)
+def test_a_hello_alone_in_its_record_is_read_without_layers(stream: bytes, direct: bool) -> None:
+    """It is quicker; that it changes no verdict is what all the other tests show."""
+    first_record = stream[: HEADER + int.from_bytes(stream[3:5])]
+    assert _whole_at_once(stream) == (first_record[HEADERS:] if direct else b"")
+    reader = HelloReader()
+    with contextlib.suppress(HelloError):
+        reader.feed(stream)
+    assert reader.size == len(stream)
+    assert not reader.missing or not direct
+
+
 @pytest.mark.parametrize(
     "behind",
     [b"\x00" * 3, handshake(b"", msg_type=20), b"\x16" * 5000],
@@ -115,6 +147,12 @@ def test_bytes_behind_the_message_in_its_own_record_are_ignored(behind: bytes) -
     stream = record(MESSAGE + behind)
     assert whole(stream) == HELLO
     assert byte_by_byte(stream) == (HELLO, HEADER + len(MESSAGE))
+
+
+def test_what_looks_like_a_hello_later_in_the_stream_is_none() -> None:
+    stream = record(record(MESSAGE))
+    assert whole(stream) == (Alert.UNEXPECTED_MESSAGE, Reason.NOT_CLIENT_HELLO)
+    assert verdict([stream[:HEADER], stream[HEADER:]])[0] == whole(stream)
 
 
 # What cannot, and the byte that shows it.
