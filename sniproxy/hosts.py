@@ -109,25 +109,18 @@ class HostsDirectory:
         if self._away:
             # The way back was barred the last time. From a tenant's directory nothing is looked up.
             self._come_back()
-        backend = None
-        try:
-            self._enter(host)
-            backend, send_proxy_v1 = self._connect_here()
-        finally:
-            try:
-                self._come_back()
-            except HostError:
-                if backend is not None:
-                    backend.close()
-                raise
-        return backend, send_proxy_v1
-
-    def _enter(self, host: Hostname) -> None:
         self._away = True
         try:
-            os.chdir(self._directory_name(host))
-        except OSError as error:
-            raise _host_error(_NO_DIRECTORY, error) from None
+            backend, send_proxy_v1 = self._connect_there(self._directory_name(host))
+        except BaseException:
+            self._come_back()
+            raise
+        try:
+            self._come_back()
+        except HostError:
+            backend.close()
+            raise
+        return backend, send_proxy_v1
 
     def _come_back(self) -> None:
         try:
@@ -139,16 +132,22 @@ class HostsDirectory:
             ) from None
         self._away = False
 
-    def _connect_here(self) -> tuple[socket, bool]:
+    def _connect_there(self, directory_name: str) -> tuple[socket, bool]:
+        """Enter the directory of the host, and connect."""
+        try:
+            os.chdir(directory_name)
+        except OSError as error:
+            raise _host_error(_NO_DIRECTORY, error) from None
         backend = None
         try:
             # Of the directory that was reached, whatever links led to it.
             directory = os.stat(".")
+            # An entry of that name, whatever it is: a dangling link was put there on purpose, too.
+            send_proxy_v1 = os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False)
+            # The last: it wakes the backend, who had better find the hello when it is awake.
             backend = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
             backend.connect(_SOCKET)
             self._check_owner(directory, backend)
-            # An entry of that name, whatever it is: a dangling link was put there on purpose, too.
-            send_proxy_v1 = os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False)
         except BaseException as error:
             if backend is not None:
                 backend.close()

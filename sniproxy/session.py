@@ -4,6 +4,11 @@ The story is told by methods that never wait, since the bytes of most hellos are
 Those of the others wake us through the loop, up to the deadline. Two things take a trio task,
 because they take time and are rare: a backend whose backlog is full, and a refusal, which has to
 reach the client.
+
+Clients come in batches. First the hello of each is read, and then, in the session's next turn, each
+is connected: one connect(2) right after the other. A backend that sleeps has to be woken, which
+takes the kernel longer than all the rest of connecting; one that is still busy with the connection
+before has not.
 """
 
 import contextlib
@@ -39,6 +44,7 @@ from sniproxy.wire import (
     Reason,
     alert_record,
     proxy_v1_header,
+    read_at_once,
 )
 from sniproxy_hostname import Hostname, InvalidHostname
 
@@ -154,11 +160,13 @@ class Session:
         "deadline",
         "events",
         "hello",
+        "host",
         "mark",
         "name",
         "over",
         "refused",
         "shared",
+        "size",
         "watched",
     )
 
@@ -167,8 +175,10 @@ class Session:
         self.client = client
         self.address = address
         self.deadline = 0.0  # known as soon as the session has to wait for anything
-        self.hello = HelloReader()
+        self.size = 0  # bytes of the stream that have been looked at
+        self.hello: HelloReader | None = None  # of a hello that did not come all at once
         self.name: bytes | None = None
+        self.host: Hostname | None = None
         self.mark = _ANY_BYTES
         self.watched = False
         self.events = 0  # what the loop has told of the client so far
@@ -176,7 +186,12 @@ class Session:
         self.over = False
 
     def on_event(self, events: int) -> None:
-        """Look again: more of the hello is there, or its end."""
+        """Look again, for more of the hello is there, or its end; or, in a turn, connect."""
+        if not events:
+            assert self.host is not None
+            if not (self.over or self._connect(self.host)):
+                self._take_time(partial(self._connect_later, self.host))
+            return
         self.events |= events
         if self in self.shared.waiting:
             self.look()
@@ -187,17 +202,17 @@ class Session:
             hello = self._peek()
             if hello is None:
                 return
-            self._stop_waiting()
+            if self.watched:
+                self._stop_waiting()
             self.name = hello.required_server_name()
-            host = Hostname(self.name)
+            self.host = Hostname(self.name)
         except HelloError as error:
             self._refuse(error.reason, error.alert, str(error))
         except InvalidHostname as error:
             # Not a name at all, so nobody here has it.
             self._refuse(Reason.INVALID_NAME, Alert.UNRECOGNIZED_NAME, str(error))
         else:
-            if not self._connect(host):
-                self._take_time(partial(self._connect_later, host))
+            self.shared.loop.soon(self)
 
     def _peek(self) -> ClientHello | None:
         """Read what is new without taking it from the socket; return the hello if it is whole.
@@ -215,13 +230,18 @@ class Session:
             if not size:
                 self._leave()
                 return None
-            if size > self.hello.size:
-                hello = self.hello.feed(self.shared.buffer[self.hello.size : size])
-                if hello is not None:
+            if size > self.size:
+                new = self.shared.buffer[self.size : size]
+                self.size = size
+                if self.hello is None:
+                    if (hello := read_at_once(new)) is not None:
+                        return hello
+                    self.hello = HelloReader()
+                if (hello := self.hello.feed(new)) is not None:
                     return hello
         if self.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             self._leave()
-        elif self.events and self.hello.size < self.mark and self._is_too_small():
+        elif self.events and self.size < self.mark and self._is_too_small():
             raise HelloError(
                 Alert.INTERNAL_ERROR, Reason.HELLO_TOO_LARGE, "the receive buffer is full"
             )
@@ -247,7 +267,7 @@ class Session:
             shared.waiting[self] = None
             shared.loop.watch(self.client.fileno(), self, READ_EVENTS)
             self.watched = True
-        self._set_mark(self.hello.size + self.hello.missing)
+        self._set_mark(self.size + (self.hello.missing if self.hello else 1))
 
     def _stop_waiting(self) -> None:
         self.shared.waiting.pop(self, None)
@@ -320,7 +340,7 @@ class Session:
 
     async def _deliver(self, alert: Alert) -> None:
         config = self.shared.config
-        left = self.hello.size + config.alert_bytes
+        left = self.size + config.alert_bytes
         with trio.move_on_after(config.alert_seconds), contextlib.suppress(OSError):
             # RFC 8446 §6.2: "Upon transmission or receipt of a fatal alert message, both parties
             # MUST immediately close the connection." Our half, that is; the client's is read to its
@@ -344,7 +364,7 @@ class Session:
 
     def _leave(self) -> None:
         """End the session: the client has gone."""
-        if self.hello.size:
+        if self.size:
             self._give_up(SessionReason.CLIENT_CLOSED)
         else:
             # Not a word, as of a monitor that asks whether we are there: nothing to report.

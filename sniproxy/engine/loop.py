@@ -104,7 +104,7 @@ class EventLoop:
         self._wake()
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled; who has asked for a turn then is aborted."""
         poll = self._epoll.poll
         runnable = self._runnable
         try:
@@ -121,6 +121,8 @@ class EventLoop:
                 # Whom other tasks closed at that checkpoint: nothing more may come to wake us.
                 self._bury()
         finally:
+            for watcher in self._runnable:
+                watcher.abort()
             self._bury()
 
     def shut(self) -> None:
@@ -130,21 +132,26 @@ class EventLoop:
         os.close(self._waker)
 
     def _dispatch(self, events: list[tuple[int, int]]) -> None:
+        watchers, runnable = self._watchers, self._runnable
         for fd, mask in events:
             # None: the waker's own, or closed earlier in this turn.
-            if (watcher := self._watchers.get(fd)) is not None:
-                self._tell(watcher, mask)
+            if (watcher := watchers.get(fd)) is not None:
+                try:
+                    watcher.on_event(mask)
+                except Exception as error:  # noqa: BLE001 - it ends one connection alone
+                    self._fault(watcher, error)
         # Only as many as there are now: one that asks again has its turn after new events.
-        for _ in range(len(self._runnable)):
-            self._tell(self._runnable.popleft(), 0)
+        for _ in range(len(runnable)):
+            watcher = runnable.popleft()
+            try:
+                watcher.on_event(0)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._fault(watcher, error)
         self._bury()
 
-    def _tell(self, watcher: Watcher, mask: int) -> None:
-        try:
-            watcher.on_event(mask)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it ends one connection alone
-            self._on_fault(error)
-            watcher.abort()
+    def _fault(self, watcher: Watcher, error: Exception) -> None:
+        self._on_fault(error)
+        watcher.abort()
 
     def _bury(self) -> None:
         for sock in self._doomed:

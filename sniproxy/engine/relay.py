@@ -32,6 +32,7 @@ from sniproxy.engine.pipes import Pipe, PipePool
 READ_EVENTS = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
 _READ_WRITE_EVENTS = READ_EVENTS | EPOLLOUT
 _ENDING = EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR
+_MORE_THAN_DATA = EPOLLOUT | _ENDING
 
 # The shared buffer: four full TLS records (16 KiB), two of the largest pieces that a Unix socket
 # takes (32 KiB), and small enough to stay in the processor's cache between recv and send.
@@ -39,6 +40,7 @@ _CHUNK = 1 << 16
 
 # Bytes that a direction may move before the others have their turn: one full pipe, some 0.2 ms.
 _TURN = 1 << 20
+_READS = _TURN // _CHUNK
 
 # The credit of a direction. Each full read in a row earns one; with this many the next bytes are
 # spliced, for a pipe is worth its system calls only where much is waiting.
@@ -92,14 +94,16 @@ class Relay:
         up.back, down.back = down, up
         self.connections.add(up)
         try:
-            self.loop.watch(far.fileno(), down, READ_EVENTS)
+            # Before anything else: a far end that has just been woken finds it when it looks.
             if near_events is None:
-                near_events = 0
-                self.loop.watch(near.fileno(), up, READ_EVENTS)
+                up.pump()
             else:
                 self.loop.hand_over(near.fileno(), up)
-            # Now, not when epoll says so: what is read here costs no event.
-            up.on_event(near_events)
+                up.watched = True
+                up.on_event(near_events)
+            for flow in (down, up):
+                if flow.back is not None and not flow.watched:
+                    flow.watch()
         except BaseException:
             up.abort()
             raise
@@ -130,6 +134,7 @@ class _Flow:
         "sink",
         "source",
         "stalled",
+        "watched",
         "write_watched",
     )
 
@@ -150,18 +155,32 @@ class _Flow:
         self.ended = False  # the end has been passed on
         self.broken = False  # the source has an error, which may come up behind its last bytes
         self.gone = False  # the source is closed for both directions: it will not read either
+        self.watched = False  # the source is in the loop
         self.write_watched = False  # EPOLLOUT is asked for on the *source*, for `back`'s sake
+
+    def watch(self) -> None:
+        """Have the loop tell what happens to the source, and what is there already."""
+        self.watched = True
+        events = _READ_WRITE_EVENTS if self.write_watched else READ_EVENTS
+        self.relay.loop.watch(self.source.fileno(), self, events)
 
     def on_event(self, events: int) -> None:
         """React to what happened to the source; 0 is another turn."""
         back = self.back
         if back is None:
             return
+        if events & _MORE_THAN_DATA and not self._take_in(events, back):
+            return
+        if not (self.stalled or self.ended):
+            self.pump()
+
+    def _take_in(self, events: int, back: "_Flow") -> bool:
+        """Take in what an event says besides that there is data; return whether to go on."""
         if events & EPOLLOUT and back.stalled:
             back.stalled = False
             back.pump()
             if self.back is None or events == EPOLLOUT:
-                return
+                return False
         if events & _ENDING:
             self.ending = True
             self.gone = self.gone or bool(events & EPOLLHUP)
@@ -171,8 +190,7 @@ class _Flow:
                 self.abort()
             elif self.gone and self.ended:
                 self._finish()
-        if not (self.stalled or self.ended or self.back is None):
-            self.pump()
+        return self.back is not None
 
     def abort(self) -> None:
         """Reset both peers, so that neither takes the cut for an end."""
@@ -188,13 +206,11 @@ class _Flow:
         if self.pending is not None and not self._send_pending():
             return
         if self.piped or (self.credit >= _HIGH_GEAR and self.relay.can_splice):
-            self._pump_spliced()
-        else:
-            self._pump_copied()
-
-    def _pump_copied(self) -> None:
+            pipe = self.pipe or self.relay.pipes.take()
+            if pipe is not None:
+                return self._pump_spliced(pipe)
         buffer = self.relay.buffer
-        for _ in range(_TURN // _CHUNK):
+        for _ in range(_READS):
             try:
                 size = self.source.recv_into(buffer, _CHUNK, MSG_DONTWAIT)
             except BlockingIOError:
@@ -228,10 +244,7 @@ class _Flow:
         self.sink.setblocking(False)
         self.relay.loop.soon(self)
 
-    def _pump_spliced(self) -> None:
-        pipe = self.pipe or self.relay.pipes.take()
-        if pipe is None:
-            return self._pump_copied()
+    def _pump_spliced(self, pipe: Pipe) -> None:
         self.pipe = pipe
         source, sink = self.source.fileno(), self.sink.fileno()
         moved = 0
@@ -298,7 +311,8 @@ class _Flow:
             # Asked for at the first stall only: a Unix socket tells with every read of its peer
             # that it is writable, and most connections never want to know.
             back.write_watched = True
-            self.relay.loop.change(self.sink.fileno(), _READ_WRITE_EVENTS)
+            if back.watched:
+                self.relay.loop.change(self.sink.fileno(), _READ_WRITE_EVENTS)
 
     def _end(self) -> None:
         """Pass on the end of the source."""

@@ -13,7 +13,7 @@ is. Everything can be tried at a Python prompt:
 from .alert import Alert, alert_record
 from .client_hello import ClientHello
 from .errors import HelloError, Reason
-from .hello import MAX_WIRE, HelloReader
+from .hello import MAX_WIRE, HelloReader, read_at_once
 from .proxy_header import Address, proxy_v1_header
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "Reason",
     "alert_record",
     "proxy_v1_header",
+    "read_at_once",
 ]

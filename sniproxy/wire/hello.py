@@ -16,7 +16,7 @@ from .client_hello import ClientHello, parse_client_hello
 from .errors import HelloError, Reason
 from .records import HANDSHAKE, HEADER, MAX_RECORD, Records
 
-__all__ = ["MAX_HANDSHAKE", "MAX_WIRE", "HelloReader"]
+__all__ = ["MAX_HANDSHAKE", "MAX_WIRE", "HelloReader", "read_at_once"]
 
 # The longest body of a ClientHello that is read. With post-quantum key shares a hello has 1.8 KB,
 # but one extension alone, with a session ticket, may have 64 KB (RFC 8446 section 4.6.1). The
@@ -34,7 +34,35 @@ _CLIENT_HELLO: Final = 1  # HandshakeType
 
 # Both headers at the beginning of a stream: ContentType, legacy_record_version and length of the
 # record; HandshakeType and length of the message, in one number.
-_BOTH_HEADERS: Final = Struct("!BHHI")
+_read_both_headers = Struct("!BHHI").unpack_from
+_BOTH_HEADERS: Final = HEADER + _HANDSHAKE_HEADER
+
+
+def read_at_once(data: bytes | memoryview) -> ClientHello | None:
+    """Read a hello that is all there, and alone in its first record, as nearly every one is.
+
+    A `HelloReader` says the same of it, but takes half as much time again.
+
+    Args:
+        data: The stream from its first byte, as far as it is there.
+
+    Returns:
+        The hello; None if only a `HelloReader` can tell.
+
+    Raises:
+        HelloError: As `HelloReader.feed`.
+    """
+    if len(data) >= _BOTH_HEADERS:
+        content_type, _, length, message = _read_both_headers(data)
+        end = HEADER + length
+        if (
+            content_type == HANDSHAKE
+            and length <= MAX_RECORD
+            and message == _CLIENT_HELLO << 24 | length - _HANDSHAKE_HEADER
+            and end <= len(data)
+        ):
+            return parse_client_hello(data[_BOTH_HEADERS:end])
+    return None
 
 
 class HelloReader:
@@ -73,10 +101,10 @@ class HelloReader:
             raise RuntimeError("feed() after the verdict")
         self.missing = 0  # whatever raises below is a verdict
         data = bytes(data)
-        if not self.size and (body := _whole_at_once(data)):
-            self.size = len(data)
-            return parse_client_hello(body)
+        at_once = None if self.size else read_at_once(data)
         self.size += len(data)
+        if at_once is not None:
+            return at_once
         for fragment in self._records.fragments(data):
             self._message += fragment
             if len(self._message) >= (end := self._message_end()):
@@ -125,23 +153,6 @@ class HelloReader:
         if not left:
             return self._records.header_missing
         return min(handshake_bytes, left + 1)
-
-
-def _whole_at_once(data: bytes) -> bytes:
-    """Return the body of a hello that is all there, alone in its first record; else nothing.
-
-    Nearly every hello comes so. The three layers would say the same of it, for a third more time.
-    """
-    if len(data) >= _BOTH_HEADERS.size:
-        content_type, _, length, message = _BOTH_HEADERS.unpack_from(data)
-        if (
-            content_type == HANDSHAKE
-            and length <= MAX_RECORD
-            and message == _CLIENT_HELLO << 24 | length - _HANDSHAKE_HEADER
-            and HEADER + length <= len(data)
-        ):
-            return data[_BOTH_HEADERS.size : HEADER + length]
-    return b""
 
 
 def _too_large(detail: str) -> HelloError:

@@ -1,6 +1,5 @@
 """The stream: what the verdict is, when it falls, and that nothing else has a say in it."""
 
-import contextlib
 import random
 import ssl
 from collections.abc import Iterable, Iterator
@@ -9,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sniproxy.wire import MAX_WIRE, Alert, ClientHello, HelloError, HelloReader, Reason
-from sniproxy.wire.hello import MAX_HANDSHAKE, _whole_at_once
+from sniproxy.wire import (
+    MAX_WIRE,
+    Alert,
+    ClientHello,
+    HelloError,
+    HelloReader,
+    Reason,
+    read_at_once,
+)
+from sniproxy.wire.hello import MAX_HANDSHAKE
 from sniproxy.wire.records import HEADER, MAX_RECORD
 from tests.support import hellos, strategies
 from tests.support.hellos import cut, handshake, record, records
@@ -118,7 +125,7 @@ LARGEST_RECORD = record(hellos.hello_of_size(MAX_RECORD - 4))
         case("in the smallest record", record(handshake(b"!")), True),
         case("with a record behind it", record(MESSAGE) + record(b"\0"), True),
         case("with a message behind it", record(MESSAGE + b"\0"), False),
-        case("with no body", record(handshake(b"")) + b"!", False),
+        case("with no body", record(handshake(b"")) + b"!", True),
         case("in two records", records(MESSAGE, [100]), False),
         case("without its last byte", record(MESSAGE)[:-1], False),
         case("without its body", record(MESSAGE)[:HEADERS], False),
@@ -127,15 +134,19 @@ LARGEST_RECORD = record(hellos.hello_of_size(MAX_RECORD - 4))
         case("a record too long", record(handshake(bytes(MAX_RECORD - 3))), False),
     ],
 )
-def test_a_hello_alone_in_its_record_is_read_without_layers(stream: bytes, direct: bool) -> None:
+def test_a_hello_alone_in_its_record_is_read_at_once(stream: bytes, direct: bool) -> None:
     """It is quicker; that it changes no verdict is what all the other tests show."""
-    first_record = stream[: HEADER + int.from_bytes(stream[3:5])]
-    assert _whole_at_once(stream) == (first_record[HEADERS:] if direct else b"")
+    try:
+        at_once: Verdict = read_at_once(memoryview(stream))
+    except HelloError as error:
+        at_once = error.alert, error.reason
+    assert at_once == (whole(stream) if direct else None)
+
+
+def test_a_reader_of_a_hello_that_is_read_at_once() -> None:
     reader = HelloReader()
-    with contextlib.suppress(HelloError):
-        reader.feed(stream)
-    assert reader.size == len(stream)
-    assert not reader.missing or not direct
+    assert reader.feed(record(MESSAGE) + b"!") == HELLO
+    assert (reader.size, reader.missing) == (HEADER + len(MESSAGE) + 1, 0)
 
 
 @pytest.mark.parametrize(
