@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gc
 import os
+import re
 import resource
 import signal
 import stat
@@ -19,6 +20,8 @@ from sniproxy import __version__
 from sniproxy.config import Config
 from sniproxy.engine.listener import NotListening, take_listening_socket
 from sniproxy.engine.notify import Notifier
+from sniproxy.engine.signals import Signals
+from sniproxy.engine.workers import Worker, Workers
 from sniproxy.hosts import HostsDirectory
 from sniproxy.log import Log
 from sniproxy.serve import serve
@@ -28,6 +31,9 @@ from sniproxy_hostname import directory_namer
 # trouble that may. A supervisor can tell them apart.
 _CALLED_WRONGLY = 100
 _SYSTEM_CALL_FAILED = 111
+
+# More than any machine has processors. Each takes some ten megabytes.
+_MOST_WORKERS = 1024
 
 _DESCRIPTION = """\
 Route TLS connections by server name to Unix sockets, without decrypting them.
@@ -93,6 +99,13 @@ def _config(argv: Sequence[str] | None) -> Config | None:
         action="store_true",
         help="the directories are named by the BLAKE3 of the hostname, 64 hex digits",
     )
+    parser.add_argument(
+        "--workers",
+        type=_workers,
+        default=1,
+        metavar="N",
+        help="serve with N processes, for more than one processor (default: %(default)s)",
+    )
     parser.add_argument("-h", "--help", action="store_true", help="print this")
     parser.add_argument("--version", action="store_true", help="print the version")
     options, unknown = parser.parse_known_args(argv)
@@ -104,7 +117,14 @@ def _config(argv: Sequence[str] | None) -> Config | None:
         return None
     if unknown:
         parser.error(f"{unknown[0]!a} is none (see sniproxy --help)")
-    return Config(hashed=options.hashed)
+    return Config(hashed=options.hashed, workers=options.workers)
+
+
+def _workers(text: str) -> int:
+    # No more digits than that: int() refuses thousands of them in words of its own.
+    if re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= _MOST_WORKERS:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!a} is no number from 1 to {_MOST_WORKERS}")
 
 
 def _print(text: str) -> None:
@@ -144,8 +164,19 @@ def _run(config: Config) -> None:
     notifier = Notifier()
     # What is here now stays: the collector need not look at it again.
     gc.freeze()
+    orders: Signals | Worker = Signals()
+    tells: Notifier | Worker = notifier
     try:
-        trio.run(partial(serve, listening, hosts, config, log, notifier))
+        if config.workers > 1:
+            try:
+                worker = Workers(config.workers, notifier, log.worker_died).run(listening.close)
+            except OSError as error:
+                raise _system_call_failed("start the workers", error) from error
+            if worker is None:
+                return
+            log.worker = worker.number
+            orders = tells = worker
+        trio.run(partial(serve, listening, hosts, config, log, orders, tells))
     finally:
         notifier.close()
         hosts.close()

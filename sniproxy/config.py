@@ -10,6 +10,9 @@ class Config:
     # Whether the directories are named by the BLAKE3 of the hostname.
     hashed: bool = False
 
+    # Processes that serve. One keeps a processor busy at ten thousand connections a second.
+    workers: int = 1
+
     # Seconds from accept to a connected backend, however the client spaces its bytes. A hello of
     # two packets, each lost twice, is across in six: TCP sends again after one second, then two.
     hello_seconds: float = 10.0

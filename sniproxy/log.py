@@ -8,6 +8,7 @@ has fallen behind, may stop the service.
 import contextlib
 import os
 import select
+import signal
 import syslog
 import traceback
 
@@ -22,9 +23,13 @@ class Log:
 
     Args:
         to_syslog: write to syslog(3), facility daemon. It is opened now: a chroot may come.
+
+    Attributes:
+        worker: The number of the process among several, for every line; None if it is alone.
     """
 
     def __init__(self, *, to_syslog: bool = False) -> None:
+        self.worker: int | None = None
         self._to_syslog = to_syslog
         # Not O_NONBLOCK: that would be shared with whoever else writes there.
         self._writable = select.poll()
@@ -34,8 +39,15 @@ class Log:
 
     def event(self, word: str, priority: int = syslog.LOG_INFO, /, **fields: object) -> None:
         """Write one line. Fields that are None are left out."""
+        fields = {"worker": self.worker} | fields
         pairs = (f"{key}={_printable(value)}" for key, value in fields.items() if value is not None)
         self._write(priority, " ".join((word, *pairs)))
+
+    def worker_died(self, worker: int, pid: int, status: int) -> None:
+        """Say that a worker has ended by itself; `status` is that of wait(2)."""
+        code = os.waitstatus_to_exitcode(status)
+        cause = f"exit code {code}" if code >= 0 else _signal_name(-code)
+        self.event("worker_died", syslog.LOG_ERR, worker=worker, pid=pid, cause=cause)
 
     def bug(self, error: BaseException) -> None:
         """Write the traceback of an exception that nobody expected."""
@@ -52,6 +64,13 @@ class Log:
             with contextlib.suppress(OSError):
                 # One write, so that lines of several processes do not mix.
                 os.write(2, data + b"\n")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals, of which few have names
+        return f"signal {number}"
 
 
 def _printable(value: object) -> str:

@@ -12,26 +12,31 @@ from sniproxy.engine.notify import Notifier
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
 from sniproxy.engine.signals import Signals
+from sniproxy.engine.workers import Worker
 from sniproxy.hosts import HostsDirectory
 from sniproxy.log import Log, show_address
 from sniproxy.session import Sessions
 
 
 async def serve(
-    listening: socket, hosts: HostsDirectory, config: Config, log: Log, notifier: Notifier
+    listening: socket,
+    hosts: HostsDirectory,
+    config: Config,
+    log: Log,
+    orders: Signals | Worker,
+    notifier: Notifier | Worker,
 ) -> None:
-    """Serve what `listening` accepts, from `hosts`, until a signal asks to end.
+    """Serve what `listening` accepts, from `hosts`, until an order to end.
 
     Returns when the last connection has ended, by itself or at the end of the drain.
     """
     loop = EventLoop(on_fault=log.bug)
     pipes = PipePool()
     relay = Relay(loop, pipes)
-    signals = Signals()
     census = Census()
     # Two lifetimes. What serves must outlive those who are served.
     async with trio.open_nursery() as service:
-        await service.start(signals.receive)
+        await service.start(orders.receive)
         service.start_soon(loop.run)
         async with trio.open_nursery() as conversations:
             sessions = Sessions(config, loop, relay, hosts, log, census, conversations)
@@ -43,14 +48,14 @@ async def serve(
             )
             service.start_soon(listener.run)
             service.start_soon(sessions.expire)
-            service.start_soon(notifier.run, sessions.status)
+            service.start_soon(notifier.run, sessions.counts)
             notifier.ready()
             log.event("listening", address=show_address(listening.getsockname()))
 
-            await signals.drain.wait()
+            await orders.drain.wait()
             notifier.stopping()
             log.event("draining", open=census.open)
-            await drain(listener, census, signals, config.drain_seconds)
+            await drain(listener, census, orders.end, config.drain_seconds)
             cut = sessions.cut()
         service.cancel_scope.cancel()
     log.event("drained", served=sessions.served, refused=sessions.refused, cut=cut)

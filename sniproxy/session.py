@@ -32,6 +32,7 @@ from sniproxy.config import Config
 from sniproxy.engine.drain import Census
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.notify import Counts
 from sniproxy.engine.relay import LINGER_0, READ_EVENTS, Relay
 from sniproxy.hosts import HostError, HostReason, HostsDirectory
 from sniproxy.log import Log, show_address
@@ -108,6 +109,7 @@ class Sessions:
         # Those who wait for the rest of their hello, the oldest first: a dict keeps the order.
         self.waiting: dict[Session, None] = {}
         self.served = self.refused = 0
+        self.is_cut = False  # whoever is still to be connected comes too late
         self.refusing = 0  # of the open ones, those who have only to hear an alert
 
     def begin(self, client: socket, address: Address) -> None:
@@ -122,6 +124,7 @@ class Sessions:
 
     def cut(self) -> int:
         """End whoever is left; return how many were served, or waiting for it."""
+        self.is_cut = True
         left = self.census.open - self.refusing
         self.nursery.cancel_scope.cancel()
         for session in list(self.waiting):
@@ -129,9 +132,9 @@ class Sessions:
         self.relay.abort_all()
         return left
 
-    def status(self) -> str:
-        """Say in one line what goes on, for people."""
-        return f"{self.census.open} open, {self.served} served, {self.refused} refused"
+    def counts(self) -> Counts:
+        """Return how many there are, and were."""
+        return Counts(self.census.open, self.served, self.refused)
 
     async def expire(self) -> None:
         """Turn away, until cancelled, whoever has not sent a hello by the deadline."""
@@ -189,7 +192,9 @@ class Session:
         """Look again, for more of the hello is there, or its end; or, in a turn, connect."""
         if not events:
             assert self.host is not None
-            if not (self.over or self._connect(self.host)):
+            if self.shared.is_cut:
+                self.abort()
+            elif not (self.over or self._connect(self.host)):
                 self._take_time(partial(self._connect_later, self.host))
             return
         self.events |= events

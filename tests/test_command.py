@@ -130,6 +130,17 @@ def test_an_unknown_option_is_refused(option: str) -> None:
     assert option in only_line(run(option), code=100)
 
 
+@pytest.mark.parametrize(
+    "number",
+    ["0", "-1", "x", "1025", "1.5", "", " 2", "1_0", "\N{FULLWIDTH DIGIT TWO}", "9" * 5000],
+)
+def test_a_number_of_workers_that_is_none_is_refused(number: str) -> None:
+    line = only_line(run(f"--workers={number}"), code=100)
+    assert line.startswith("sniproxy: fatal: unable to understand the options: ")
+    assert "--workers" in line
+    assert "from 1 to 1024" in line
+
+
 def test_a_mistake_has_its_exit_code_even_if_nobody_hears_of_it() -> None:
     with open("/dev/full", "w") as full:
         for options in [], ["--unknown"]:
@@ -149,6 +160,7 @@ def test_a_mistake_of_several_lines_is_told_in_one() -> None:
 def test_help_and_version_need_no_socket() -> None:
     result = run("--help")
     assert "--hashed" in result.stdout
+    assert "--workers N" in result.stdout
     assert (result.returncode, result.stderr) == (0, "")
     result = run("--version")
     assert result.stdout == f"sniproxy {sniproxy.__version__}\n"

@@ -21,6 +21,8 @@ from sniproxy.session import ALERTS, Sessions
 from sniproxy_hostname import Hostname, directory_namer
 from tests.support import hellos
 from tests.support.backends import host_directory, listen_unix
+from tests.support.daemon import PATIENCE
+from tests.support.sockets import plain, receive_all, tcp_pair
 
 NAME = "example.com"
 HELLO = hellos.hello_bytes(NAME)
@@ -48,6 +50,7 @@ class Door:
     """Sessions in a running loop, in this very process."""
 
     def __init__(self, service: trio.Nursery, conversations: trio.Nursery, log: Notes) -> None:
+        self.service = service
         self.log = log
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.loop = EventLoop(log.bug)
@@ -71,6 +74,16 @@ class Door:
         )
         for task in self.loop.run, self.listener.run, self.sessions.expire:
             service.start_soon(task)
+
+    def take_in(self) -> socket.socket:
+        """Return a client whose hello has been read, and who is to be connected in a turn."""
+        client, accepted = tcp_pair()
+        client.settimeout(PATIENCE)
+        client.sendall(HELLO)
+        assert accepted.recv(1, socket.MSG_PEEK)
+        self.sessions.begin(plain(accepted), client.getsockname())
+        assert not self.sessions.waiting
+        return client
 
     async def connect(self) -> trio.SocketStream:
         return await trio.open_tcp_stream(*self.listening.getsockname())
@@ -260,6 +273,76 @@ async def test_cut_ends_every_kind_of_session(
             await client.receive_some()
     for client in waiting, refused, joined:
         await client.aclose()
+
+
+def check_was_cut(it: Door, clients: list[socket.socket]) -> None:
+    """Check that all were reset; some may have been connected in the very last turn."""
+    assert it.census.open == 0
+    for client in clients:
+        with client, pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
+@trio_test
+async def test_cut_resets_and_counts_who_is_to_be_connected(backend: socket.socket) -> None:
+    async with door() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        clients = [it.take_in() for _ in range(5)]
+        assert it.census.open == 5
+        assert it.sessions.cut() == 5
+    check_was_cut(it, clients)
+    assert it.sessions.refused == 0
+
+
+@trio_test
+async def test_who_would_be_refused_when_all_are_cut_is_no_bug() -> None:
+    # The order in which tasks are woken is trio's secret.
+    for _ in range(10):
+        async with door() as it:
+            await trio.testing.wait_all_tasks_blocked()
+            clients = [it.take_in() for _ in range(5)]
+            assert it.sessions.cut() == 5
+        assert it.census.open == 0
+        for client in clients:
+            client.close()
+
+
+@trio_test
+async def test_who_is_to_be_connected_is_reset_when_the_loop_is_cancelled(
+    backend: socket.socket,
+) -> None:
+    async with door() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        clients = [it.take_in() for _ in range(5)]
+        it.service.cancel_scope.cancel()
+    check_was_cut(it, clients)
+
+
+@trio_test
+async def test_all_of_a_batch_are_served_and_each_has_its_own_story(
+    backend: socket.socket,
+) -> None:
+    async with door() as it:
+        # Without a pause for anybody: the kernel makes these connections.
+        clients, others = [], []
+        for _ in range(50):
+            client = socket.create_connection(it.listening.getsockname(), PATIENCE)
+            client.sendall(HELLO)
+            clients.append(client)
+            other = socket.create_connection(it.listening.getsockname(), PATIENCE)
+            other.sendall(b"x")
+            others.append(other)
+        for _ in clients:
+            with (await trio.to_thread.run_sync(backend.accept))[0] as connection:
+                assert await trio.to_thread.run_sync(connection.recv, 1 << 16) == HELLO
+                connection.sendall(b"served")
+        for expected, group in (b"served", clients), (bytes([21, 3, 3, 0, 2, 2, 10]), others):
+            for client in group:
+                with client:
+                    assert await trio.to_thread.run_sync(receive_all, client) == expected
+        with trio.fail_after(PATIENCE):
+            await it.census.empty()
+        assert (it.sessions.served, it.sessions.refused) == (len(clients), len(others))
 
 
 @trio_test

@@ -3,7 +3,6 @@
 import trio
 
 from sniproxy.engine.listener import Listener
-from sniproxy.engine.signals import Signals
 
 
 class Census:
@@ -30,10 +29,10 @@ class Census:
             await self._emptied.wait()
 
 
-async def drain(listener: Listener, census: Census, signals: Signals, seconds: float) -> None:
+async def drain(listener: Listener, census: Census, end: trio.Event, seconds: float) -> None:
     """Close the listener and wait for those who are in.
 
-    Returns when the last has left, when `seconds` have passed, or when `signals.end` is set,
+    Returns when the last has left, when `seconds` have passed, or when `end` is set,
     whichever is first.
     """
     listener.close()
@@ -41,7 +40,7 @@ async def drain(listener: Listener, census: Census, signals: Signals, seconds: f
         async with trio.open_nursery() as nursery:
 
             async def wait_for_end() -> None:
-                await signals.end.wait()
+                await end.wait()
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(wait_for_end)

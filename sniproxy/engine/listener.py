@@ -11,7 +11,7 @@ import socket
 import stat
 from _socket import socket as Socket  # noqa: N812 - the plain type; socket.socket costs twice as much
 from collections.abc import Callable
-from select import EPOLLIN
+from select import EPOLLEXCLUSIVE, EPOLLIN
 
 import trio
 
@@ -22,6 +22,9 @@ Address = tuple[str, int] | tuple[str, int, int, int]
 # Connections accepted before those that are being served have their turn: the cost of some fifty
 # round trips through the relay.
 _BATCH = 32
+
+# Of several processes that wait for the same socket one is woken, not all.
+_EVENTS = EPOLLIN | EPOLLEXCLUSIVE
 
 # At the end the queue is emptied. It holds no more than net.core.somaxconn, 4096 by default; the
 # bound is for clients who come faster than we accept.
@@ -164,7 +167,7 @@ class Listener:
         """Accept until closed or cancelled."""
         while self._socket is not None:
             try:
-                self._loop.watch(self._socket.fileno(), self, EPOLLIN)
+                self._loop.watch(self._socket.fileno(), self, _EVENTS)
             except OSError as error:  # ENOMEM, ENOSPC
                 self._report(error)
             else:

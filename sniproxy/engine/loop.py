@@ -88,6 +88,10 @@ class EventLoop:
         del self._watchers[fd]
         self._epoll.unregister(fd)
 
+    def watchers(self) -> list[Watcher]:
+        """Return all watchers, one for each descriptor."""
+        return list(self._watchers.values())
+
     def close(self, sock: socket) -> None:
         """Forget `sock`, watched or not, and close it at the end of this turn.
 
@@ -104,7 +108,7 @@ class EventLoop:
         self._wake()
 
     async def run(self) -> None:
-        """Serve until cancelled; who has asked for a turn then is aborted."""
+        """Serve until cancelled; whoever is left then is aborted."""
         poll = self._epoll.poll
         runnable = self._runnable
         try:
@@ -121,7 +125,7 @@ class EventLoop:
                 # Whom other tasks closed at that checkpoint: nothing more may come to wake us.
                 self._bury()
         finally:
-            for watcher in self._runnable:
+            for watcher in [*self._runnable, *self._watchers.values()]:
                 watcher.abort()
             self._bury()
 

@@ -42,10 +42,14 @@ _CHUNK = 1 << 16
 _TURN = 1 << 20
 _READS = _TURN // _CHUNK
 
-# The credit of a direction. Each full read in a row earns one; with this many the next bytes are
+# What is much, in one read or turn: half of what the buffer takes. Not all of it, for on loopback a
+# TCP segment has 65,483 bytes, and one at a time may be waiting.
+_MUCH = 1 << 15
+
+# The credit of a direction. Each read of much in a row earns one; with this many the next bytes are
 # spliced, for a pipe is worth its system calls only where much is waiting.
 _HIGH_GEAR = 2
-# In high gear a turn that moved less than a chunk costs one, so that a sender who pauses for breath
+# In high gear a turn that moved less than that costs one, so that a sender who pauses for breath
 # is not taken for a chat, while one who has gone over to chatting soon is.
 _FULL_CREDIT = _HIGH_GEAR + 4
 
@@ -66,7 +70,6 @@ class Relay:
         self.pipes = pipes
         self.buffer = memoryview(bytearray(_CHUNK))
         self.can_splice = True
-        self.connections: set[_Flow] = set()
 
     def join(
         self,
@@ -92,7 +95,6 @@ class Relay:
         up = _Flow(self, near, far, on_end)
         down = _Flow(self, far, near, on_end)
         up.back, down.back = down, up
-        self.connections.add(up)
         try:
             # Before anything else: a far end that has just been woken finds it when it looks.
             if near_events is None:
@@ -108,12 +110,11 @@ class Relay:
             up.abort()
             raise
 
-    def abort_all(self) -> int:
-        """Reset every connection; return how many there were."""
-        cut = len(self.connections)
-        for flow in list(self.connections):
-            flow.abort()
-        return cut
+    def abort_all(self) -> None:
+        """Reset every connection."""
+        for watcher in self.loop.watchers():
+            if isinstance(watcher, _Flow):
+                watcher.abort()
 
 
 class _Flow:
@@ -176,9 +177,10 @@ class _Flow:
 
     def _take_in(self, events: int, back: "_Flow") -> bool:
         """Take in what an event says besides that there is data; return whether to go on."""
-        if events & EPOLLOUT and back.stalled:
-            back.stalled = False
-            back.pump()
+        if events & EPOLLOUT:
+            if back.stalled:
+                back.stalled = False
+                back.pump()
             if self.back is None or events == EPOLLOUT:
                 return False
         if events & _ENDING:
@@ -228,14 +230,11 @@ class _Flow:
             if sent < size:
                 self.pending = bytes(buffer[sent:size])
                 return self._stall()
-            if size == _CHUNK:
-                self.credit += 1
-                if self.credit == _HIGH_GEAR and self.relay.can_splice:
-                    return self._shift_up()
-            else:
-                self.credit = 0
-                if not self.ending:
-                    return
+            self.credit = self.credit + 1 if size >= _MUCH else 0
+            if self.credit == _HIGH_GEAR and self.relay.can_splice:
+                return self._shift_up()
+            if size < _CHUNK and not self.ending:
+                return
         self.relay.loop.soon(self)
 
     def _shift_up(self) -> None:
@@ -264,7 +263,7 @@ class _Flow:
                     self.relay.loop.soon(self)
                     break
                 if not self.piped:
-                    self.return_pipe()
+                    self.return_pipe(pipe)
                     return self._end()
             try:
                 sent = os.splice(pipe.read_end, sink, self.piped, flags=_SPLICE_FLAGS)
@@ -280,8 +279,8 @@ class _Flow:
                 break
             self.piped -= sent
             moved += sent
-        self.return_pipe()
-        self.credit = _FULL_CREDIT if moved >= _CHUNK else self.credit - 1
+        self.return_pipe(pipe)
+        self.credit = _FULL_CREDIT if moved >= _MUCH else self.credit - 1
 
     def _send_pending(self) -> bool:
         """Send what was read and not taken; return whether all of it went."""
@@ -349,22 +348,20 @@ class _Flow:
             back.pump()
         self.abort()
 
-    def return_pipe(self) -> None:
-        """Give the pipe back, if there is one; bytes in it are lost."""
-        if self.pipe is not None:
-            if self.piped:
-                self.relay.pipes.scrap(self.pipe)
-            else:
-                self.relay.pipes.give(self.pipe)
-            self.pipe = None
+    def return_pipe(self, pipe: Pipe) -> None:
+        """Give the pipe back; bytes in it are lost."""
+        if self.piped:
+            self.relay.pipes.scrap(pipe)
+        else:
+            self.relay.pipes.give(pipe)
+        self.pipe = None
 
     def _close(self) -> None:
         back = self.back
         assert back is not None
-        self.return_pipe()
-        back.return_pipe()
-        self.relay.connections.discard(self)
-        self.relay.connections.discard(back)
+        for flow in (self, back):
+            if flow.pipe is not None:
+                flow.return_pipe(flow.pipe)
         self.relay.loop.close(self.source)
         self.relay.loop.close(self.sink)
         # Without the cycle the memory is free at once, not when the collector comes round.

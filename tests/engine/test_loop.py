@@ -54,6 +54,87 @@ async def test_a_fault_ends_its_watcher_alone() -> None:
 
 
 @trio_test
+async def test_a_fault_in_a_turn_ends_neither_those_before_nor_those_behind_it() -> None:
+    faults: list[Exception] = []
+    loop = EventLoop(faults.append)
+    before, faulty, behind = Recorder(), Faulty(), Recorder()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        for times in 1, 2:
+            for watcher in before, faulty, behind:
+                loop.soon(watcher)
+            await until(behind, times)
+            assert before.events == faulty.events == behind.events == [0] * times
+        assert [type(fault) for fault in faults] == [ZeroDivisionError] * 2
+        assert (before.aborted, faulty.aborted, behind.aborted) == (0, 2, 0)
+        nursery.cancel_scope.cancel()
+    loop.shut()
+
+
+@trio_test
+async def test_who_has_asked_for_a_turn_is_aborted_when_the_loop_is_cancelled() -> None:
+    loop = EventLoop(lambda error: None)
+    near, far = socket.socketpair()
+    plain = _socket.socket(near.family, near.type, 0, near.detach())
+
+    class Closer(Recorder):
+        def abort(self) -> None:
+            super().abort()
+            loop.close(plain)
+
+    had_its_turn, asks, closes = Recorder(), Recorder(), Closer()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        loop.soon(had_its_turn)
+        await until(had_its_turn, 1)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        for watcher in asks, closes:
+            loop.soon(watcher)
+        nursery.cancel_scope.cancel()
+    assert [each.events for each in (had_its_turn, asks, closes)] == [[0], [], []]
+    assert [each.aborted for each in (had_its_turn, asks, closes)] == [0, 1, 1]
+    # And whom it closes then is closed.
+    assert plain.fileno() == -1
+    loop.shut()
+    far.close()
+
+
+@trio_test
+async def test_who_is_watched_is_aborted_when_the_loop_is_cancelled() -> None:
+    loop = EventLoop(lambda error: None)
+    recorder = Recorder()
+    near, far = socket.socketpair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        loop.watch(near.fileno(), recorder, select.EPOLLIN)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert (recorder.events, recorder.aborted) == ([], 1)
+    loop.shut()
+    near.close()
+    far.close()
+
+
+@trio_test
+async def test_who_asks_again_and_again_is_aborted_when_the_loop_is_cancelled() -> None:
+    loop = EventLoop(lambda error: None)
+
+    class Endless(Recorder):
+        def on_event(self, events: int) -> None:
+            super().on_event(events)
+            loop.soon(self)
+
+    endless = Endless()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        loop.soon(endless)
+        await until(endless, 10)
+        nursery.cancel_scope.cancel()
+    assert endless.aborted == 1
+    loop.shut()
+
+
+@trio_test
 async def test_an_endless_watcher_leaves_others_their_turn() -> None:
     loop = EventLoop(lambda error: None)
 

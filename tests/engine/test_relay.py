@@ -1,10 +1,15 @@
 """The relay between real sockets: a near end over TCP, a far end over a Unix socket."""
 
+import array
 import contextlib
 import errno
+import fcntl
 import os
+import select
 import socket
 import struct
+import termios
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -13,9 +18,9 @@ import trio
 from trio.testing import check_half_closeable_stream, trio_test
 
 from sniproxy.engine.drain import Census
-from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.loop import EventLoop, Watcher
 from sniproxy.engine.pipes import PipePool
-from sniproxy.engine.relay import Relay
+from sniproxy.engine.relay import READ_EVENTS, Relay
 from sniproxy.engine.stream import relay_streams
 from tests.support.sockets import Noise, plain, reset, tcp_pair, unix_pair
 
@@ -45,11 +50,16 @@ class Bench:
             for end in (backend, far):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, unix_buffers)
         far.setblocking(False)
+        self.join_these(near, far)
+        return self.stream(client), self.stream(backend)
+
+    def join_these(self, near: socket.socket, far: socket.socket) -> None:
         self.census.enter()
         self.relay.join(plain(near), plain(far), self.census.leave)
-        ends = stream(client), stream(backend)
-        self._ends += ends
-        return ends
+
+    def stream(self, end: socket.socket) -> trio.SocketStream:
+        self._ends.append(stream(end))
+        return self._ends[-1]
 
     async def close(self) -> None:
         self.relay.abort_all()
@@ -74,6 +84,37 @@ async def bench() -> AsyncIterator[Bench]:
             nursery.cancel_scope.cancel()
     finally:
         await it.close()
+
+
+def say(client: socket.socket, near: socket.socket, data: bytes) -> None:
+    """Send, and wait until all of it is at the other end."""
+    client.sendall(data)
+    deadline = time.monotonic() + 5
+    there = array.array("i", [0])
+    while there[0] < len(data):
+        assert time.monotonic() < deadline
+        fcntl.ioctl(near, termios.FIONREAD, there)
+
+
+def shut(client: socket.socket, near: socket.socket) -> None:
+    """Send the end, and wait until it is at the other end."""
+    client.shutdown(socket.SHUT_WR)
+    wait_for(near, select.POLLRDHUP)
+
+
+def wait_for(sock: socket.socket, events: int) -> None:
+    poll = select.poll()
+    poll.register(sock, events)
+    assert poll.poll(5000)
+
+
+def received_already(sock: socket.socket) -> bytes:
+    """Return what there is to receive at this very moment."""
+    received = bytearray()
+    with contextlib.suppress(BlockingIOError):
+        while chunk := sock.recv(1 << 16, socket.MSG_DONTWAIT):
+            received += chunk
+    return bytes(received)
 
 
 def stream(sock: socket.socket) -> trio.SocketStream:
@@ -377,7 +418,7 @@ async def test_urgent_data_is_answered_with_a_reset(splices: Splices) -> None:
 async def test_abort_all_resets_the_clients() -> None:
     async with bench() as it:
         pairs = [it.join() for _ in range(3)]
-        assert it.relay.abort_all() == 3
+        it.relay.abort_all()
         await it.all_ended()
         for client, backend in pairs:
             with pytest.raises(trio.BrokenResourceError):
@@ -400,6 +441,185 @@ async def test_descriptors_come_back() -> None:
         await it.all_ended()
         await trio.lowlevel.checkpoint()
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+# What happened before the two were joined
+
+
+@trio_test
+async def test_what_was_said_before_is_passed_on_at_once() -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        say(client, near, b"hello")
+        it.join_these(near, far)
+        # Before the loop, which is a task, could have had a turn.
+        assert received_already(backend) == b"hello"
+        await check_both_ways(it.stream(client), it.stream(backend))
+        await it.all_ended()
+
+
+@trio_test
+async def test_what_was_said_to_a_watcher_before_is_passed_on_at_once() -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        told: list[int] = []
+
+        class Before:
+            def on_event(self, events: int) -> None:
+                told.append(events)
+
+            def abort(self) -> None:
+                raise AssertionError
+
+        plain_near, plain_far = plain(near), plain(far)
+        it.loop.watch(plain_near.fileno(), Before(), READ_EVENTS)
+        client.sendall(b"hello")
+        with trio.fail_after(5):
+            while not told:
+                await trio.lowlevel.checkpoint()
+        it.census.enter()
+        it.relay.join(plain_near, plain_far, it.census.leave, told[0])
+        assert received_already(backend) == b"hello"
+        await check_both_ways(it.stream(client), it.stream(backend))
+        await it.all_ended()
+        assert len(told) == 1
+
+
+@pytest.mark.parametrize("size", [10_000, 90_000])
+@trio_test
+async def test_of_what_was_said_before_nothing_is_lost_in_a_small_buffer(size: int) -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        said = b"".join(Noise().blocks(size))
+        say(client, near, said)
+        it.join_these(near, far)
+        client_end, backend_end = it.stream(client), it.stream(backend)
+        # It stalls, and stays so until somebody reads.
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        received = received_already(backend)
+        assert 0 < len(received) < size
+        with trio.fail_after(5):
+            while len(received) < size:
+                received += await backend_end.receive_some()
+        assert received == said
+        await check_both_ways(client_end, backend_end, 1 << 17)
+        await it.all_ended()
+
+
+@trio_test
+async def test_an_end_before_comes_after_what_was_said_and_the_other_way_lives_on() -> None:
+    for said in b"", b"question", b"".join(Noise().blocks(90_000)):
+        async with bench() as it:
+            client, near = tcp_pair()
+            backend, far = unix_pair()
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            say(client, near, said)
+            shut(client, near)
+            it.join_these(near, far)
+            client_end, backend_end = it.stream(client), it.stream(backend)
+            with trio.fail_after(5):
+                assert b"".join([chunk async for chunk in backend_end]) == said
+            for _ in range(3):
+                await backend_end.send_all(b"answer")
+                assert await client_end.receive_some() == b"answer"
+            assert it.census.open
+            await backend_end.send_eof()
+            assert await client_end.receive_some() == b""
+            await it.all_ended()
+
+
+@trio_test
+async def test_both_may_have_ended_before() -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        for end, other, said in (client, near, b"question"), (backend, far, b"answer"):
+            say(end, other, said)
+            shut(end, other)
+        it.join_these(near, far)
+        await it.all_ended()
+        for end, expected in (client, b"answer"), (backend, b"question"):
+            assert b"".join([chunk async for chunk in it.stream(end)]) == expected
+
+
+@pytest.mark.parametrize("said", [b"", b"question"])
+@pytest.mark.parametrize("last_words", [b"", b"no room"])
+@trio_test
+async def test_a_backend_that_has_gone_before_has_its_last_words(
+    said: bytes, last_words: bytes
+) -> None:
+    async with bench() as it:
+        for _ in range(3):
+            before = len(os.listdir("/proc/self/fd"))
+            client, near = tcp_pair()
+            backend, far = unix_pair()
+            say(client, near, said)
+            say(backend, far, last_words)
+            backend.close()
+            it.join_these(near, far)
+            await it.all_ended()
+            assert it.loop.watchers() == []
+            client_end = it.stream(client)
+            assert b"".join([chunk async for chunk in client_end]) == last_words
+            # The end was that of one direction. Nobody listens in the other one.
+            with pytest.raises(trio.BrokenResourceError), trio.fail_after(5):
+                while True:
+                    await client_end.send_all(b"anybody?")
+            await client_end.aclose()
+            assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("said", [b"", b"question"])
+@trio_test
+async def test_a_client_that_was_reset_before_is_an_end_for_the_backend(said: bytes) -> None:
+    async with bench() as it:
+        before = len(os.listdir("/proc/self/fd"))
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        say(client, near, said)
+        reset(client)
+        wait_for(near, select.POLLERR)
+        it.join_these(near, far)
+        await it.all_ended()
+        assert it.loop.watchers() == []
+        with trio.fail_after(5):
+            async with stream(backend) as end:
+                assert b"".join([chunk async for chunk in end]) == said
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+# The first to be watched is the far end.
+@pytest.mark.parametrize("call", [1, 2])
+@trio_test
+async def test_both_are_reset_where_they_can_not_be_watched(
+    monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        say(client, near, b"hello")
+        calls = 0
+        watch = it.loop.watch
+
+        def fail(fd: int, watcher: Watcher, events: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            watch(fd, watcher, events)
+
+        monkeypatch.setattr(it.loop, "watch", fail)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            it.join_these(near, far)
+        assert not it.census.open
+        assert it.loop.watchers() == []
+        with pytest.raises(trio.BrokenResourceError):
+            await it.stream(client).receive_some()
+        assert b"".join([chunk async for chunk in it.stream(backend)]) == b"hello"
 
 
 @trio_test

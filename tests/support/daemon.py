@@ -7,6 +7,7 @@ It is ready when `start_daemon` returns. When the block ends it is asked to end,
 its standard error that is no line of the log, or is the traceback of a bug, fails the test.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -110,6 +111,14 @@ class Daemon:
         """Wait for the end, and return the exit code."""
         return self.process.wait(timeout)
 
+    def workers(self) -> list[int]:
+        """Return the process ids of its living workers, the oldest first."""
+        if self.process.poll() is not None:
+            return []
+        return [
+            int(pid) for pid in self._proc(f"task/{self.process.pid}/children").read_text().split()
+        ]
+
     def rss_peak(self) -> int:
         """Return the most memory, in bytes, that was ever resident."""
         for line in self._proc("status").read_text().splitlines():
@@ -128,11 +137,17 @@ class Daemon:
     def _end(self) -> None:
         """End it, with a chance to save what a coverage measurement has found."""
         # A stopped process would not hear the other signal.
+        workers = self.workers()
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGINT)
         try:
             self.wait()
         except subprocess.TimeoutExpired:
+            for pid in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.kill()
             self.wait()
             raise

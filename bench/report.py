@@ -1,0 +1,178 @@
+"""Results → what people read: a table for a terminal, one for the README, and a plot."""
+
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results.json"
+PLOT = ROOT / "docs" / "bench.svg"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
+
+OURS = "sniproxy"
+TITLE = "sniproxy beside the better of HAProxy and nginx"
+
+# Those whom the ratios compare us with: the better of them.
+COMPARED = ("HAProxy", "HAProxy, splice", "nginx stream")
+
+# What the README shows: titles, and the metrics behind them.
+SHOWN = {
+    "CPU per connection, µs": "connect: CPU, µs",
+    "CPU per connection, 10,000 hosts, µs": "connect, 10,000 hosts: CPU, µs",
+    "CPU per connection, PROXY header, µs": "connect, PROXY header: CPU, µs",
+    "CPU per connection beside the idle ones, µs": "connect beside idle: CPU, µs",
+    "download, s/GB": "bulk down, 1 stream: time, s/GB",
+    "download, CPU s/GB": "bulk down, 1 stream: CPU, s/GB",
+    "upload, s/GB": "bulk up, 1 stream: time, s/GB",
+    "upload, CPU s/GB": "bulk up, 1 stream: CPU, s/GB",
+    "8 streams both ways, s/GB": "bulk both, 8 streams: time, s/GB",
+    "8 streams both ways, CPU s/GB": "bulk both, 8 streams: CPU, s/GB",
+    "round trip of a byte, µs": "ping: round trip, µs",
+    "CPU per message, 500 busy connections, µs": "500 busy: CPU, µs",
+    "private memory per idle connection, KB": "idle: private memory each, KB",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Medians.
+
+    Attributes:
+        machine: What they were measured on.
+        rounds: How often.
+        idle: How many connections were idle at a time.
+        versions: Whom, in the order of the columns.
+        medians: For each metric, whose title ends with its unit, the median of each proxy.
+    """
+
+    machine: str
+    rounds: int
+    idle: int
+    versions: dict[str, str]
+    medians: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(
+        cls,
+        values: Mapping[str, Mapping[str, Sequence[float]]],
+        versions: dict[str, str],
+        rounds: int,
+        idle: int,
+    ) -> "Results":
+        """Take the medians of all rounds."""
+        medians = {
+            metric: {name: median(each) for name, each in by_name.items()}
+            for metric, by_name in values.items()
+        }
+        return cls(_machine(), rounds, idle, versions, medians)
+
+    def keep(self) -> None:
+        """Keep them: as JSON, as a plot, and as the table in the README."""
+        RESULTS.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        PLOT.write_text(self.plot(), "utf-8")
+        before, rest = README.read_text("utf-8").split(BEGIN)
+        _, after = rest.split(END)
+        README.write_text(before + BEGIN + self.markdown() + END + after, "utf-8")
+
+    def ratio(self, metric: str) -> float | None:
+        """Return ours to the better of those who are compared; None if one of both is missing."""
+        medians = self.medians[metric]
+        others = [medians[name] for name in COMPARED if name in medians]
+        if not others or OURS not in medians or not min(others):
+            return None
+        return medians[OURS] / min(others)
+
+    def text(self) -> str:
+        """Return all of it as a table."""
+        names = list(dict.fromkeys(name for row in self.medians.values() for name in row))
+        rows = [["", *names, "ratio"]]
+        for metric, medians in self.medians.items():
+            cells = [_number(medians[name]) if name in medians else "" for name in names]
+            ratio = self.ratio(metric)
+            rows.append([metric, *cells, "" if ratio is None else f"{ratio:.2f}"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        layout = f"{{:{widths[0]}}}" + "".join(f"{{:>{width + 2}}}" for width in widths[1:])
+        lines = [layout.format(*row) for row in rows]
+        return "\n".join([self._caption(), "", *lines])
+
+    def markdown(self) -> str:
+        """Return the rows that the README shows."""
+        names = list(self.versions)
+        lines = [
+            f"| | {' | '.join(names)} | ratio |",
+            f"| --- |{' ---: |' * (len(names) + 1)}",
+        ]
+        for title, metric in SHOWN.items():
+            medians = self.medians.get(metric, {})
+            cells = [_number(medians[name]) if name in medians else "" for name in names]
+            ratio = self.ratio(metric) if medians else None
+            lines.append(f"| {title} | {' | '.join(cells)} | {_ratio(ratio)} |")
+        return "\n".join([*lines, "", self._caption(), ""])
+
+    def plot(self) -> str:
+        """Return the same rows as bars, each as a share of what the better peer takes."""
+        bars = [
+            (title, ratio)
+            for title, metric in SHOWN.items()
+            if metric in self.medians and (ratio := self.ratio(metric)) is not None
+        ]
+        unit, left, top, step = 220, 350, 64, 26
+        width, height = left + 2 * unit + 30, top + step * len(bars) + 16
+        parts = [
+            f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"
+ width="{width}" height="{height}" font-family="sans-serif" font-size="13">""",
+            f'<rect width="{width}" height="{height}" fill="#fff"/>',
+            f'<text x="12" y="24" font-size="16" font-weight="bold">{TITLE}</text>',
+            '<text x="12" y="44" fill="#555">shorter is better; the line is where they are</text>',
+        ]
+        for row, (title, ratio) in enumerate(bars):
+            y = top + row * step
+            length = min(ratio, 2) * unit
+            colour = "#2a7f62" if ratio <= 1 else "#b5651d"
+            title = re.sub(r", (µs|KB|s/GB)$", "", title)
+            parts += [
+                f'<text x="{left - 10}" y="{y + 14}" text-anchor="end">{title}</text>',
+                f'<rect x="{left}" y="{y + 2}" width="{length:.0f}" height="16" fill="{colour}"/>',
+                f'<text x="{left + length + 6:.0f}" y="{y + 14}">{ratio:.2f}</text>',
+            ]
+        line = left + unit
+        parts.append(
+            f'<line x1="{line}" x2="{line}" y1="{top - 6}" y2="{height - 10}" stroke="#333"'
+            ' stroke-dasharray="4 3"/>'
+        )
+        return "\n".join([*parts, "</svg>", ""])
+
+    def _caption(self) -> str:
+        versions = ", ".join(
+            f"{name} {version}" for name, version in self.versions.items() if version
+        )
+        return (
+            f"Medians of {self.rounds} rounds on {self.machine}: {versions}. "
+            f"{self.idle:,} connections were idle at a time."
+        )
+
+
+def _number(value: float) -> str:
+    """Return three digits of `value`, or as many as stand before the point."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"**{ratio:.2f}**"
+
+
+def _machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo").read_text("utf-8")
+    model = re.search(r"model name\s*: (.*)", cpuinfo)
+    return (
+        f"{os.cpu_count()} processors {model[1] if model else platform.machine()}, "
+        f"Linux {platform.release()}, Python {platform.python_version()}"
+    )

@@ -1,0 +1,294 @@
+"""The proxies side by side: the same clients, the same backend, in turn, round after round.
+
+usage: scripts/bench [--rounds N] [--quick] [--only WORD] [--save]
+
+What is printed are medians over the rounds, and the ratio of ours to the better of HAProxy and
+nginx. Processor time is that of the proxy's processes alone, so that clients, backend and a busy
+machine count for little. Nothing here passes or fails: machines differ, ratios less.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from peers import PEERS, TWO_WORKERS, Peer, Running, Setup
+from report import Results
+
+BENCH = Path(__file__).parent
+sys.path.insert(0, str(BENCH.parent))
+
+from tests.support import hellos  # noqa: E402 - from this checkout
+
+DIRECT = "direct"
+
+AT_A_TIME = 200
+MANY_STREAMS = 8
+BUSY = 500
+GIGABYTE = 1e9
+WARM_UP = 2000  # connections: what Python specialises, and what others allocate once
+RESERVE = 600  # descriptors that a proxy keeps for other things; HAProxy takes the most
+FIRST_PORT = 20_000  # below those that the kernel takes for clients
+
+
+class Size(NamedTuple):
+    """How much of everything; enough to take a second or so from each proxy."""
+
+    connections: int = 10_000
+    hosts: int = 10_000
+    bulk: int = 2_000_000_000  # bytes
+    pings: int = 20_000
+    busy_pings: int = 100_000
+    idle: int = 10_000
+    idle_connects: int = 4_000
+
+
+QUICK = Size(200, 100, 5_000_000, 100, 1000, 100, 200)
+
+
+class Load:
+    """The clients and the backend: bench/load.c."""
+
+    def __init__(self, directory: Path) -> None:
+        self._program = directory / "load"
+        compiler: list[str | Path] = ["cc", "-O2", "-Wall", "-o", self._program, BENCH / "load.c"]
+        subprocess.run(compiler, check=True)
+        self._hello = directory / "hello"
+        self._hello.write_bytes(hellos.chromium_hello(host(0)))
+
+    @contextmanager
+    def backend(self, path: Path, port: int) -> Iterator[None]:
+        """Run the backend on a Unix socket and a port."""
+        command: list[str | Path] = [self._program, "backend", path, str(port)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            try:
+                process.stdout.readline()  # "ready"
+                yield
+            finally:
+                process.kill()
+
+    def run(self, kind: str, port: int, *arguments: object) -> dict[str, float]:
+        """Run clients to their end; return what they print."""
+        with self.ready(kind, port, *arguments) as clients:
+            return self.go_on(clients)
+
+    def ready(self, kind: str, port: int, *arguments: object) -> subprocess.Popen[str]:
+        """Start clients; some print "ready" first, and wait for standard input."""
+        command = [str(self._program), kind, str(port), str(self._hello), *map(str, arguments)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def go_on(self, clients: subprocess.Popen[str]) -> dict[str, float]:
+        """Let clients that are ready go on to their end; return what they print."""
+        out, _ = clients.communicate("\n")
+        if clients.returncode:
+            raise RuntimeError(f"the clients failed: {clients.args!r}")
+        return {name: float(value) for name, value in (line.split() for line in out.splitlines())}
+
+
+class Proxy(NamedTuple):
+    """One that is running, or nothing between clients and backend."""
+
+    name: str
+    port: int
+    running: Running | None
+
+    def processor_seconds(self) -> float:
+        """Return the processor time that it has used."""
+        return self.running.processor_seconds() if self.running else 0
+
+
+class Bench:
+    """What is measured, and the results: for each metric, for each proxy, a value a round."""
+
+    def __init__(self, load: Load, size: Size, only: str) -> None:
+        self._load = load
+        self.size = size
+        self._only = only
+        self.values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def wanted(self, title: str) -> bool:
+        """Tell whether `title` is to be measured."""
+        return self._only in title
+
+    def connect(self, title: str, proxy: Proxy, hosts: int = 1, count: int = 0) -> None:
+        """Connect, a byte back, close."""
+        count = count or self.size.connections
+        self._load.run("connect", proxy.port, hosts, AT_A_TIME, min(WARM_UP, count))
+        seconds, cpu, _ = self._measure(proxy, "connect", hosts, AT_A_TIME, count)
+        self._note(f"{title}: time, µs", proxy, seconds / count * 1e6)
+        self._note(f"{title}: CPU, µs", proxy, cpu / count * 1e6)
+
+    def bulk(self, title: str, proxy: Proxy, streams: int, direction: str) -> None:
+        """Move as many bytes as the size says, in each direction."""
+        each = self.size.bulk // streams // (2 if direction == "both" else 1)
+        seconds, cpu, _ = self._measure(proxy, "bulk", direction, streams, each)
+        self._note(f"{title}: time, s/GB", proxy, seconds / self.size.bulk * GIGABYTE)
+        self._note(f"{title}: CPU, s/GB", proxy, cpu / self.size.bulk * GIGABYTE)
+
+    def ping(self, title: str, proxy: Proxy, many: int, count: int) -> None:
+        """Send one byte there and back, again and again."""
+        _, cpu, printed = self._measure(proxy, "ping", many, count)
+        self._note(f"{title}: round trip, µs", proxy, printed["median"] * 1e6)
+        self._note(f"{title}: round trip, 99th percentile, µs", proxy, printed["p99"] * 1e6)
+        self._note(f"{title}: CPU, µs", proxy, cpu / count * 1e6)
+
+    def idle(self, title: str, proxy: Proxy, many: int) -> None:
+        """Hold connections that do nothing; then connect beside them."""
+        assert proxy.running is not None
+        self._load.run("connect", proxy.port, 1, AT_A_TIME, min(WARM_UP, self.size.connections))
+        time.sleep(0.5)  # for the last to be closed
+        before = proxy.running.private_bytes()
+        with self._load.ready("idle", proxy.port, many) as clients:
+            assert clients.stdout is not None
+            clients.stdout.readline()
+            memory = proxy.running.private_bytes() - before
+            self._note(f"{title}: private memory each, KB", proxy, memory / many / 1024)
+            before_cpu = proxy.processor_seconds()
+            time.sleep(1)
+            cpu = proxy.processor_seconds() - before_cpu
+            self._note(f"{title}: CPU in a second, ms", proxy, cpu * 1000)
+            self.connect(f"connect beside {title}", proxy, count=self.size.idle_connects)
+            clients.communicate()
+
+    def _measure(
+        self, proxy: Proxy, kind: str, *arguments: object
+    ) -> tuple[float, float, dict[str, float]]:
+        """Run clients; return the seconds, the proxy's processor seconds, and what they print."""
+        with self._load.ready(kind, proxy.port, *arguments) as clients:
+            if kind == "ping":
+                assert clients.stdout is not None
+                clients.stdout.readline()
+            before = proxy.processor_seconds()
+            printed = self._load.go_on(clients)
+        time.sleep(0.05)  # what follows the last byte, closing, is part of the work
+        return printed["seconds"], proxy.processor_seconds() - before, printed
+
+    def _note(self, metric: str, proxy: Proxy, value: float) -> None:
+        if proxy.running or "CPU" not in metric:
+            self.values[metric][proxy.name].append(value)
+
+
+def host(number: int) -> str:
+    """Return one of many names; bench/load.c counts in the digits."""
+    return f"host{number:05}.example"
+
+
+class Stage:
+    """Where proxies run: a directory, ports, the backend behind them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._ports = iter(range(FIRST_PORT, FIRST_PORT + 10_000))
+        self.backend = directory / "backend"
+        self.backend_port = next(self._ports)
+
+    @contextmanager
+    def proxy(self, peer: Peer, hosts: int = 1, *, header: bool = False) -> Iterator[Proxy]:
+        """Run a proxy of its own."""
+        port = next(self._ports)
+        names = [host(number) for number in range(hosts)]
+        setup = Setup(self._directory / str(port), port, self.backend, names, header)
+        with peer.running(setup) as running:
+            yield Proxy(peer.name, port, running)
+
+
+def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) -> None:
+    """Measure everything, round after round."""
+    size = bench.size
+    with ExitStack() as stack:
+        stack.enter_context(load.backend(stage.backend, stage.backend_port))
+
+        def start(peers: list[Peer], hosts: int = 1, *, header: bool = False) -> list[Proxy]:
+            return [stack.enter_context(stage.proxy(peer, hosts, header=header)) for peer in peers]
+
+        with_header = [peer for peer in peers if peer.header]
+        direct = Proxy(DIRECT, stage.backend_port, None)
+        proxies = [direct, *start(peers)]
+        # What is measured: a title, those who are, and how.
+        works: list[tuple[str, list[Proxy], Callable[[str, Proxy], None]]] = [
+            ("connect", proxies + start([TWO_WORKERS]), bench.connect),
+            (
+                f"connect, {size.hosts:,} hosts",
+                start(peers, size.hosts),
+                partial(bench.connect, hosts=size.hosts),
+            ),
+            ("connect, PROXY header", start(with_header, header=True), bench.connect),
+            ("ping", proxies, partial(bench.ping, many=1, count=size.pings)),
+            (f"{BUSY} busy", proxies, partial(bench.ping, many=BUSY, count=size.busy_pings)),
+        ]
+        for streams in 1, MANY_STREAMS:
+            for direction in "down", "up", "both":
+                title = f"bulk {direction}, {streams} {'stream' if streams == 1 else 'streams'}"
+                bulk = partial(bench.bulk, streams=streams, direction=direction)
+                works.append((title, proxies, bulk))
+
+        for number in range(rounds):
+            print(f"bench: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            for title, measured, work in works:
+                # Everyone comes first once: the machine may get slower while it is measured.
+                first = number % len(measured)
+                for proxy in [*measured[first:], *measured[:first]]:
+                    if bench.wanted(title):
+                        work(title, proxy)
+            if bench.wanted("idle"):
+                for peer in peers:
+                    # Each time a new process: memory once used is not given back.
+                    with stage.proxy(peer) as proxy:
+                        bench.idle("idle", proxy, size.idle)
+
+
+def main() -> int:
+    """Run what the options ask for, and print it."""
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="how often to do all of it (%(default)s)"
+    )
+    parser.add_argument("--only", default="", metavar="WORD", help="what has WORD in its title")
+    parser.add_argument("--quick", action="store_true", help="small amounts: to try the program")
+    parser.add_argument("--save", action="store_true", help="keep the table and the plot: README")
+    options = parser.parse_args()
+    peers = []
+    for peer in PEERS:
+        if peer.missing:
+            print(f"bench: skipped {peer.name}: the package {peer.missing} is not installed")
+        else:
+            peers.append(peer)
+    size = raise_limits(QUICK if options.quick else Size())
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        # Workers of other users must come through to the backend.
+        directory = Path(name)
+        directory.chmod(0o755)
+        load = Load(directory)
+        bench = Bench(load, size, options.only)
+        run(bench, load, Stage(directory), peers, options.rounds)
+    versions = {DIRECT: ""} | {peer.name: peer.show_version() for peer in peers}
+    results = Results.of(bench.values, versions, options.rounds, size.idle)
+    print(results.text())
+    if options.save:
+        results.keep()
+    return 0
+
+
+def raise_limits(size: Size) -> Size:
+    """Allow as many descriptors as a proxy takes, or hold as many idle as we get them for."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(2 * size.idle + RESERVE, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    except (OSError, ValueError):
+        limit = hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    return size._replace(idle=min(size.idle, (limit - RESERVE) // 2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

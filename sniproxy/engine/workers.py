@@ -1,0 +1,253 @@
+"""Several processes that share a listening socket, and the one that looks after them.
+
+A worker is a copy of the first process, made by fork(2) when everything is loaded and opened, so
+that it shares the memory of all that. Each waits for the same socket; EPOLLEXCLUSIVE lets the
+kernel wake one of them for a connection and not all. One that dies is replaced.
+
+Only the first process is meant by signals, and only it speaks to the supervisor. It tells the
+workers what to do through a pipe each: a signal could come before a worker can take it, and twice
+where a supervisor signals the whole group. The end of that pipe says that the first process is
+gone, and that is an order to drain, too: nobody would look after the worker any more. What workers
+count they write into memory that all share.
+"""
+
+import contextlib
+import mmap
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+import trio
+
+from sniproxy.engine.notify import Counts, Notifier
+
+_DRAIN: Final = b"d"
+_END: Final = b"e"
+
+_ORDERS: Final = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+
+# Seconds between two looks at what workers have counted, and at who is to be replaced.
+_LOOK: Final = 1.0
+
+# The same, until all have begun to serve; that takes milliseconds.
+_FIRST_LOOK: Final = 0.02
+
+# Seconds between two of a worker's entries; several within a usual watchdog's time, and at least
+# `_BEATS` within any.
+_BEAT: Final = 0.5
+_BEATS: Final = 4
+
+# A worker that ended within as many seconds would, if replaced at once, keep a processor busy.
+_SHORT_LIFE: Final = 1.0
+
+
+class Board:
+    """Memory that processes share, with an entry for each worker: its counts, and the time."""
+
+    _FIELDS: Final = 4  # of eight bytes: open, served, refused, nanoseconds of CLOCK_MONOTONIC
+
+    def __init__(self, workers: int) -> None:
+        self._fields = memoryview(mmap.mmap(-1, workers * self._FIELDS * 8)).cast("q")
+
+    def write(self, index: int, counts: Counts) -> None:
+        """Write a worker's entry."""
+        first = index * self._FIELDS
+        values = counts.open, counts.served, counts.refused, time.monotonic_ns()
+        for number, value in enumerate(values):
+            self._fields[first + number] = value
+
+    def read(self, index: int) -> tuple[Counts, float]:
+        """Return a worker's counts, and the seconds since it wrote them."""
+        first = index * self._FIELDS
+        *counts, written = self._fields[first : first + self._FIELDS]
+        return Counts(*counts), (time.monotonic_ns() - written) / 1e9
+
+    def has_entry(self, index: int) -> bool:
+        """Tell whether the worker has written anything yet."""
+        return self._fields[(index + 1) * self._FIELDS - 1] != 0
+
+    def clear(self, index: int) -> None:
+        """Wipe out the entry of a worker that has ended."""
+        for number in range(self._FIELDS):
+            self._fields[index * self._FIELDS + number] = 0
+
+
+class Worker:
+    """What a worker is told, as by `Signals`, and what it tells, as to a `Notifier`.
+
+    Attributes:
+        number: Which one it is, from 1.
+        drain, end: Set when it is told to.
+    """
+
+    def __init__(self, board: Board, index: int, orders: int, beat: float) -> None:
+        self.number = index + 1
+        self.drain = trio.Event()
+        self.end = trio.Event()
+        self._board = board
+        self._orders = orders
+        self._beat = beat
+
+    async def receive(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Receive orders until cancelled, or until there is nobody who could give any."""
+        task_status.started()
+        while True:
+            await trio.lowlevel.wait_readable(self._orders)
+            order = os.read(self._orders, 1)
+            if order == _END:
+                self.end.set()
+            self.drain.set()
+            if not order:
+                return
+
+    def ready(self) -> None:
+        """Nothing: the first entry says so."""
+
+    def stopping(self) -> None:
+        """Nothing: it was told to."""
+
+    async def run(self, counts: Callable[[], Counts]) -> None:
+        """Until cancelled, keep the entry up to date, from inside the loop that serves."""
+        try:
+            while True:
+                self._board.write(self.number - 1, counts())
+                await trio.sleep(self._beat)
+        finally:
+            self._board.write(self.number - 1, counts())
+
+
+class Workers:
+    """The workers, seen from the first process.
+
+    Args:
+        count: how many there are to be.
+        notifier: how to speak to the supervisor; owned from now on.
+        on_death: called with the number, the process id and the wait status of a worker that ended
+            without having been told to.
+    """
+
+    def __init__(
+        self, count: int, notifier: Notifier, on_death: Callable[[int, int, int], None]
+    ) -> None:
+        self._count = count
+        self._notifier = notifier
+        self._on_death = on_death
+        self._board = Board(count)
+        seconds = notifier.watchdog or _BEAT * _BEATS
+        self._beat = min(_BEAT, seconds / _BEATS)
+        self._look = min(_LOOK, seconds / 2)
+        self._alive: dict[int, tuple[int, int, float]] = {}  # pid: index, pipe, birth
+        self._due = dict.fromkeys(range(count), 0.0)  # index: when it is to be started
+        self._past = Counts()  # of those who have ended
+        self._ordered = b""
+
+    def run(self, on_drain: Callable[[], None]) -> Worker | None:
+        """Start the workers, and look after them until a signal has asked for the end.
+
+        Args:
+            on_drain: called when that signal has come.
+
+        Returns:
+            In a new process what it needs to be a worker; in the first one None, at the end, when
+            all have ended.
+
+        Raises:
+            OSError: the first workers can't be started (EAGAIN, ENOMEM).
+        """
+        # Blocked, so that none is lost between two looks. Ignored as well, which workers inherit;
+        # and a blocked signal is kept even so. But not SIGCHLD: who ignores it is not told.
+        wanted = {*_ORDERS, signal.SIGCHLD}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+        for order in _ORDERS:
+            signal.signal(order, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        is_ready = False
+        while self._alive or not self._ordered:
+            now = time.monotonic()
+            for index in [each for each, due in self._due.items() if due <= now]:
+                try:
+                    worker = self._start(index)
+                except OSError:
+                    if not is_ready:
+                        raise
+                    self._due[index] = now + _SHORT_LIFE
+                    continue
+                if worker is not None:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                    return worker
+            if not is_ready and all(map(self._board.has_entry, range(self._count))):
+                is_ready = True
+                self._notifier.ready()
+            self._notify()
+            received = signal.sigtimedwait(wanted, self._look if is_ready else _FIRST_LOOK)
+            if received is None:
+                continue
+            if received.si_signo == signal.SIGCHLD:
+                self._bury()
+                continue
+            if not self._ordered:
+                self._notifier.stopping()
+                self._due.clear()
+                on_drain()
+            is_last = self._ordered or received.si_signo == signal.SIGINT
+            self._order(_END if is_last else _DRAIN)
+        return None
+
+    def _start(self, index: int) -> Worker | None:
+        """Start a worker; return what it needs to be one in its process, None in this one."""
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(reading)
+            os.close(writing)
+            raise
+        if pid == 0:
+            # Whoever holds a writing end keeps its worker waiting for orders.
+            for _, other, _ in self._alive.values():
+                os.close(other)
+            os.close(writing)
+            self._notifier.close()
+            return Worker(self._board, index, reading, self._beat)
+        os.close(reading)
+        self._alive[pid] = index, writing, time.monotonic()
+        del self._due[index]
+        return None
+
+    def _order(self, order: bytes) -> None:
+        self._ordered = order
+        for _, pipe, _ in self._alive.values():
+            with contextlib.suppress(BrokenPipeError):  # it has just ended
+                os.write(pipe, order)
+
+    def _bury(self) -> None:
+        """Take note of workers that have ended, and have them replaced."""
+        while self._alive:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            if pid not in self._alive:
+                continue  # a child of the program that has become this one by exec
+            index, pipe, born = self._alive.pop(pid)
+            os.close(pipe)
+            counts, _ = self._board.read(index)
+            self._past = self._past.plus(replace(counts, open=0))
+            self._board.clear(index)
+            if not self._ordered:
+                self._on_death(index + 1, pid, status)
+                now = time.monotonic()
+                self._due[index] = now + (_SHORT_LIFE if now - born < _SHORT_LIFE else 0)
+
+    def _notify(self) -> None:
+        entries = [self._board.read(index) for index, _, _ in self._alive.values()]
+        total = self._past
+        for counts, _ in entries:
+            total = total.plus(counts)
+        self._notifier.status(total)
+        # A worker that is stuck is the supervisor's business, as one process alone would be.
+        watchdog = self._notifier.watchdog
+        if watchdog and all(age < watchdog / 2 for _, age in entries):
+            self._notifier.keep_alive()

@@ -1,0 +1,31 @@
+"""The benchmark program runs. What it measures is nobody's business here."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (Debian package gcc)")
+def test_it_measures_everything_once() -> None:
+    command = [sys.executable, str(BENCH / "run.py"), "--quick", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for metric in (
+        "connect: CPU, µs",
+        "connect, 100 hosts: CPU, µs",
+        "connect, PROXY header: CPU, µs",
+        "connect beside idle: CPU, µs",
+        "idle: private memory each, KB",
+        "ping: round trip, µs",
+        "500 busy: CPU, µs",
+        "bulk down, 1 stream: time, s/GB",
+        "bulk both, 8 streams: CPU, s/GB",
+    ):
+        assert any(line.startswith(metric) for line in lines), f"{metric} is missing"
+    assert "sniproxy --workers 2" in done.stdout
