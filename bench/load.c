@@ -40,6 +40,7 @@ enum {
     HEAD = 4096,      /* a PROXY header, a hello and a command fit */
     PIECE = 1 << 18,  /* bytes sent or received at a time: what a socket buffer takes */
     MOST_EVENTS = 256,
+    PATIENCE = 120,   /* seconds, many times what any load takes; then something is stuck */
 };
 
 /* What a connection is there for. The first five are the letters of commands. */
@@ -416,6 +417,7 @@ static void idle_load(int count)
 {
     for (int i = 0; i < count; i++)
         await_byte(greet(CONNECT, 0));
+    alarm(0);
     puts("ready");
     fflush(stdout);
     while (getchar() != EOF)
@@ -438,6 +440,7 @@ int main(int argc, char **argv)
         proxy = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(atoi(argv[2])),
                                      .sin_addr = {htonl(INADDR_LOOPBACK)}};
         read_hello(argv[3]);
+        alarm(PATIENCE);
         if (!strcmp(argv[1], "connect") && argc == 7)
             return connect_load(atoi(argv[4]), atoi(argv[5]), atol(argv[6])), 0;
         if (!strcmp(argv[1], "bulk") && argc == 7)

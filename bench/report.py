@@ -152,8 +152,9 @@ class Results:
         versions = ", ".join(
             f"{name} {version}" for name, version in self.versions.items() if version
         )
+        rounds = "One round" if self.rounds == 1 else f"Medians of {self.rounds} rounds"
         return (
-            f"Medians of {self.rounds} rounds on {self.machine}: {versions}. "
+            f"{rounds} on {self.machine}: {versions}. "
             f"{self.idle:,} connections were idle at a time."
         )
 

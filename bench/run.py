@@ -35,7 +35,7 @@ MANY_STREAMS = 8
 BUSY = 500
 GIGABYTE = 1e9
 WARM_UP = 2000  # connections: what Python specialises, and what others allocate once
-RESERVE = 600  # descriptors that a proxy keeps for other things; HAProxy takes the most
+PER_IDLE = 3  # descriptors for each idle connection; HAProxy sets some aside for pipes
 FIRST_PORT = 20_000  # below those that the kernel takes for clients
 
 
@@ -51,7 +51,7 @@ class Size(NamedTuple):
     idle_connects: int = 4_000
 
 
-QUICK = Size(200, 100, 5_000_000, 100, 1000, 100, 200)
+QUICK = Size(200, 100, 5_000_000, 100, 1000, 1000, 200)
 
 
 class Load:
@@ -281,13 +281,13 @@ def main() -> int:
 def raise_limits(size: Size) -> Size:
     """Allow as many descriptors as a proxy takes, or hold as many idle as we get them for."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = max(2 * size.idle + RESERVE, hard)
+    limit = max(PER_IDLE * size.idle, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     except (OSError, ValueError):
         limit = hard
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    return size._replace(idle=min(size.idle, (limit - RESERVE) // 2))
+    return size._replace(idle=min(size.idle, limit // PER_IDLE // 1000 * 1000))
 
 
 if __name__ == "__main__":
