@@ -147,6 +147,7 @@ def test_a_reader_of_a_hello_that_is_read_at_once() -> None:
     reader = HelloReader()
     assert reader.feed(record(MESSAGE) + b"!") == HELLO
     assert (reader.size, reader.missing) == (HEADER + len(MESSAGE) + 1, 0)
+    assert reader._records.count == 0  # no record was taken apart
 
 
 @pytest.mark.parametrize(
