@@ -1,8 +1,10 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.certificates import Certificates
+from tests.support.daemon import Daemon, start_daemon
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,10 @@ def hosts(tmp_path: Path) -> Path:
     directory = tmp_path / "hosts"
     directory.mkdir()
     return directory
+
+
+@pytest.fixture
+def daemon(hosts: Path) -> Iterator[Daemon]:
+    """A running daemon, one for each test."""
+    with start_daemon(hosts) as daemon:
+        yield daemon

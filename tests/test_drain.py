@@ -19,12 +19,6 @@ HELLO = hellos.hello_bytes(NAME)
 
 
 @pytest.fixture
-def daemon(hosts: Path) -> Iterator[Daemon]:
-    with start_daemon(hosts) as daemon:
-        yield daemon
-
-
-@pytest.fixture
 def connected(daemon: Daemon) -> Iterator[tuple[socket.socket, socket.socket]]:
     """A client and its backend."""
     with (

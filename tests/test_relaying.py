@@ -13,17 +13,11 @@ from trio.testing import check_half_closeable_stream, trio_test
 
 from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory
-from tests.support.daemon import Daemon, start_daemon
+from tests.support.daemon import Daemon
 from tests.support.sockets import Noise, receive_all, receive_exactly, reset
 
 NAME = "example.com"
 HELLO = hellos.hello_bytes(NAME)
-
-
-@pytest.fixture
-def daemon(hosts: Path) -> Iterator[Daemon]:
-    with start_daemon(hosts) as daemon:
-        yield daemon
 
 
 @pytest.fixture

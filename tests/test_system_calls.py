@@ -167,12 +167,6 @@ def count(calls: Iterable[Call]) -> Counter[str]:
 
 
 @pytest.fixture
-def daemon(hosts: Path) -> Iterator[Daemon]:
-    with start_daemon(hosts) as daemon:
-        yield daemon
-
-
-@pytest.fixture
 def backend(hosts: Path) -> Iterator[RawBackend]:
     with RawBackend(host_directory(hosts, NAME) / "tls-socket") as backend:
         yield backend
