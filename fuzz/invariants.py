@@ -35,6 +35,7 @@ __all__ = ["check_hello", "check_hostname", "check_proxy_header", "check_typed"]
 # The hello.
 
 Verdict: TypeAlias = ClientHello | tuple[Alert, Reason] | None
+Read: TypeAlias = tuple[bytes | None, tuple[bytes, ...], bool]
 
 RECORD_HEADER: Final = 5
 HANDSHAKE_HEADER: Final = 4
@@ -83,7 +84,8 @@ def check_hello(stream: bytes) -> None:
     if hello or reason in ON_THE_BODY:
         assert all(fragments), "an empty record was accepted"
         assert message[0] == 1, "a message of another type was accepted"
-        assert _read_plainly(message[HANDSHAKE_HEADER:body_end]) == hello, "read in another way"
+        read = hello and (hello.server_name, hello.alpn_protocols, hello.offers_tls13)
+        assert _read_plainly(message[HANDSHAKE_HEADER:body_end]) == read, "read in another way"
     if hello:
         assert end <= MAX_WIRE, "longer than the limit"
         alert = Alert.MISSING_EXTENSION if hello.offers_tls13 else Alert.UNRECOGNIZED_NAME
@@ -173,7 +175,7 @@ def _required(hello: ClientHello) -> bytes | tuple[Alert, Reason]:
         return error.alert, error.reason
 
 
-def _read_plainly(body: bytes) -> ClientHello | None:
+def _read_plainly(body: bytes) -> Read | None:
     """Read a ClientHello with slices and no cleverness at all; None if anything is wrong."""
     try:
         return _slice(body)
@@ -181,7 +183,7 @@ def _read_plainly(body: bytes) -> ClientHello | None:
         return None
 
 
-def _slice(body: bytes) -> ClientHello:
+def _slice(body: bytes) -> Read:
     session_id, rest = _vector(body[2 + 32 :], 1)
     cipher_suites, rest = _vector(rest, 2)
     compression_methods, rest = _vector(rest, 1)
@@ -215,7 +217,7 @@ def _slice(body: bytes) -> ClientHello:
     versions = _only_vector(found[43], 1) if 43 in found else b"\0\0"
     _require(_are_pairs(versions))
     offers_tls13 = b"\x03\x04" in (versions[at : at + 2] for at in range(0, len(versions), 2))
-    return ClientHello(names[0] if names else None, tuple(protocols), offers_tls13)
+    return names[0] if names else None, tuple(protocols), offers_tls13
 
 
 def _require(condition: object) -> None:

@@ -19,21 +19,24 @@ ClientHello too, whose outer server_name is the one to route by. The same body t
 CRYPTO frames without any record around it (RFC 9001 section 4), hence a function of its own.
 """
 
+from dataclasses import dataclass
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Final
 
 from .alert import Alert
 from .errors import HelloError, Reason
-from .reader import Reader, entries, malformed, opaque8, opaque16
+from .reader import entries, malformed, opaque8, opaque16, wrong_size
 
 __all__ = ["ClientHello", "parse_client_hello"]
 
 _LEGACY_VERSION: Final = 2  # bytes
 _RANDOM: Final = 32  # bytes
+_LONGEST_SESSION_ID: Final = 32  # bytes
 _EXTENSION: Final = Struct("!HH")  # ExtensionType, length of extension_data
 _NAME: Final = Struct("!BH")  # NameType, length of the name
-_UINT16: Final = Struct("!H")
-_TLS13: Final = (0x0304,)  # as _UINT16 unpacks it
+_ONE_NAME: Final = Struct("!HBH")  # length of server_name_list, NameType, length of the name
+_VERSION: Final = Struct("!H")
+_TLS13: Final = (0x0304,)  # as _VERSION unpacks it
 _HOST_NAME: Final = 0  # NameType, RFC 6066 section 3
 _HOST_NAMES: Final = {_HOST_NAME: "host_name"}
 
@@ -48,18 +51,35 @@ _READ: Final = {
 }
 
 
-class ClientHello(NamedTuple):
+@dataclass(slots=True)
+class ClientHello:
     """What a client said first.
 
     Attributes:
         server_name: The host_name as on the wire, not judged yet; None where there was none.
-        alpn_protocols: The protocol names of ALPN, most wanted first; empty where there were none.
-        offers_tls13: Whether supported_versions lists TLS 1.3.
+        protocol_name_list: That of ALPN, checked and not taken apart; empty where there was none.
+        versions: Those of supported_versions, as well.
     """
 
     server_name: bytes | None = None
-    alpn_protocols: tuple[bytes, ...] = ()
-    offers_tls13: bool = False
+    protocol_name_list: bytes = b""
+    versions: bytes = b""
+
+    @property
+    def alpn_protocols(self) -> tuple[bytes, ...]:
+        """The protocol names of ALPN, most wanted first; empty where there were none."""
+        protocols = []
+        names = self.protocol_name_list
+        while names:
+            end = 1 + names[0]
+            protocols.append(names[1:end])
+            names = names[end:]
+        return tuple(protocols)
+
+    @property
+    def offers_tls13(self) -> bool:
+        """Whether supported_versions lists TLS 1.3."""
+        return _TLS13 in _VERSION.iter_unpack(self.versions)
 
     def required_server_name(self) -> bytes:
         """Return the host_name, for a server that is lost without it.
@@ -92,24 +112,43 @@ def parse_client_hello(body: bytes | bytearray | memoryview) -> ClientHello:
         HelloError: malformed_hello (decode_error), or duplicate_extension or
             duplicate_name (illegal_parameter).
     """
-    hello = Reader(bytes(body), "ClientHello")
-    hello.skip(_LEGACY_VERSION + _RANDOM)
-    hello.opaque8("legacy_session_id", maximum=32)
-    if len(hello.opaque16("cipher_suites", minimum=2)) % 2:
-        raise _odd("cipher_suites")
-    hello.opaque8("legacy_compression_methods", minimum=1)
-    # RFC 5246 section 7.4.1.2: "The presence of extensions can be detected by determining whether
-    # there are bytes following the compression_methods at the end of the ClientHello."
-    if not (rest := hello.rest()):
-        return ClientHello()
-    extensions = opaque16(rest, "ClientHello", "extensions", minimum=0)
+    data = bytes(body)
+    end = len(data)
+    try:
+        # Each vector begins where the one before ends, wherever that is: one that reaches beyond
+        # the end is found out by the next byte that should follow, and is not.
+        position = _LEGACY_VERSION + _RANDOM
+        length = data[position]
+        if length > _LONGEST_SESSION_ID:
+            raise malformed(f"legacy_session_id of {length} bytes, more than {_LONGEST_SESSION_ID}")
+        position += 1 + length
+        length = data[position] << 8 | data[position + 1]
+        if not length:
+            raise malformed("no cipher_suites")
+        if length % 2:
+            raise _odd("cipher_suites")
+        position += 2 + length
+        length = data[position]
+        if not length:
+            raise malformed("no legacy_compression_methods")
+        position += 1 + length
+        # RFC 5246 section 7.4.1.2: "The presence of extensions can be detected by determining
+        # whether there are bytes following the compression_methods at the end of the ClientHello."
+        if position == end:
+            return ClientHello()
+        length = data[position] << 8 | data[position + 1]
+        position += 2
+    except IndexError:
+        raise malformed("ClientHello ends before its extensions") from None
+    if position + length != end:
+        raise wrong_size("ClientHello", position + length, end)
     # RFC 8446 section 4.2: "There MUST NOT be more than one extension of the same type in a given
     # extension block." Which of two would the backend believe?
-    found = entries(extensions, "extensions", _EXTENSION, _READ, Reason.DUPLICATE_EXTENSION)
+    found = entries(data, position, "extensions", _EXTENSION, _READ, Reason.DUPLICATE_EXTENSION)
     return ClientHello(
         _server_name(found[_SERVER_NAME]) if _SERVER_NAME in found else None,
-        _alpn_protocols(found[_ALPN]) if _ALPN in found else (),
-        _SUPPORTED_VERSIONS in found and _offers_tls13(found[_SUPPORTED_VERSIONS]),
+        _protocol_name_list(found[_ALPN]) if _ALPN in found else b"",
+        _versions(found[_SUPPORTED_VERSIONS]) if _SUPPORTED_VERSIONS in found else b"",
     )
 
 
@@ -121,35 +160,43 @@ def _odd(what: str) -> HelloError:
 
 def _server_name(extension: bytes) -> bytes | None:
     """Read `struct { ServerName server_name_list<1..2^16-1>; } ServerNameList;`, RFC 6066."""
+    # One host_name and nothing else, as everyone writes it.
+    size = len(extension)
+    if size > _ONE_NAME.size and _ONE_NAME.unpack_from(extension) == (
+        size - 2,
+        _HOST_NAME,
+        size - _ONE_NAME.size,
+    ):
+        return extension[_ONE_NAME.size :]
     names = opaque16(extension, "server_name", "server_name_list", minimum=1)
     # RFC 6066 section 3: "For backward compatibility, all future data structures associated with
     # new NameTypes MUST begin with a 16-bit length field." So they can be stepped over. "The
     # ServerNameList MUST NOT contain more than one name of the same name_type."
-    found = entries(names, "server_name_list", _NAME, _HOST_NAMES, Reason.DUPLICATE_NAME)
+    found = entries(names, 0, "server_name_list", _NAME, _HOST_NAMES, Reason.DUPLICATE_NAME)
     # opaque HostName<1..2^16-1>;
     if (host_name := found.get(_HOST_NAME)) == b"":
         raise malformed("host_name of 0 bytes")
     return host_name
 
 
-def _alpn_protocols(extension: bytes) -> tuple[bytes, ...]:
+def _protocol_name_list(extension: bytes) -> bytes:
     """Read `struct { ProtocolName protocol_name_list<2..2^16-1> } ProtocolNameList;`, RFC 7301."""
     protocol_name_list = opaque16(extension, _READ[_ALPN], "protocol_name_list", minimum=2)
-    protocols = []
     position, end = 0, len(protocol_name_list)
     while position < end:
-        start = position + 1
-        position = start + protocol_name_list[position]
+        length = protocol_name_list[position]
         # RFC 7301 section 3.1: "Empty strings MUST NOT be included"
-        if position == start or position > end:
-            raise malformed("a protocol_name is empty, or longer than its list")
-        protocols.append(protocol_name_list[start:position])
-    return tuple(protocols)
+        if not length:
+            raise malformed("a protocol_name of 0 bytes")
+        position += 1 + length
+    if position != end:
+        raise malformed("protocol_name_list ends inside a protocol_name")
+    return protocol_name_list
 
 
-def _offers_tls13(extension: bytes) -> bool:
+def _versions(extension: bytes) -> bytes:
     """Read `ProtocolVersion versions<2..254>`, RFC 8446 section 4.2.1."""
-    versions = opaque8(extension, "supported_versions", "versions", minimum=2)
+    versions = opaque8(extension, _READ[_SUPPORTED_VERSIONS], "versions", minimum=2)
     if len(versions) % 2:
         raise _odd("versions")
-    return _TLS13 in _UINT16.iter_unpack(versions)
+    return versions

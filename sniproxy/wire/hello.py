@@ -38,7 +38,7 @@ _read_both_headers = Struct("!BHHI").unpack_from
 _BOTH_HEADERS: Final = HEADER + _HANDSHAKE_HEADER
 
 
-def read_at_once(data: bytes | memoryview) -> ClientHello | None:
+def read_at_once(data: bytes) -> ClientHello | None:
     """Read a hello that is all there, and alone in its first record, as nearly every one is.
 
     A `HelloReader` says the same of it, but takes half as much time again.

@@ -1,4 +1,4 @@
-"""Bounded reads: the one place that turns bytes into numbers, and the one that checks lengths.
+"""Bounded reads: vectors and lists of them, and the errors for those that are not in order.
 
 Law: nothing is read outside the bytes that were given, and nothing left over is forgiven. Every
 failure is the same `HelloError`, because RFC 8446 section 6 has one answer: "Peers which receive a
@@ -7,8 +7,7 @@ message boundary or contain an out-of-range length) MUST terminate the connectio
 "decode_error" alert."
 
 The names are those of the TLS presentation language (RFC 8446 section 3): `opaque` is a vector, a
-length and so many bytes; the 8 or 16 behind it are the bits of its length. What is inside a vector
-is cut out and read by itself, so the end of the bytes is the only bound there is.
+length and so many bytes; the 8 or 16 behind it are the bits of its length.
 
 Every connection begins with this, and in CPython a call costs more than what it does here. So there
 are few of them, and what is wrong is found out only where something is.
@@ -20,70 +19,7 @@ from struct import Struct, error
 from .alert import Alert
 from .errors import HelloError, Reason
 
-__all__ = ["Reader", "entries", "malformed", "opaque8", "opaque16"]
-
-
-class Reader:
-    """A position that moves forward over bytes.
-
-    Every method that reads raises `HelloError` (decode_error, malformed_hello) where the bytes
-    do not suffice or a length is outside its limits.
-    """
-
-    __slots__ = ("_data", "_position", "_what")
-
-    def __init__(self, data: bytes, what: str) -> None:
-        """Read `data`; `what` is the RFC's name of it, for error messages."""
-        self._data = data
-        self._what = what
-        self._position = 0
-
-    def skip(self, count: int) -> None:
-        """Step over `count` bytes."""
-        self._position += count
-        if self._position > len(self._data):
-            raise malformed(f"{self._what} ends {self._position - len(self._data)} bytes too early")
-
-    def rest(self) -> bytes:
-        """Read all that is left."""
-        start = self._position
-        self._position = len(self._data)
-        return self._data[start:]
-
-    def opaque8(self, what: str, minimum: int = 0, maximum: int = 0xFF) -> bytes:
-        """Read `opaque what<minimum..maximum>` whose length takes one byte."""
-        data = self._data
-        start = self._position + 1
-        if start <= len(data):
-            stop = start + data[start - 1]
-            if start + minimum <= stop <= start + maximum and stop <= len(data):
-                self._position = stop
-                return data[start:stop]
-        raise self._no_vector(what, start, minimum, maximum)
-
-    def opaque16(self, what: str, minimum: int = 0) -> bytes:
-        """Read `opaque what<minimum..2^16-1>` whose length takes two bytes."""
-        data = self._data
-        start = self._position + 2
-        if start <= len(data):
-            stop = start + (data[start - 2] << 8 | data[start - 1])
-            if start + minimum <= stop <= len(data):
-                self._position = stop
-                return data[start:stop]
-        raise self._no_vector(what, start, minimum, 0xFFFF)
-
-    def left_over(self) -> HelloError:
-        """Return what is to be raised where this should have been the end."""
-        return malformed(f"{len(self._data) - self._position} bytes left over in {self._what}")
-
-    def _no_vector(self, what: str, start: int, minimum: int, maximum: int) -> HelloError:
-        """Say what is wrong with the vector whose inside would begin at `start`."""
-        if start > len(self._data):
-            return malformed(f"{self._what} ends before {what}")
-        length = int.from_bytes(self._data[self._position : start])
-        if not minimum <= length <= maximum:
-            return malformed(f"{what} of {length} bytes, not {minimum} to {maximum}")
-        return malformed(f"{self._what} ends {start + length - len(self._data)} bytes too early")
+__all__ = ["entries", "malformed", "opaque8", "opaque16", "wrong_size"]
 
 
 def opaque8(data: bytes, what: str, inside: str, minimum: int) -> bytes:
@@ -100,22 +36,33 @@ def opaque8(data: bytes, what: str, inside: str, minimum: int) -> bytes:
     """
     if data and data[0] == len(data) - 1 >= minimum:
         return data[1:]
-    reader = Reader(data, what)
-    reader.opaque8(inside, minimum)
-    raise reader.left_over()
+    raise _not_one_vector(data, 1, what, inside, minimum)
 
 
 def opaque16(data: bytes, what: str, inside: str, minimum: int) -> bytes:
     """Read what is one `opaque inside<minimum..2^16-1>` and nothing more; else as `opaque8`."""
     if len(data) > 1 and data[0] << 8 | data[1] == len(data) - 2 >= minimum:
         return data[2:]
-    reader = Reader(data, what)
-    reader.opaque16(inside, minimum)
-    raise reader.left_over()
+    raise _not_one_vector(data, 2, what, inside, minimum)
+
+
+def _not_one_vector(data: bytes, prefix: int, what: str, inside: str, minimum: int) -> HelloError:
+    """Say what is wrong with a vector whose length has `prefix` bytes."""
+    if len(data) < prefix:
+        return malformed(f"{what} ends before {inside}")
+    length = int.from_bytes(data[:prefix])
+    if length < minimum:
+        return malformed(f"{inside} of {length} bytes, not {minimum} or more")
+    return wrong_size(what, prefix + length, len(data))
 
 
 def entries(
-    data: bytes, what: str, header: Struct, wanted: Mapping[int, str], duplicate: Reason
+    data: bytes,
+    position: int,
+    what: str,
+    header: Struct,
+    wanted: Mapping[int, str],
+    duplicate: Reason,
 ) -> dict[int, bytes]:
     """Walk over a list of `struct { type; opaque data<0..2^16-1>; }` up to its end.
 
@@ -124,7 +71,8 @@ def entries(
     does is looked at once, after it: before that, nothing in any of them has been looked at.
 
     Args:
-        data: The list.
+        data: Bytes with the list at their end.
+        position: Where it begins.
         what: The RFC's name of it.
         header: Unpacks a type and a length.
         wanted: Types, and the RFC's names of what they mark.
@@ -136,7 +84,7 @@ def entries(
     Raises:
         HelloError: malformed_hello, or `duplicate` (illegal_parameter).
     """
-    position, end = 0, len(data)
+    end = len(data)
     unpack, size = header.unpack_from, header.size
     found: dict[int, bytes] = {}
     try:
@@ -158,3 +106,10 @@ def entries(
 def malformed(detail: str) -> HelloError:
     """Return the error for bytes that break the syntax."""
     return HelloError(Alert.DECODE_ERROR, Reason.MALFORMED_HELLO, detail)
+
+
+def wrong_size(what: str, announced: int, there: int) -> HelloError:
+    """Return the error for `what`, whose lengths add up to other than the bytes there are."""
+    if announced > there:
+        return malformed(f"{what} ends {announced - there} bytes too early")
+    return malformed(f"{there - announced} bytes left over in {what}")

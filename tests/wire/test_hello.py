@@ -53,7 +53,7 @@ def case(name: str, *values: object) -> object:
 
 
 MESSAGE = handshake(hellos.hello_body("a.example", protocols=["h2"]))
-HELLO = ClientHello(b"a.example", (b"h2",), offers_tls13=True)
+HELLO = ClientHello(b"a.example", b"\2h2", b"\3\4\3\3")
 HEADERS = HEADER + 4  # of the first record and of the handshake message
 
 
@@ -137,7 +137,7 @@ LARGEST_RECORD = record(hellos.hello_of_size(MAX_RECORD - 4))
 def test_a_hello_alone_in_its_record_is_read_at_once(stream: bytes, direct: bool) -> None:
     """It is quicker; that it changes no verdict is what all the other tests show."""
     try:
-        at_once: Verdict = read_at_once(memoryview(stream))
+        at_once: Verdict = read_at_once(stream)
     except HelloError as error:
         at_once = error.alert, error.reason
     assert at_once == (whole(stream) if direct else None)
@@ -278,7 +278,7 @@ def test_the_largest_message_and_the_largest_record() -> None:
     message = hellos.hello_of_size(MAX_HANDSHAKE)
     stream = records(message, [MAX_RECORD])
     assert len(message) == 4 + 65_536
-    assert whole(stream) == ClientHello(b"example.com", (), offers_tls13=True)
+    assert whole(stream) == ClientHello(b"example.com", b"", b"\3\4\3\3")
     assert whole(stream[:-1]) is None
     assert whole(records(hellos.hello_of_size(MAX_HANDSHAKE + 1), [MAX_RECORD])) == TOO_LARGE
 
@@ -407,8 +407,8 @@ def test_no_segmentation_and_no_fragmentation_changes_the_hello(
     )
     expected = ClientHello(
         None if name is None else name.encode(),
-        tuple(p.encode() for p in protocols),
-        hellos.TLS13 in versions,
+        b"".join(hellos.vector8(p.encode()) for p in protocols),
+        b"".join(map(hellos.u16, versions)),
     )
     assert verdict(cut(stream + behind, segments))[0] == expected
 
