@@ -8,6 +8,7 @@ machine count for little. Nothing here passes or fails: machines differ, ratios 
 """
 
 import argparse
+import random
 import resource
 import subprocess
 import sys
@@ -231,12 +232,13 @@ def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) 
                 bulk = partial(bench.bulk, streams=streams, direction=direction)
                 works.append((title, proxies, bulk))
 
+        shuffle = random.Random(rounds)  # noqa: S311 - the order need not be a secret
         for number in range(rounds):
             print(f"bench: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for title, measured, work in works:
-                # Everyone comes first once: the machine may get slower while it is measured.
-                first = number % len(measured)
-                for proxy in [*measured[first:], *measured[:first]]:
+                # In another order each time: the machine may get slower meanwhile, and whoever
+                # comes behind a busy one finds the processors warm.
+                for proxy in shuffle.sample(measured, len(measured)):
                     if bench.wanted(title):
                         work(title, proxy)
             if bench.wanted("idle"):

@@ -189,10 +189,11 @@ class Listener:
 
     def _accept(self, batch: int) -> None:
         assert self._socket is not None
+        # accept() of the plain type; typeshed has not heard of it.
+        accept = self._socket._accept  # type: ignore[attr-defined]  # noqa: SLF001
         for _ in range(batch):
             try:
-                # accept() of the plain type; typeshed has not heard of it.
-                fd, address = self._socket._accept()  # type: ignore[attr-defined]  # noqa: SLF001
+                fd, address = accept()
             except BlockingIOError:
                 return
             except OSError as error:

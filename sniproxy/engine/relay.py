@@ -174,10 +174,7 @@ class _Flow:
 
     def on_event(self, events: int) -> None:
         """React to what happened to the source; 0 is another turn."""
-        back = self.back
-        if back is None:
-            return
-        if events & _MORE_THAN_DATA and not self._take_in(events, back):
+        if self.back is None or (events & _MORE_THAN_DATA and not self._take_in(events, self.back)):
             return
         if not (self.stalled or self.ended):
             self.pump()
