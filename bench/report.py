@@ -90,7 +90,9 @@ class Results:
 
     def text(self) -> str:
         """Return all of it as a table."""
-        names = list(dict.fromkeys(name for row in self.medians.values() for name in row))
+        measured = {name for row in self.medians.values() for name in row}
+        names = [name for name in self.versions if name in measured]
+        names += sorted(measured - set(names))
         rows = [["", *names, "ratio"]]
         for metric, medians in self.medians.items():
             cells = [_number(medians[name]) if name in medians else "" for name in names]

@@ -236,7 +236,7 @@ class Session:
                 self._leave()
                 return None
             if size > self.size:
-                new = bytes(self.shared.buffer[self.size : size])
+                new = self.shared.buffer[self.size : size].tobytes()
                 self.size = size
                 if self.hello is None:
                     if (hello := read_at_once(new)) is not None:

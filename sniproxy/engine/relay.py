@@ -110,9 +110,10 @@ class Relay:
                 self.loop.hand_over(near.fileno(), up)
                 up.watched = True
                 up.on_event(near_events)
-            for flow in (down, up):
-                if flow.back is not None and not flow.watched:
-                    flow.watch()
+            if up.back is not None:  # else it is over already
+                down.watch()
+                if not up.watched:
+                    up.watch()
         except BaseException:
             up.abort()
             raise

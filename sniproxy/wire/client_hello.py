@@ -13,6 +13,9 @@ routed by one and served by the other.
         Extension extensions<8..2^16-1>;              <0..2^16-1> or absent before TLS 1.3
     } ClientHello;
 
+The names are those of the TLS presentation language (RFC 8446 section 3): `opaque` is a vector, a
+length and so many bytes.
+
 Extensions that are not read here are stepped over, whatever they are: "Servers MUST ignore
 unrecognized extensions." (RFC 8446 section 4.1.2). That covers GREASE (RFC 8701), and Encrypted
 ClientHello too, whose outer server_name is the one to route by. The same body travels in QUIC's
@@ -25,7 +28,7 @@ from typing import Final
 
 from .alert import Alert
 from .errors import HelloError, Reason
-from .reader import entries, malformed, opaque8, opaque16, wrong_size
+from .reader import entries, malformed, not_one_vector, wrong_size
 
 __all__ = ["ClientHello", "parse_client_hello"]
 
@@ -160,19 +163,21 @@ def _odd(what: str) -> HelloError:
 
 def _server_name(extension: bytes) -> bytes | None:
     """Read `struct { ServerName server_name_list<1..2^16-1>; } ServerNameList;`, RFC 6066."""
-    # One host_name and nothing else, as everyone writes it.
     size = len(extension)
+    # One host_name and nothing else, as everyone writes it.
     if size > _ONE_NAME.size and _ONE_NAME.unpack_from(extension) == (
         size - 2,
         _HOST_NAME,
         size - _ONE_NAME.size,
     ):
         return extension[_ONE_NAME.size :]
-    names = opaque16(extension, "server_name", "server_name_list", minimum=1)
+    if size < 2 + 1 or extension[0] << 8 | extension[1] != size - 2:
+        raise not_one_vector(extension, 2, "server_name", "server_name_list", minimum=1)
     # RFC 6066 section 3: "For backward compatibility, all future data structures associated with
     # new NameTypes MUST begin with a 16-bit length field." So they can be stepped over. "The
     # ServerNameList MUST NOT contain more than one name of the same name_type."
-    found = entries(names, 0, "server_name_list", _NAME, _HOST_NAMES, Reason.DUPLICATE_NAME)
+    what = "server_name_list"
+    found = entries(extension, 2, what, _NAME, _HOST_NAMES, Reason.DUPLICATE_NAME)
     # opaque HostName<1..2^16-1>;
     if (host_name := found.get(_HOST_NAME)) == b"":
         raise malformed("host_name of 0 bytes")
@@ -181,22 +186,26 @@ def _server_name(extension: bytes) -> bytes | None:
 
 def _protocol_name_list(extension: bytes) -> bytes:
     """Read `struct { ProtocolName protocol_name_list<2..2^16-1> } ProtocolNameList;`, RFC 7301."""
-    protocol_name_list = opaque16(extension, _READ[_ALPN], "protocol_name_list", minimum=2)
-    position, end = 0, len(protocol_name_list)
-    while position < end:
-        length = protocol_name_list[position]
+    size = len(extension)
+    if size < 2 + 2 or extension[0] << 8 | extension[1] != size - 2:
+        raise not_one_vector(extension, 2, _READ[_ALPN], "protocol_name_list", minimum=2)
+    position = 2
+    while position < size:
+        length = extension[position]
         # RFC 7301 section 3.1: "Empty strings MUST NOT be included"
         if not length:
             raise malformed("a protocol_name of 0 bytes")
         position += 1 + length
-    if position != end:
+    if position != size:
         raise malformed("protocol_name_list ends inside a protocol_name")
-    return protocol_name_list
+    return extension[2:]
 
 
 def _versions(extension: bytes) -> bytes:
     """Read `ProtocolVersion versions<2..254>`, RFC 8446 section 4.2.1."""
-    versions = opaque8(extension, _READ[_SUPPORTED_VERSIONS], "versions", minimum=2)
-    if len(versions) % 2:
+    size = len(extension)
+    if size < 1 + 2 or extension[0] != size - 1:
+        raise not_one_vector(extension, 1, _READ[_SUPPORTED_VERSIONS], "versions", minimum=2)
+    if size % 2 == 0:
         raise _odd("versions")
-    return versions
+    return extension[1:]

@@ -1,13 +1,10 @@
-"""Bounded reads: vectors and lists of them, and the errors for those that are not in order.
+"""Bounded reads: lists of entries, and the errors for what is not in order.
 
 Law: nothing is read outside the bytes that were given, and nothing left over is forgiven. Every
 failure is the same `HelloError`, because RFC 8446 section 6 has one answer: "Peers which receive a
 message which cannot be parsed according to the syntax (e.g., have a length extending beyond the
 message boundary or contain an out-of-range length) MUST terminate the connection with a
 "decode_error" alert."
-
-The names are those of the TLS presentation language (RFC 8446 section 3): `opaque` is a vector, a
-length and so many bytes; the 8 or 16 behind it are the bits of its length.
 
 Every connection begins with this, and in CPython a call costs more than what it does here. So there
 are few of them, and what is wrong is found out only where something is.
@@ -19,41 +16,7 @@ from struct import Struct, error
 from .alert import Alert
 from .errors import HelloError, Reason
 
-__all__ = ["entries", "malformed", "opaque8", "opaque16", "wrong_size"]
-
-
-def opaque8(data: bytes, what: str, inside: str, minimum: int) -> bytes:
-    """Read what is one `opaque inside<minimum..2^8-1>` and nothing more.
-
-    Args:
-        data: All of it.
-        what: The RFC's name of `data`.
-        inside: That of the vector.
-        minimum: The fewest bytes that it may have.
-
-    Raises:
-        HelloError: malformed_hello.
-    """
-    if data and data[0] == len(data) - 1 >= minimum:
-        return data[1:]
-    raise _not_one_vector(data, 1, what, inside, minimum)
-
-
-def opaque16(data: bytes, what: str, inside: str, minimum: int) -> bytes:
-    """Read what is one `opaque inside<minimum..2^16-1>` and nothing more; else as `opaque8`."""
-    if len(data) > 1 and data[0] << 8 | data[1] == len(data) - 2 >= minimum:
-        return data[2:]
-    raise _not_one_vector(data, 2, what, inside, minimum)
-
-
-def _not_one_vector(data: bytes, prefix: int, what: str, inside: str, minimum: int) -> HelloError:
-    """Say what is wrong with a vector whose length has `prefix` bytes."""
-    if len(data) < prefix:
-        return malformed(f"{what} ends before {inside}")
-    length = int.from_bytes(data[:prefix])
-    if length < minimum:
-        return malformed(f"{inside} of {length} bytes, not {minimum} or more")
-    return wrong_size(what, prefix + length, len(data))
+__all__ = ["entries", "malformed", "not_one_vector", "wrong_size"]
 
 
 def entries(
@@ -106,6 +69,24 @@ def entries(
 def malformed(detail: str) -> HelloError:
     """Return the error for bytes that break the syntax."""
     return HelloError(Alert.DECODE_ERROR, Reason.MALFORMED_HELLO, detail)
+
+
+def not_one_vector(data: bytes, prefix: int, what: str, inside: str, minimum: int) -> HelloError:
+    """Return the error for `data`, which should be one vector and nothing more, and is not.
+
+    Args:
+        data: All of it.
+        prefix: Bytes that the length of the vector takes.
+        what: The RFC's name of `data`.
+        inside: That of the vector.
+        minimum: The fewest bytes that it may have.
+    """
+    if len(data) < prefix:
+        return malformed(f"{what} ends before {inside}")
+    length = int.from_bytes(data[:prefix])
+    if length < minimum:
+        return malformed(f"{inside} of {length} bytes, not {minimum} or more")
+    return wrong_size(what, prefix + length, len(data))
 
 
 def wrong_size(what: str, announced: int, there: int) -> HelloError:

@@ -54,6 +54,11 @@ READABLE = [
     case("unknown name types only", client_hello([server_name(name_entry("x", 1))]), ClientHello()),
     case("longest name", client_hello([server_name("a" * 65_000)]), ClientHello(b"a" * 65_000)),
     case(
+        "long name beside another type",
+        client_hello([server_name(name_entry("x", 7), "a" * 40_000)]),
+        ClientHello(b"a" * 40_000),
+    ),
+    case(
         "protocols",
         client_hello([hellos.alpn("h2", "x" * 255)]),
         ClientHello(None, vector8(b"h2") + vector8(b"x" * 255)),

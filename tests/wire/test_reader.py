@@ -4,7 +4,7 @@ from struct import Struct
 import pytest
 
 from sniproxy.wire import Alert, HelloError, Reason
-from sniproxy.wire.reader import entries, opaque8, opaque16
+from sniproxy.wire.reader import entries, not_one_vector
 from tests.support.hellos import extension
 
 
@@ -18,26 +18,23 @@ def refusal(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_a_length_has_two_whole_bytes() -> None:
-    content = bytes(range(256)) * 2
-    assert opaque16(b"\x01\x02" + content[:0x102], "outside", "name", 0) == content[:0x102]
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_what_is_wrong_with_a_vector(prefix: int) -> None:
+    def detail(data: bytes, minimum: int) -> str:
+        data = bytes(prefix - 1) + data
+        error = not_one_vector(data, prefix, "outside", "inside", minimum)
+        assert (error.alert, error.reason) == (Alert.DECODE_ERROR, Reason.MALFORMED_HELLO)
+        return str(error)
+
+    assert detail(b"\x02ab", 3) == "inside of 2 bytes, not 3 or more"
+    assert detail(b"\x03ab", 2) == detail(b"\x03ab", 3) == "outside ends 1 bytes too early"
+    assert detail(b"\x02abc", 2) == "1 bytes left over in outside"
+    assert detail(b"", 0) == "outside ends before inside"
 
 
-@pytest.mark.parametrize(
-    ("function", "prefix"),
-    [pytest.param(opaque8, b"", id="opaque8"), pytest.param(opaque16, b"\x00", id="opaque16")],
-)
-def test_one_vector_and_nothing_more(function: Callable[..., bytes], prefix: bytes) -> None:
-    def read(data: bytes, minimum: int) -> bytes:
-        return function(prefix + data, "outside", "inside", minimum)
-
-    assert read(b"\x00", 0) == b""
-    assert read(b"\x02ab", 2) == b"ab"
-    assert refusal(lambda: read(b"\x02ab", 3)) == "inside of 2 bytes, not 3 or more"
-    assert refusal(lambda: read(b"\x03ab", 2)) == "outside ends 1 bytes too early"
-    assert refusal(lambda: read(b"\x02abc", 2)) == "1 bytes left over in outside"
-    assert refusal(lambda: read(b"", 0)) == "outside ends before inside"
-    assert refusal(lambda: function(b"", "outside", "inside", 0)) == "outside ends before inside"
+def test_the_first_byte_of_a_length_counts() -> None:
+    error = not_one_vector(b"\x01\x02a", 2, "outside", "inside", 1)
+    assert str(error) == "outside ends 257 bytes too early"
 
 
 EXTENSION = Struct("!HH")
