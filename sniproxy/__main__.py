@@ -5,7 +5,6 @@ import contextlib
 import gc
 import os
 import re
-import resource
 import signal
 import stat
 import sys
@@ -18,8 +17,10 @@ import trio
 
 from sniproxy import __version__
 from sniproxy.config import Config
+from sniproxy.engine import descriptors
 from sniproxy.engine.listener import NotListening, take_listening_socket
 from sniproxy.engine.notify import Notifier
+from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.engine.signals import Signals
 from sniproxy.engine.workers import Worker, Workers
 from sniproxy.hosts import HostsDirectory
@@ -34,6 +35,9 @@ _SYSTEM_CALL_FAILED = 111
 
 # More than any machine has processors. Each takes some ten megabytes.
 _MOST_WORKERS = 1024
+
+# More descriptors than that no process has.
+_MOST_CONNECTIONS = 10**9 - 1
 
 _DESCRIPTION = """\
 Route TLS connections by server name to Unix sockets, without decrypting them.
@@ -106,6 +110,24 @@ def _config(argv: Sequence[str] | None) -> Config | None:
         metavar="N",
         help="serve with N processes, for more than one processor (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-connections",
+        type=_connections,
+        metavar="N",
+        help="hold no more than N connections at a time, all processes together "
+        "(default: what RLIMIT_NOFILE suffices for)",
+    )
+    parser.add_argument(
+        "--no-owner-check",
+        action="store_true",
+        help="connect to any socket that a host's directory leads to, whoever listens there",
+    )
+    parser.add_argument(
+        "--log",
+        choices=("errors", "connections"),
+        default="errors",
+        help="log what went wrong, or also a line for each connection (default: %(default)s)",
+    )
     parser.add_argument("-h", "--help", action="store_true", help="print this")
     parser.add_argument("--version", action="store_true", help="print the version")
     options, unknown = parser.parse_known_args(argv)
@@ -117,14 +139,26 @@ def _config(argv: Sequence[str] | None) -> Config | None:
         return None
     if unknown:
         parser.error(f"{unknown[0]!a} is none (see sniproxy --help)")
-    return Config(hashed=options.hashed, workers=options.workers)
+    if options.max_connections is not None and options.max_connections < options.workers:
+        parser.error(f"--max-connections {options.max_connections} is not one for each worker")
+    return Config(
+        hashed=options.hashed,
+        workers=options.workers,
+        max_connections=options.max_connections,
+        check_owner=not options.no_owner_check,
+        log_connections=options.log == "connections",
+    )
 
 
-def _workers(text: str) -> int:
+def _number(text: str, most: int) -> int:
     # No more digits than that: int() refuses thousands of them in words of its own.
-    if re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= _MOST_WORKERS:
+    if re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= most:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!a} is no number from 1 to {_MOST_WORKERS}")
+    raise argparse.ArgumentTypeError(f"{text!a} is no number from 1 to {most}")
+
+
+_workers = partial(_number, most=_MOST_WORKERS)
+_connections = partial(_number, most=_MOST_CONNECTIONS)
 
 
 def _print(text: str) -> None:
@@ -150,7 +184,7 @@ def _run(config: Config) -> None:
     except OSError as error:
         raise _system_call_failed("use the socket on standard input", error) from error
     try:
-        hosts = HostsDirectory(directory_namer(config.hashed))
+        hosts = HostsDirectory(directory_namer(config.hashed), check_owner=config.check_owner)
     except OSError as error:
         raise _FatalError(
             _CALLED_WRONGLY,
@@ -160,7 +194,10 @@ def _run(config: Config) -> None:
         log = Log(to_syslog=_let_go_of_standard_descriptors())
     except OSError as error:
         raise _system_call_failed("start", error) from error
-    _raise_descriptor_limit()
+    share = descriptors.share(descriptors.raise_limit(), MOST_PIPES)
+    if config.max_connections is not None:
+        each = config.max_connections // config.workers
+        share = share._replace(connections=min(share.connections, each))
     notifier = Notifier()
     # What is here now stays: the collector need not look at it again.
     gc.freeze()
@@ -176,7 +213,7 @@ def _run(config: Config) -> None:
                 return
             log.worker = worker.number
             orders = tells = worker
-        trio.run(partial(serve, listening, hosts, config, log, orders, tells))
+        trio.run(partial(serve, listening, hosts, config, share, log, orders, tells))
     finally:
         notifier.close()
         hosts.close()
@@ -221,14 +258,6 @@ def _put_null(fd: int) -> None:
     else:
         os.dup2(null, fd)
         os.close(null)
-
-
-def _raise_descriptor_limit() -> None:
-    """Allow ourselves as many descriptors as we may have; a connection takes two."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # ValueError is how this module says EPERM, for a limit above fs.nr_open. Then it stays.
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,15 @@ class Config:
     # Processes that serve. One keeps a processor busy at ten thousand connections a second.
     workers: int = 1
 
+    # Connections that may be open at a time; None for as many as there are descriptors for.
+    max_connections: int | None = None
+
+    # Whether a listener has to belong to the owner of the directory that its socket is in.
+    check_owner: bool = True
+
+    # Whether to write a line for each connection that has ended, not only for those refused.
+    log_connections: bool = False
+
     # Seconds from accept to a connected backend, however the client spaces its bytes. A hello of
     # two packets, each lost twice, is across in six: TCP sends again after one second, then two.
     hello_seconds: float = 10.0

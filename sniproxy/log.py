@@ -2,7 +2,8 @@
 
 Lines go to standard error, or to syslog where standard error is no place for them (inetd makes it
 the listening socket). A line that can't be written now is dropped: no full disk, and no reader that
-has fallen behind, may stop the service.
+has fallen behind, may stop the service. And whoever provokes lines on purpose, by a scan for names,
+gets few: after a burst each kind is only counted.
 """
 
 import contextlib
@@ -11,11 +12,30 @@ import select
 import signal
 import syslog
 import traceback
+from collections.abc import Mapping
+
+import trio
 
 from sniproxy.engine.listener import Address
+from sniproxy.wire import Alert
 
 # Characters of a value that are worth a line: any hostname, and what else a client may call one.
 _LONGEST_VALUE = 300
+
+# Lines of one kind that are written at once, and the seconds between two counts of those that were
+# not. What goes wrong once is all there, and a scan makes six lines a minute.
+_BURST = 20
+_COUNT_EVERY = 10.0
+
+
+class _Allowance:
+    """What may still be written of one kind, and how much was not."""
+
+    __slots__ = ("left", "suppressed")
+
+    def __init__(self) -> None:
+        self.left = _BURST
+        self.suppressed = 0
 
 
 class Log:
@@ -23,14 +43,20 @@ class Log:
 
     Args:
         to_syslog: write to syslog(3), facility daemon. It is opened now: a chroot may come.
+        environment: JOURNAL_STREAM is looked for, systemd.exec(5).
 
     Attributes:
         worker: The number of the process among several, for every line; None if it is alone.
     """
 
-    def __init__(self, *, to_syslog: bool = False) -> None:
+    def __init__(
+        self, *, to_syslog: bool = False, environment: Mapping[str, str] = os.environ
+    ) -> None:
         self.worker: int | None = None
         self._to_syslog = to_syslog
+        # The journal reads a priority in front of a line, sd-daemon(3); a file is to have none.
+        self._to_journal = environment.get("JOURNAL_STREAM") == _device_and_inode(2)
+        self._allowances: dict[str, _Allowance] = {}
         # Not O_NONBLOCK: that would be shared with whoever else writes there.
         self._writable = select.poll()
         self._writable.register(2, select.POLLOUT)
@@ -43,6 +69,24 @@ class Log:
         pairs = (f"{key}={_printable(value)}" for key, value in fields.items() if value is not None)
         self._write(priority, " ".join((word, *pairs)))
 
+    def refusal(
+        self, reason: str, client: str, name: bytes | None, alert: Alert | None, detail: str | None
+    ) -> None:
+        """Say why a client was refused, and with which alert, if any.
+
+        An alert that puts the blame on us is a warning: a host is out of order.
+        """
+        if self._admit(reason):
+            priority = syslog.LOG_WARNING if alert is Alert.INTERNAL_ERROR else syslog.LOG_INFO
+            number = None if alert is None else int(alert)
+            fields = {"client": client, "name": name, "reason": reason, "alert": number}
+            self.event("refused", priority, **fields, detail=detail)
+
+    def exhausted(self, error: OSError) -> None:
+        """Say that the machine has nothing left for one more connection."""
+        if self._admit("exhausted"):
+            self.event("exhausted", syslog.LOG_WARNING, reason=error.strerror)
+
     def worker_died(self, worker: int, pid: int, status: int) -> None:
         """Say that a worker has ended by itself; `status` is that of wait(2)."""
         code = os.waitstatus_to_exitcode(status)
@@ -51,19 +95,53 @@ class Log:
 
     def bug(self, error: BaseException) -> None:
         """Write the traceback of an exception that nobody expected."""
+        if not self._admit("bug"):
+            return
         for line in "".join(traceback.format_exception(error)).splitlines():
             self._write(syslog.LOG_ERR, f"bug {line}")
+
+    async def run(self) -> None:
+        """Write the counts of what was not written, until cancelled, and then once more."""
+        try:
+            while True:
+                await trio.sleep(_COUNT_EVERY)
+                self._count()
+        finally:
+            self._count()
+
+    def _admit(self, kind: str) -> bool:
+        """Tell whether one more line of that kind may be written; count it if not."""
+        allowance = self._allowances.setdefault(kind, _Allowance())
+        if allowance.left:
+            allowance.left -= 1
+            return True
+        allowance.suppressed += 1
+        return False
+
+    def _count(self) -> None:
+        for kind, allowance in self._allowances.items():
+            if allowance.suppressed:
+                self.event("suppressed", reason=kind, count=allowance.suppressed)
+                allowance.suppressed = 0
+            else:
+                allowance.left = _BURST
 
     def _write(self, priority: int, line: str) -> None:
         if self._to_syslog:
             syslog.syslog(priority, line)
             return
         # A pipe that can be written to at all takes PIPE_BUF bytes without waiting, pipe(7).
-        data = f"sniproxy: {line}".encode("ascii", "backslashreplace")[: select.PIPE_BUF - 1]
+        prefix = f"<{priority}>" if self._to_journal else ""
+        data = f"{prefix}sniproxy: {line}".encode("ascii", "backslashreplace")
         if self._writable.poll(0):
             with contextlib.suppress(OSError):
                 # One write, so that lines of several processes do not mix.
-                os.write(2, data + b"\n")
+                os.write(2, data[: select.PIPE_BUF - 1] + b"\n")
+
+
+def _device_and_inode(fd: int) -> str:
+    status = os.fstat(fd)
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def _signal_name(number: int) -> str:

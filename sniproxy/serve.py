@@ -5,7 +5,9 @@ from _socket import socket
 import trio
 
 from sniproxy.config import Config
-from sniproxy.engine.drain import Census, drain
+from sniproxy.engine.census import Census
+from sniproxy.engine.descriptors import Share
+from sniproxy.engine.drain import drain
 from sniproxy.engine.listener import Listener
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.notify import Notifier
@@ -22,18 +24,21 @@ async def serve(
     listening: socket,
     hosts: HostsDirectory,
     config: Config,
+    share: Share,
     log: Log,
     orders: Signals | Worker,
     notifier: Notifier | Worker,
 ) -> None:
     """Serve what `listening` accepts, from `hosts`, until an order to end.
 
+    There are no more connections and pipes at a time than `share` says.
+
     Returns when the last connection has ended, by itself or at the end of the drain.
     """
     loop = EventLoop(on_fault=log.bug)
-    pipes = PipePool()
+    pipes = PipePool(share.pipes)
     relay = Relay(loop, pipes)
-    census = Census()
+    census = Census(share.connections)
     # Two lifetimes. What serves must outlive those who are served.
     async with trio.open_nursery() as service:
         await service.start(orders.receive)
@@ -43,14 +48,18 @@ async def serve(
             listener = Listener(
                 loop,
                 listening,
+                census,
                 on_accept=sessions.begin,
-                on_exhausted=lambda error: log.event("exhausted", reason=error.strerror),
+                on_full=sessions.make_room,
+                on_exhausted=log.exhausted,
             )
             service.start_soon(listener.run)
             service.start_soon(sessions.expire)
             service.start_soon(notifier.run, sessions.counts)
+            service.start_soon(log.run)
             notifier.ready()
-            log.event("listening", address=show_address(listening.getsockname()))
+            address = show_address(listening.getsockname())
+            log.event("listening", address=address, capacity=census.capacity)
 
             await orders.drain.wait()
             notifier.stopping()

@@ -29,11 +29,11 @@ from select import EPOLLERR, EPOLLHUP, EPOLLRDHUP
 import trio
 
 from sniproxy.config import Config
-from sniproxy.engine.drain import Census
+from sniproxy.engine.census import Census
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.notify import Counts
-from sniproxy.engine.relay import LINGER_0, READ_EVENTS, Relay
+from sniproxy.engine.relay import LINGER_0, READ_EVENTS, Ending, Relay
 from sniproxy.hosts import HostError, HostReason, HostsDirectory
 from sniproxy.log import Log, show_address
 from sniproxy.wire import (
@@ -58,6 +58,16 @@ class SessionReason(StrEnum):
 
     CLIENT_CLOSED = "client_closed"
     DEADLINE = "deadline"
+    CAPACITY = "capacity"  # others wait for its place, and it has not said what it wants
+
+
+# How a connection ended: words for the log. The client is the near end.
+_ENDINGS = {
+    Ending.FINISHED: "finished",
+    Ending.NEAR_RESET: "client_reset",
+    Ending.FAR_RESET: "backend_reset",
+    Ending.CUT: "cut",
+}
 
 
 # The answer to every failure of the lookup. Failures of the hello carry their own answer.
@@ -122,6 +132,24 @@ class Sessions:
             self.log.bug(error)
             session.abort()
 
+    def make_room(self) -> bool:
+        """Turn away the client that has kept us waiting for its hello the longest, if any does.
+
+        So those who connect and say nothing can't lock out those who do.
+        """
+        while (oldest := next(iter(self.waiting), None)) is not None:
+            # Its hello may have come by now, and be one of the next events.
+            oldest.look()
+            if oldest in self.waiting:
+                oldest.give_way()
+            if self.census.open < self.census.capacity:
+                return True
+        return False
+
+    def left(self, up: int, down: int, ending: Ending) -> None:
+        """Count out one that was relayed."""
+        self.census.leave()
+
     def cut(self) -> int:
         """End whoever is left; return how many were served, or waiting for it."""
         self.is_cut = True
@@ -159,6 +187,7 @@ class Session:
 
     __slots__ = (
         "address",
+        "began",
         "client",
         "deadline",
         "events",
@@ -177,6 +206,7 @@ class Session:
         self.shared = shared
         self.client = client
         self.address = address
+        self.began = trio.current_time() if shared.config.log_connections else 0.0
         self.deadline = 0.0  # known as soon as the session has to wait for anything
         self.size = 0  # bytes of the stream that have been looked at
         self.hello: HelloReader | None = None  # of a hello that did not come all at once
@@ -308,10 +338,23 @@ class Session:
                 return True
         self.over = True
         shared.served += 1
-        shared.relay.join(
-            self.client, backend, shared.census.leave, self.events if self.watched else None
-        )
+        on_end = self._log_end if shared.config.log_connections else shared.left
+        shared.relay.join(self.client, backend, on_end, self.events if self.watched else None)
         return True
+
+    def _log_end(self, up: int, down: int, ending: Ending) -> None:
+        """Write the line of a connection that has ended, and count it out."""
+        shared = self.shared
+        shared.log.event(
+            "connection",
+            client=show_address(self.address),
+            name=self.name,
+            up=up,
+            down=down,
+            seconds=f"{trio.current_time() - self.began:.3f}",
+            ending=_ENDINGS[ending],
+        )
+        shared.left(up, down, ending)
 
     def _proxy_header(self) -> bytes:
         try:
@@ -367,6 +410,10 @@ class Session:
         """End the session: its deadline has passed."""
         self._give_up(SessionReason.DEADLINE)
 
+    def give_way(self) -> None:
+        """End the session: there is no room for those who say nothing."""
+        self._give_up(SessionReason.CAPACITY)
+
     def _leave(self) -> None:
         """End the session: the client has gone."""
         if self.size:
@@ -400,12 +447,11 @@ class Session:
 
     def _report(self, reason: str, alert: Alert | None, detail: str | None = None) -> None:
         self.shared.refused += 1
-        self.shared.log.event(
-            "refused",
+        self.shared.log.refusal(
+            reason,
             client=show_address(self.address),
             name=self.name,
-            reason=reason,
-            alert=alert and int(alert),
+            alert=alert,
             detail=detail,
         )
 

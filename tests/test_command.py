@@ -141,6 +141,24 @@ def test_a_number_of_workers_that_is_none_is_refused(number: str) -> None:
     assert "from 1 to 1024" in line
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1e3", "1000000000"])
+def test_a_number_of_connections_that_is_none_is_refused(number: str) -> None:
+    line = only_line(run(f"--max-connections={number}"), code=100)
+    assert "--max-connections" in line
+    assert "from 1 to 999999999" in line
+
+
+def test_fewer_connections_than_workers_are_refused() -> None:
+    line = only_line(run("--max-connections=2", "--workers=3"), code=100)
+    assert "--max-connections 2 is not one for each worker" in line
+
+
+def test_a_log_that_is_none_is_refused() -> None:
+    line = only_line(run("--log=everything"), code=100)
+    assert "--log" in line
+    assert "'errors', 'connections'" in line
+
+
 def test_a_mistake_has_its_exit_code_even_if_nobody_hears_of_it() -> None:
     with open("/dev/full", "w") as full:
         for options in [], ["--unknown"]:
@@ -160,7 +178,8 @@ def test_a_mistake_of_several_lines_is_told_in_one() -> None:
 def test_help_and_version_need_no_socket() -> None:
     result = run("--help")
     assert "--hashed" in result.stdout
-    assert "--workers N" in result.stdout
+    for option in "--workers N", "--max-connections N", "--no-owner-check", "--log {errors,":
+        assert option in result.stdout
     assert (result.returncode, result.stderr) == (0, "")
     result = run("--version")
     assert result.stdout == f"sniproxy {sniproxy.__version__}\n"

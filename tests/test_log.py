@@ -5,8 +5,11 @@ import select
 from pathlib import Path
 
 import pytest
+import trio
+from trio.testing import MockClock, trio_test
 
 from sniproxy.log import Log, show_address
+from sniproxy.wire import Alert
 
 
 @pytest.mark.parametrize(
@@ -89,3 +92,69 @@ def test_addresses_are_written_as_usual(
     address: tuple[str, int] | tuple[str, int, int, int], shown: str
 ) -> None:
     assert show_address(address) == shown
+
+
+@pytest.fixture
+def clock() -> MockClock:
+    return MockClock(autojump_threshold=0)
+
+
+def refuse(log: Log, reason: str, times: int) -> None:
+    for _ in range(times):
+        log.refusal(reason, "192.0.2.1:1", b"a.example", Alert.UNRECOGNIZED_NAME, None)
+
+
+@trio_test
+async def test_of_one_kind_few_are_written_and_the_rest_is_counted(
+    clock: MockClock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def lines() -> list[str]:
+        return capfd.readouterr().err.splitlines()
+
+    log = Log()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(log.run)
+        refuse(log, "no_such_host", 23)
+        refuse(log, "deadline", 1)
+        # Another kind has its own allowance.
+        assert len(lines()) == 21
+        await trio.sleep(11)
+        assert lines() == ["sniproxy: suppressed reason=no_such_host count=3"]
+        # Who goes on is only counted, once in ten seconds.
+        refuse(log, "no_such_host", 5)
+        await trio.sleep(10)
+        assert lines() == ["sniproxy: suppressed reason=no_such_host count=5"]
+        # After ten seconds of silence everything is said again.
+        await trio.sleep(10)
+        refuse(log, "no_such_host", 21)
+        assert len(lines()) == 20
+        nursery.cancel_scope.cancel()
+    # And nothing is forgotten in the end.
+    assert lines() == ["sniproxy: suppressed reason=no_such_host count=1"]
+
+
+def test_bugs_and_exhaustion_are_limited_too(capfd: pytest.CaptureFixture[str]) -> None:
+    log = Log()
+    for _ in range(30):
+        log.bug(ZeroDivisionError("why"))
+        log.exhausted(OSError(24, "Too many open files"))
+    lines = capfd.readouterr().err.splitlines()
+    assert lines.count("sniproxy: bug ZeroDivisionError: why") == 20
+    assert lines.count('sniproxy: exhausted reason="Too many open files"') == 20
+
+
+@pytest.mark.parametrize(
+    ("alert", "priority"), [(Alert.UNRECOGNIZED_NAME, 6), (Alert.INTERNAL_ERROR, 4), (None, 6)]
+)
+def test_the_journal_is_told_how_bad_it_is(
+    alert: Alert | None, priority: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status = os.fstat(2)
+    log = Log(environment={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"})
+    log.refusal("reason", "client", None, alert, None)
+    assert capfd.readouterr().err.startswith(f"<{priority}>sniproxy: refused client=client ")
+
+
+def test_a_journal_that_is_not_standard_error_is_none(capfd: pytest.CaptureFixture[str]) -> None:
+    Log(environment={"JOURNAL_STREAM": "1:2"}).event("word")
+    assert capfd.readouterr().err == "sniproxy: word\n"

@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock, trio_test
 
 from sniproxy.config import Config
-from sniproxy.engine.drain import Census
+from sniproxy.engine.census import Census
 from sniproxy.engine.listener import Listener, take_listening_socket
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
@@ -22,7 +22,7 @@ from sniproxy_hostname import Hostname, directory_namer
 from tests.support import hellos
 from tests.support.backends import host_directory, listen_unix
 from tests.support.daemon import PATIENCE
-from tests.support.sockets import plain, receive_all, tcp_pair
+from tests.support.sockets import plain, receive_all, receive_exactly, tcp_pair
 
 NAME = "example.com"
 HELLO = hellos.hello_bytes(NAME)
@@ -69,8 +69,10 @@ class Door:
         self.listener = Listener(
             self.loop,
             take_listening_socket(self.listening.fileno()),
+            self.census,
             self.sessions.begin,
-            lambda error: log.event("exhausted", reason=error.strerror),
+            self.sessions.make_room,
+            log.exhausted,
         )
         for task in self.loop.run, self.listener.run, self.sessions.expire:
             service.start_soon(task)
@@ -281,6 +283,28 @@ def check_was_cut(it: Door, clients: list[socket.socket]) -> None:
     for client in clients:
         with client, pytest.raises(ConnectionResetError):
             client.recv(1)
+
+
+@trio_test
+async def test_only_who_is_silent_makes_room(clock: MockClock, backend: socket.socket) -> None:
+    async with door() as it:
+        clients = []
+        for _ in range(2):
+            client, accepted = tcp_pair()
+            it.sessions.begin(plain(accepted), client.getsockname())
+            clients.append(client)
+        it.census.capacity = 2
+        # The hello of the first is there by now, and nobody has looked at it yet.
+        clients[0].sendall(HELLO)
+        assert it.sessions.make_room()
+        assert not it.sessions.waiting
+        await trio.sleep(1)
+        assert clients[1].recv(1) == b""
+        connection, _ = backend.accept()
+        assert receive_exactly(connection, len(HELLO)) == HELLO
+        assert "reason=capacity" in it.log.lines[-1]
+        for sock in (*clients, connection):
+            sock.close()
 
 
 @trio_test

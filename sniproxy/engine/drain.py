@@ -2,31 +2,8 @@
 
 import trio
 
+from sniproxy.engine.census import Census
 from sniproxy.engine.listener import Listener
-
-
-class Census:
-    """How many connections are open."""
-
-    def __init__(self) -> None:
-        self.open = 0
-        self._emptied: trio.Event | None = None
-
-    def enter(self) -> None:
-        """Count one in."""
-        self.open += 1
-
-    def leave(self) -> None:
-        """Count one out."""
-        self.open -= 1
-        if not self.open and self._emptied is not None:
-            self._emptied.set()
-
-    async def empty(self) -> None:
-        """Wait until nobody is left."""
-        while self.open:
-            self._emptied = trio.Event()
-            await self._emptied.wait()
 
 
 async def drain(listener: Listener, census: Census, end: trio.Event, seconds: float) -> None:

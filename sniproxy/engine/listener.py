@@ -15,6 +15,7 @@ from select import EPOLLEXCLUSIVE, EPOLLIN
 
 import trio
 
+from sniproxy.engine.census import Census
 from sniproxy.engine.loop import EventLoop
 
 Address = tuple[str, int] | tuple[str, int, int, int]
@@ -136,29 +137,44 @@ class Listener:
 
     Args:
         sock: as `take_listening_socket` returns it; owned from now on.
+        census: the open connections; `on_accept` counts them in.
         on_accept: called with every accepted socket, in blocking mode, and its peer's address.
-        on_exhausted: called with the reason when accepting has to pause, once until it works again.
+        on_full: called when somebody waits at the door and there is no room; returns whether it
+            made some. If not, accepting pauses until a connection ends.
+        on_exhausted: called with the reason when the machine has nothing left for one more, once
+            until it has again. Then, too, `on_full` is asked to help.
     """
 
     def __init__(
         self,
         loop: EventLoop,
         sock: Socket,
+        census: Census,
         on_accept: Callable[[Socket, Address], None],
+        on_full: Callable[[], bool],
         on_exhausted: Callable[[OSError], None],
     ) -> None:
         self._loop = loop
         self._socket: Socket | None = sock
         self._family = sock.family
+        self._census = census
         self._on_accept = on_accept
+        self._on_full = on_full
         self._on_exhausted = on_exhausted
         self._watched = False
         self._exhausted = False
         self._pause = trio.Event()
 
     def on_event(self, events: int) -> None:
-        """Accept a batch."""
-        self._accept(_BATCH)
+        """Accept a batch, or make room for the next one."""
+        census = self._census
+        if census.open < census.capacity:
+            self._accept(_BATCH)
+        elif not self._on_full():
+            # Not told any more that somebody waits, as there is no use in it.
+            self._unwatch()
+            census.on_room = self._resume
+        # Else the next turn accepts, when those who made room have been closed.
 
     def abort(self) -> None:
         """Nothing: one connection went wrong, not the listener."""
@@ -166,14 +182,9 @@ class Listener:
     async def run(self) -> None:
         """Accept until closed or cancelled."""
         while self._socket is not None:
-            try:
-                self._loop.watch(self._socket.fileno(), self, _EVENTS)
-            except OSError as error:  # ENOMEM, ENOSPC
-                self._report(error)
-            else:
-                self._watched = True
-                await self._pause.wait()
-                self._pause = trio.Event()
+            self._resume()
+            await self._pause.wait()
+            self._pause = trio.Event()
             await trio.sleep(_PAUSE)
 
     def close(self) -> None:
@@ -191,7 +202,7 @@ class Listener:
         assert self._socket is not None
         # accept() of the plain type; typeshed has not heard of it.
         accept = self._socket._accept  # type: ignore[attr-defined]  # noqa: SLF001
-        for _ in range(batch):
+        for _ in range(min(batch, self._census.capacity - self._census.open)):
             try:
                 fd, address = accept()
             except BlockingIOError:
@@ -200,8 +211,9 @@ class Listener:
                 if error.errno in _ONE_IS_LOST:
                     continue
                 self._report(error)
-                self._unwatch()
-                self._pause.set()
+                if not self._on_full():
+                    self._unwatch()
+                    self._pause.set()
                 return
             self._exhausted = False
             self._on_accept(Socket(self._family, socket.SOCK_STREAM, 0, fd), address)
@@ -210,6 +222,16 @@ class Listener:
         if not self._exhausted:
             self._exhausted = True
             self._on_exhausted(error)
+
+    def _resume(self) -> None:
+        if self._socket is not None and not self._watched:
+            try:
+                self._loop.watch(self._socket.fileno(), self, _EVENTS)
+            except OSError as error:  # ENOMEM, ENOSPC
+                self._report(error)
+                self._pause.set()
+            else:
+                self._watched = True
 
     def _unwatch(self) -> None:
         if self._watched:

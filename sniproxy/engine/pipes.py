@@ -16,7 +16,7 @@ _SIZE = 1 << 20
 # Pipes lent at a time, two descriptors each. Those in motion at one moment are few: a pipe comes
 # back as soon as it is empty. An unprivileged user may hold 64 MiB in pipes (pipe-user-pages-soft),
 # which would be 64; half of it leaves room for a second copy that takes over while we drain.
-_LIMIT = 32
+MOST_PIPES = 32
 
 
 class Pipe:
@@ -44,7 +44,7 @@ class Pipe:
 class PipePool:
     """Pipes to lend, `limit` at the most; opened when first needed, kept for the next."""
 
-    def __init__(self, limit: int = _LIMIT) -> None:
+    def __init__(self, limit: int = MOST_PIPES) -> None:
         self._spare: list[Pipe] = []
         self._left = limit
 

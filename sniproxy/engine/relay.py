@@ -24,6 +24,7 @@ import os
 import struct
 from _socket import AF_UNIX, MSG_DONTWAIT, SHUT_WR, SO_LINGER, SO_SNDBUF, SOL_SOCKET, socket
 from collections.abc import Callable
+from enum import StrEnum
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 
 from sniproxy.engine.loop import EventLoop
@@ -69,6 +70,20 @@ _NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})
 LINGER_0 = struct.pack("ii", 1, 0)
 
 
+class Ending(StrEnum):
+    """How a connection ended."""
+
+    FINISHED = "finished"  # both ends had said all they had to say
+    NEAR_RESET = "near_reset"  # the near end broke it off, or went away without reading all
+    FAR_RESET = "far_reset"
+    CUT = "cut"  # by us
+
+
+# What is told of a connection that has ended: bytes that went from the near end to the far one,
+# bytes that went back, and how it ended.
+OnEnd = Callable[[int, int, Ending], None]
+
+
 class Relay:
     """All relayed connections of a process."""
 
@@ -82,7 +97,7 @@ class Relay:
         self,
         near: socket,
         far: socket,
-        on_end: Callable[[], None],
+        on_end: OnEnd,
         near_events: int | None = None,
     ) -> None:
         """Relay between two connected stream sockets until both directions have ended.
@@ -92,15 +107,16 @@ class Relay:
         Args:
             near: the socket that is likely to have something to say already.
             far: the other one, not watched by the loop.
-            on_end: called once, when both sockets have been given up.
+            on_end: called once, when both sockets have been given up, with the bytes that went
+                there and those that came back, and how it ended.
             near_events: what has happened to `near` so far, if the loop watches it already, for
                 `READ_EVENTS`. What was told to another watcher will not be told again.
 
         Raises:
             OSError: the kernel can't watch them (ENOMEM, ENOSPC); both are reset.
         """
-        up = _Flow(self, near, far, on_end)
-        down = _Flow(self, far, near, on_end)
+        up = _Flow(self, near, far, on_end, Ending.NEAR_RESET)
+        down = _Flow(self, far, near, on_end, Ending.FAR_RESET)
         up.back, down.back = down, up
         try:
             # Before anything else: a far end that has just been woken finds it when it looks.
@@ -131,10 +147,12 @@ class _Flow:
     __slots__ = (
         "back",
         "broken",
+        "broken_off",
         "credit",
         "ended",
         "ending",
         "gone",
+        "moved",
         "on_end",
         "pending",
         "pipe",
@@ -148,12 +166,14 @@ class _Flow:
     )
 
     def __init__(
-        self, relay: Relay, source: socket, sink: socket, on_end: Callable[[], None]
+        self, relay: Relay, source: socket, sink: socket, on_end: OnEnd, broken_off: Ending
     ) -> None:
         self.relay = relay
         self.source = source
         self.sink = sink
         self.on_end = on_end
+        self.broken_off = broken_off  # how it has ended if the source breaks it off
+        self.moved = 0  # bytes that the sink has taken
         self.back: _Flow | None = None  # the opposite direction; None once both sockets are closed
         self.credit = 0
         self.pending: bytes | None = None  # read, and not yet taken by the sink
@@ -194,19 +214,19 @@ class _Flow:
             self.broken = self.broken or bool(events & EPOLLERR)
             if events & EPOLLPRI or (self.broken and (self.ended or self.stalled)):
                 # No read will bring the error up soon, and it is not to wait.
-                self.abort()
+                self.abort(self.broken_off)
             elif self.gone and self.ended:
                 self._finish()
         return self.back is not None
 
-    def abort(self) -> None:
+    def abort(self, ending: Ending = Ending.CUT) -> None:
         """Reset both peers, so that neither takes the cut for an end."""
         if self.back is not None:
             for sock in (self.source, self.sink):
                 # On a Unix socket this does nothing: such a peer sees an end, or ECONNRESET where
                 # it left us something unread.
                 sock.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
-            self._close()
+            self._close(ending)
 
     def pump(self) -> None:
         """Move bytes until the source has none, the sink takes none, or the turn is over."""
@@ -224,7 +244,7 @@ class _Flow:
             except BlockingIOError:
                 return
             except OSError:
-                return self.abort()
+                return self.abort(self.broken_off)
             if not size:
                 return self._end()
             try:
@@ -233,6 +253,7 @@ class _Flow:
                 sent = 0
             except OSError:
                 return self._sink_failed()
+            self.moved += sent
             if sent < size:
                 self.pending = bytes(buffer[sent:size])
                 return self._stall()
@@ -267,7 +288,7 @@ class _Flow:
                     break
                 except OSError as error:
                     if error.errno not in _NO_SPLICE:
-                        return self.abort()
+                        return self.abort(self.broken_off)
                     self.relay.can_splice = False
                     self.relay.loop.soon(self)
                     break
@@ -287,6 +308,7 @@ class _Flow:
                 self.relay.loop.soon(self)
                 break
             self.piped -= sent
+            self.moved += sent
             moved += sent
         self.return_pipe(pipe)
         self.credit = _FULL_CREDIT if moved >= _MUCH else self.credit - 1
@@ -301,6 +323,7 @@ class _Flow:
         except OSError:
             self._sink_failed()
             return False
+        self.moved += sent
         if sent < len(self.pending):
             self.pending = self.pending[sent:]
             self._stall()
@@ -313,7 +336,7 @@ class _Flow:
         assert back is not None
         if self.broken:
             # The source was reset, and that is not to wait for the sink.
-            return self.abort()
+            return self.abort(self.broken_off)
         self.stalled = True
         if not back.write_watched:
             # Asked for at the first stall only: a Unix socket tells with every read of its peer
@@ -332,7 +355,7 @@ class _Flow:
         try:
             self.sink.shutdown(SHUT_WR)
         except OSError:  # ENOTCONN: reset meanwhile
-            self.abort()
+            self.abort(back.broken_off)
 
     def _finish(self) -> None:
         """Close both sockets: all that was sent has arrived."""
@@ -340,9 +363,9 @@ class _Flow:
         assert back is not None
         if back.pending is not None or back.piped:
             # The source has gone away without reading what we hold for it.
-            self.abort()
+            self.abort(self.broken_off)
         else:
-            self._close()
+            self._close(Ending.FINISHED)
 
     def _sink_failed(self) -> None:
         """Tear down: the sink takes no more, and what was meant for it is lost."""
@@ -355,7 +378,7 @@ class _Flow:
         if not (back.stalled or back.ended):
             back.ending = True
             back.pump()
-        self.abort()
+        self.abort(back.broken_off)
 
     def return_pipe(self, pipe: Pipe) -> None:
         """Give the pipe back; bytes in it are lost."""
@@ -365,7 +388,7 @@ class _Flow:
             self.relay.pipes.give(pipe)
         self.pipe = None
 
-    def _close(self) -> None:
+    def _close(self, ending: Ending) -> None:
         back = self.back
         assert back is not None
         for flow in (self, back):
@@ -375,4 +398,5 @@ class _Flow:
         self.relay.loop.close(self.sink)
         # Without the cycle the memory is free at once, not when the collector comes round.
         self.back = back.back = None
-        self.on_end()
+        up, down = (self, back) if self.broken_off is Ending.NEAR_RESET else (back, self)
+        self.on_end(up.moved, down.moved, ending)

@@ -11,6 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, trio_test
 
+from sniproxy.engine.census import Census
 from sniproxy.engine.listener import Listener, take_listening_socket
 from sniproxy.engine.loop import EventLoop
 
@@ -44,14 +45,22 @@ class Bench:
         self.bound = socket.create_server(("127.0.0.1", 0))
         self.socket = Flaky(take_listening_socket(self.bound.fileno()))
         self.loop = EventLoop(self.fail)
+        self.census = Census()
+        self.room: list[bool] = []  # what it is told when it asks for some; False after that
         self.accepted: list[_socket.socket] = []
         self.exhausted: list[int | None] = []
         self.listener = Listener(
             self.loop,
             self.socket,  # type: ignore[arg-type]
-            lambda accepted, address: self.accepted.append(accepted),
+            self.census,
+            self.accept,
+            lambda: self.room.pop(0) if self.room else False,
             lambda error: self.exhausted.append(error.errno),
         )
+
+    def accept(self, accepted: _socket.socket, address: object) -> None:
+        self.census.enter()
+        self.accepted.append(accepted)
 
     def fail(self, error: Exception) -> None:
         raise error
@@ -178,3 +187,46 @@ def test_the_descriptor_taken_over_is_not_inherited() -> None:
         closing(take_listening_socket(bound.fileno())) as listening,
     ):
         assert not os.get_inheritable(listening.fileno())
+
+
+@trio_test
+async def test_where_there_is_no_room_it_asks_for_some_and_then_waits(clock: MockClock) -> None:
+    async with bench() as it:
+        it.census.capacity = 2
+        it.room = [True]
+        it.connect(4)
+        await trio.sleep(0.01)
+        # Two are in. Room was promised once and not made; the second time it gave up.
+        assert (len(it.accepted), it.room) == (2, [])
+        asked = it.socket.asked
+        await trio.sleep(100)
+        assert (len(it.accepted), it.socket.asked) == (2, asked)
+        it.census.leave()
+        await trio.sleep(0.01)
+        assert len(it.accepted) == 3
+        it.census.leave()
+        await trio.sleep(0.01)
+        assert (len(it.accepted), it.exhausted) == (4, [])
+
+
+@trio_test
+async def test_when_the_machine_is_exhausted_room_may_be_made(clock: MockClock) -> None:
+    async with bench() as it:
+        it.socket.failures = [errno.EMFILE]
+        it.room = [True]
+        it.connect()
+        await trio.sleep(0.01)
+        # At once, without the pause.
+        assert (len(it.accepted), it.exhausted, it.room) == (1, [errno.EMFILE], [])
+
+
+@trio_test
+async def test_who_leaves_after_the_end_opens_nothing(clock: MockClock) -> None:
+    async with bench() as it:
+        it.census.capacity = 1
+        it.connect(2)
+        await trio.sleep(0.01)
+        it.listener.close()
+        it.census.leave()
+        await trio.sleep(0.01)
+        assert len(it.accepted) == 1

@@ -17,10 +17,10 @@ import pytest
 import trio
 from trio.testing import check_half_closeable_stream, trio_test
 
-from sniproxy.engine.drain import Census
+from sniproxy.engine.census import Census
 from sniproxy.engine.loop import EventLoop, Watcher
 from sniproxy.engine.pipes import PipePool
-from sniproxy.engine.relay import READ_EVENTS, Relay
+from sniproxy.engine.relay import READ_EVENTS, Ending, Relay
 from sniproxy.engine.stream import relay_streams
 from tests.support.sockets import Noise, plain, reset, tcp_pair, unix_pair
 
@@ -40,6 +40,7 @@ class Bench:
         self.pipes = PipePool()
         self.relay = Relay(self.loop, self.pipes)
         self.census = Census()
+        self.endings: list[tuple[int, int, Ending]] = []
         self._ends: list[trio.SocketStream] = []
 
     def join(self, unix_buffers: int | None = None) -> tuple[trio.SocketStream, trio.SocketStream]:
@@ -55,7 +56,11 @@ class Bench:
 
     def join_these(self, near: socket.socket, far: socket.socket) -> None:
         self.census.enter()
-        self.relay.join(plain(near), plain(far), self.census.leave)
+        self.relay.join(plain(near), plain(far), self.left)
+
+    def left(self, up: int, down: int, ending: Ending) -> None:
+        self.endings.append((up, down, ending))
+        self.census.leave()
 
     def stream(self, end: socket.socket) -> trio.SocketStream:
         self._ends.append(stream(end))
@@ -480,7 +485,7 @@ async def test_what_was_said_to_a_watcher_before_is_passed_on_at_once() -> None:
             while not told:
                 await trio.lowlevel.checkpoint()
         it.census.enter()
-        it.relay.join(plain_near, plain_far, it.census.leave, told[0])
+        it.relay.join(plain_near, plain_far, it.left, told[0])
         assert received_already(backend) == b"hello"
         await check_both_ways(it.stream(client), it.stream(backend))
         await it.all_ended()

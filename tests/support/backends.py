@@ -40,14 +40,26 @@ def host_directory(hosts: Path, name: str) -> Path:
     return directory
 
 
-def listen_unix(path: Path, backlog: int = socket.SOMAXCONN) -> socket.socket:
-    """Return a socket that listens at `path`, of any length: `sun_path` has 108 bytes."""
+def listen_unix(
+    path: Path, backlog: int = socket.SOMAXCONN, uid: int | None = None
+) -> socket.socket:
+    """Return a socket that listens at `path`, of any length: `sun_path` has 108 bytes.
+
+    If `uid` is given it is that user's, which only root can arrange: the listener belongs to
+    whoever calls listen(2), as SO_PEERCRED in unix(7) says.
+    """
     directory = os.open(path.parent, os.O_PATH)
     try:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listening.settimeout(PATIENCE)
         listening.bind(f"/proc/self/fd/{directory}/{path.name}")
-        listening.listen(backlog)
+        if uid is not None:
+            os.seteuid(uid)
+        try:
+            listening.listen(backlog)
+        finally:
+            if uid is not None:
+                os.seteuid(0)
     finally:
         os.close(directory)
     return listening

@@ -34,6 +34,14 @@ _PYTHON = (sys.executable, "-bb", "-P", "-X", "dev", "-W", "error")
 class Daemon:
     """A running sniproxy.
 
+    Args:
+        listening: Its standard input.
+        hosts: Where it runs.
+        options: The command line.
+        env: What to add to the environment.
+        under: A command that becomes the daemon.
+        stderr: A descriptor for its standard error; then there is no log to be read here.
+
     Attributes:
         address: Where it listens.
         process: It.
@@ -46,6 +54,9 @@ class Daemon:
         hosts: Path,
         options: tuple[str, ...] = (),
         env: Mapping[str, str] | None = None,
+        *,
+        under: tuple[str, ...] = (),
+        stderr: int | None = None,
     ) -> None:
         self.address: tuple[str, int] = listening.getsockname()[:2]
         self.hosts = hosts
@@ -53,10 +64,10 @@ class Daemon:
         # offset is shared with the child.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
-            [*_PYTHON, "-m", "sniproxy", *options],
+            [*under, *_PYTHON, "-m", "sniproxy", *options],
             stdin=listening.fileno(),
             stdout=subprocess.DEVNULL,
-            stderr=self._stderr,
+            stderr=self._stderr if stderr is None else stderr,
             cwd=hosts,
             env={**os.environ, **(env or {})},
         )
@@ -161,6 +172,7 @@ def start_daemon(
     family: socket.AddressFamily = socket.AF_INET,
     dual_stack: bool = False,
     receive_buffer: int | None = None,
+    under: tuple[str, ...] = (),
 ) -> Daemon:
     """Start the daemon in the directory `hosts` and wait until it listens.
 
@@ -171,6 +183,7 @@ def start_daemon(
         env: What to add to the environment.
         family: That of `address`.
         dual_stack: Whether an IPv6 socket takes IPv4 clients, too.
+        under: A command that becomes the daemon: ("prlimit", "--nofile=64").
         receive_buffer: What connections inherit as SO_RCVBUF, in bytes.
     """
     with socket.socket(family, socket.SOCK_STREAM) as listening:
@@ -180,7 +193,7 @@ def start_daemon(
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         listening.bind(address)
         listening.listen(socket.SOMAXCONN)
-        daemon = Daemon(listening, hosts, options, env)
+        daemon = Daemon(listening, hosts, options, env, under=under)
     try:
         daemon.wait_for_log("listening")
     except BaseException as error:

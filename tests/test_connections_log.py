@@ -1,0 +1,106 @@
+"""`--log connections`: a line for each connection, at its end."""
+
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import hellos
+from tests.support.backends import RawBackend, host_directory
+from tests.support.daemon import Daemon, start_daemon
+from tests.support.sockets import receive_all, receive_exactly, reset
+
+NAME = "a.example"
+HELLO = hellos.hello_bytes(NAME)
+
+LINE = re.compile(
+    r"sniproxy: connection client=127\.0\.0\.1:(?P<port>\d+) name=a\.example up=(?P<up>\d+) "
+    r"down=(?P<down>\d+) seconds=(?P<seconds>\d+\.\d{3}) ending=(?P<ending>\w+)"
+)
+
+
+@pytest.fixture
+def daemon(hosts: Path) -> Iterator[Daemon]:
+    with start_daemon(hosts, "--log", "connections") as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def backend(daemon: Daemon) -> Iterator[RawBackend]:
+    with RawBackend(host_directory(daemon.hosts, NAME) / "tls-socket") as backend:
+        yield backend
+
+
+def joined(daemon: Daemon, backend: RawBackend) -> tuple[socket.socket, socket.socket]:
+    client = daemon.connect()
+    client.sendall(HELLO)
+    connection = backend.accept()
+    assert receive_exactly(connection, len(HELLO)) == HELLO
+    return client, connection
+
+
+def line(daemon: Daemon) -> re.Match[str]:
+    found = LINE.fullmatch(daemon.wait_for_log("connection"))
+    assert found, daemon.log()
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 8 << 20], ids=["copied", "spliced"])
+def test_what_went_there_and_back(daemon: Daemon, backend: RawBackend, size: int) -> None:
+    client, connection = joined(daemon, backend)
+    port = client.getsockname()[1]
+    with client, connection:
+        for sender, receiver in (client, connection), (connection, client):
+            sent = 0
+            while sent < size:
+                piece = min(size - sent, 1 << 16)
+                sender.sendall(bytes(piece))
+                assert len(receive_exactly(receiver, piece)) == piece
+                sent += piece
+            sender.shutdown(socket.SHUT_WR)
+        assert receive_all(connection) == receive_all(client) == b""
+    found = line(daemon)
+    assert found["ending"] == "finished"
+    assert (int(found["port"]), int(found["up"])) == (port, len(HELLO) + size)
+    assert int(found["down"]) == size
+    assert 0 <= float(found["seconds"]) < 60
+
+
+def test_a_client_that_resets(daemon: Daemon, backend: RawBackend) -> None:
+    client, connection = joined(daemon, backend)
+    with connection:
+        reset(client)
+        assert line(daemon)["ending"] == "client_reset"
+
+
+def test_a_backend_that_goes_without_reading(daemon: Daemon, backend: RawBackend) -> None:
+    client, connection = joined(daemon, backend)
+    with client:
+        client.sendall(b"unread")
+        connection.recv(1, socket.MSG_PEEK)
+        connection.close()
+        assert line(daemon)["ending"] == "backend_reset"
+
+
+def test_one_that_is_cut(daemon: Daemon, backend: RawBackend) -> None:
+    client, connection = joined(daemon, backend)
+    with client, connection:
+        daemon.signal(signal.SIGINT)
+        daemon.wait()
+        assert line(daemon)["ending"] == "cut"
+
+
+def test_without_the_option_there_is_no_line(hosts: Path) -> None:
+    with (
+        start_daemon(hosts) as daemon,
+        RawBackend(host_directory(hosts, NAME) / "tls-socket") as backend,
+    ):
+        client, connection = joined(daemon, backend)
+        client.close()
+        connection.close()
+        daemon.signal(signal.SIGTERM)
+        daemon.wait()
+        assert not [line for line in daemon.log() if "connection" in line.split()]
