@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import hellos
-from tests.support.backends import RawBackend, host_directory
+from tests.support.backends import RawBackend, host_directory, joined
 from tests.support.daemon import Daemon, start_daemon
 from tests.support.sockets import receive_all, receive_exactly, reset
 
@@ -34,14 +34,6 @@ def backend(daemon: Daemon) -> Iterator[RawBackend]:
         yield backend
 
 
-def joined(daemon: Daemon, backend: RawBackend) -> tuple[socket.socket, socket.socket]:
-    client = daemon.connect()
-    client.sendall(HELLO)
-    connection = backend.accept()
-    assert receive_exactly(connection, len(HELLO)) == HELLO
-    return client, connection
-
-
 def line(daemon: Daemon) -> re.Match[str]:
     found = LINE.fullmatch(daemon.wait_for_log("connection"))
     assert found, daemon.log()
@@ -50,7 +42,7 @@ def line(daemon: Daemon) -> re.Match[str]:
 
 @pytest.mark.parametrize("size", [1, 8 << 20], ids=["copied", "spliced"])
 def test_what_went_there_and_back(daemon: Daemon, backend: RawBackend, size: int) -> None:
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     port = client.getsockname()[1]
     with client, connection:
         for sender, receiver in (client, connection), (connection, client):
@@ -70,14 +62,14 @@ def test_what_went_there_and_back(daemon: Daemon, backend: RawBackend, size: int
 
 
 def test_a_client_that_resets(daemon: Daemon, backend: RawBackend) -> None:
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     with connection:
         reset(client)
         assert line(daemon)["ending"] == "client_reset"
 
 
 def test_a_backend_that_goes_without_reading(daemon: Daemon, backend: RawBackend) -> None:
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     with client:
         client.sendall(b"unread")
         connection.recv(1, socket.MSG_PEEK)
@@ -86,7 +78,7 @@ def test_a_backend_that_goes_without_reading(daemon: Daemon, backend: RawBackend
 
 
 def test_one_that_is_cut(daemon: Daemon, backend: RawBackend) -> None:
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     with client, connection:
         daemon.signal(signal.SIGINT)
         daemon.wait()
@@ -98,7 +90,7 @@ def test_without_the_option_there_is_no_line(hosts: Path) -> None:
         start_daemon(hosts) as daemon,
         RawBackend(host_directory(hosts, NAME) / "tls-socket") as backend,
     ):
-        client, connection = joined(daemon, backend)
+        client, connection = joined(daemon, backend, HELLO)
         client.close()
         connection.close()
         daemon.signal(signal.SIGTERM)

@@ -12,9 +12,9 @@ import trio
 from trio.testing import check_half_closeable_stream, trio_test
 
 from tests.support import hellos
-from tests.support.backends import RawBackend, host_directory
+from tests.support.backends import RawBackend, host_directory, joined
 from tests.support.daemon import Daemon
-from tests.support.sockets import Noise, receive_all, receive_exactly, reset
+from tests.support.sockets import Noise, receive_all, reset
 
 NAME = "example.com"
 HELLO = hellos.hello_bytes(NAME)
@@ -26,15 +26,6 @@ def backend(hosts: Path) -> Iterator[RawBackend]:
         yield backend
 
 
-def joined(daemon: Daemon, backend: RawBackend) -> tuple[socket.socket, socket.socket]:
-    """Return a client and the backend it has reached, when the hello is behind them."""
-    client = daemon.connect()
-    client.sendall(HELLO)
-    connection = backend.accept()
-    assert receive_exactly(connection, len(HELLO)) == HELLO
-    return client, connection
-
-
 def stream(sock: socket.socket) -> trio.SocketStream:
     return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
@@ -43,7 +34,7 @@ def test_it_is_a_half_closeable_stream(daemon: Daemon, backend: RawBackend) -> N
     @trio_test
     async def check() -> None:
         async def make() -> tuple[trio.SocketStream, trio.SocketStream]:
-            client, connection = await trio.to_thread.run_sync(joined, daemon, backend)
+            client, connection = await trio.to_thread.run_sync(joined, daemon, backend, HELLO)
             return stream(client), stream(connection)
 
         await check_half_closeable_stream(make, None)
@@ -56,7 +47,7 @@ def test_200_mb_to_a_slow_reader_take_no_memory(
     daemon: Daemon, backend: RawBackend, way: str
 ) -> None:
     size = 200 << 20
-    sender, receiver = joined(daemon, backend)
+    sender, receiver = joined(daemon, backend, HELLO)
     if way == "down":
         sender, receiver = receiver, sender
     sent = hashlib.blake2b()
@@ -85,7 +76,7 @@ def test_200_mb_to_a_slow_reader_take_no_memory(
 
 
 def test_late_data_after_a_half_close(daemon: Daemon, backend: RawBackend) -> None:
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     with client, connection:
         client.shutdown(socket.SHUT_WR)
         assert receive_all(connection) == b""
@@ -97,7 +88,7 @@ def test_late_data_after_a_half_close(daemon: Daemon, backend: RawBackend) -> No
 def test_a_reset_by_the_client_reaches_the_backend_at_once(
     daemon: Daemon, backend: RawBackend
 ) -> None:
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     with connection:
         reset(client)
         assert receive_all(connection) == b""
@@ -108,7 +99,7 @@ def test_a_reset_by_the_client_reaches_the_backend_at_once(
 def test_a_backend_that_breaks_off_is_a_reset_for_the_client(
     daemon: Daemon, backend: RawBackend
 ) -> None:
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     with client:
         client.sendall(b"unread")
         connection.recv(1, socket.MSG_PEEK)
@@ -118,13 +109,13 @@ def test_a_backend_that_breaks_off_is_a_reset_for_the_client(
 
 
 def test_who_waits_costs_others_nothing(daemon: Daemon, backend: RawBackend) -> None:
-    stuck, stuck_connection = joined(daemon, backend)
+    stuck, stuck_connection = joined(daemon, backend, HELLO)
     stuck.setblocking(False)
     with stuck, stuck_connection:
         with pytest.raises(BlockingIOError):
             while True:
                 stuck.send(bytes(1 << 20))
-        client, connection = joined(daemon, backend)
+        client, connection = joined(daemon, backend, HELLO)
         with client, connection:
             client.sendall(b"ping")
             assert connection.recv(4) == b"ping"
@@ -132,7 +123,7 @@ def test_who_waits_costs_others_nothing(daemon: Daemon, backend: RawBackend) -> 
 
 def test_a_vanished_client_is_noticed(daemon: Daemon, backend: RawBackend) -> None:
     # That the kernel asks for signs of life is all that can be seen here in less than a minute.
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     with client, connection:
         port = client.getsockname()[1]
         timers = Path("/proc/net/tcp").read_text().splitlines()

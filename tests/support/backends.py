@@ -22,7 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from tests.support.daemon import PATIENCE
+from tests.support.daemon import PATIENCE, Daemon
+from tests.support.sockets import receive_exactly
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -102,6 +103,17 @@ class RawBackend:
         connection, _ = self._listening.accept()
         connection.settimeout(PATIENCE)
         return connection
+
+
+def joined(
+    daemon: Daemon, backend: RawBackend, hello: bytes
+) -> tuple[socket.socket, socket.socket]:
+    """Return a client and the backend it has reached, when the hello is behind them."""
+    client = daemon.connect()
+    client.sendall(hello)
+    connection = backend.accept()
+    assert receive_exactly(connection, len(hello)) == hello
+    return client, connection
 
 
 class TlsConnection(io.RawIOBase):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support import hellos
-from tests.support.backends import RawBackend, host_directory
+from tests.support.backends import RawBackend, host_directory, joined
 from tests.support.daemon import Daemon
 from tests.support.sockets import receive_all, receive_exactly, reset
 
@@ -19,14 +19,6 @@ HELLO = hellos.hello_bytes(NAME)
 def backend(daemon: Daemon) -> Iterator[RawBackend]:
     with RawBackend(host_directory(daemon.hosts, NAME) / "tls-socket") as backend:
         yield backend
-
-
-def joined(daemon: Daemon, backend: RawBackend) -> tuple[socket.socket, socket.socket]:
-    client = daemon.connect()
-    client.sendall(HELLO)
-    connection = backend.accept()
-    assert receive_exactly(connection, len(HELLO)) == HELLO
-    return client, connection
 
 
 def test_a_hello_that_drips_gains_no_time(daemon: Daemon, backend: RawBackend) -> None:
@@ -45,7 +37,7 @@ def test_a_hello_that_drips_gains_no_time(daemon: Daemon, backend: RawBackend) -
 
 
 def test_a_client_that_resets(daemon: Daemon, backend: RawBackend) -> None:
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     with connection:
         client.sendall(b"last words")
         assert receive_exactly(connection, 10) == b"last words"
@@ -55,7 +47,7 @@ def test_a_client_that_resets(daemon: Daemon, backend: RawBackend) -> None:
 
 
 def test_a_client_that_resets_what_it_was_being_sent(daemon: Daemon, backend: RawBackend) -> None:
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     with connection:
         reset(client)
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
@@ -67,7 +59,7 @@ def test_a_client_that_resets_what_it_was_being_sent(daemon: Daemon, backend: Ra
 def test_a_half_close_with_late_data_from_the_other_side(
     daemon: Daemon, backend: RawBackend, first: str
 ) -> None:
-    client, connection = joined(daemon, backend)
+    client, connection = joined(daemon, backend, HELLO)
     early, late = (client, connection) if first == "client" else (connection, client)
     with client, connection:
         early.sendall(b"all I have to say")
