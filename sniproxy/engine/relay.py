@@ -79,6 +79,9 @@ class Ending(StrEnum):
     CUT = "cut"  # by us
 
 
+# To find a member of an Enum, Python 3.11 runs a function written in Python. Once is enough.
+_FINISHED, _NEAR_RESET, _FAR_RESET = Ending.FINISHED, Ending.NEAR_RESET, Ending.FAR_RESET
+
 # What is told of a connection that has ended: bytes that went from the near end to the far one,
 # bytes that went back, and how it ended.
 OnEnd = Callable[[int, int, Ending], None]
@@ -115,8 +118,8 @@ class Relay:
         Raises:
             OSError: the kernel can't watch them (ENOMEM, ENOSPC); both are reset.
         """
-        up = _Flow(self, near, far, on_end, Ending.NEAR_RESET)
-        down = _Flow(self, far, near, on_end, Ending.FAR_RESET)
+        up = _Flow(self, near, far, on_end, _NEAR_RESET)
+        down = _Flow(self, far, near, on_end, _FAR_RESET)
         up.back, down.back = down, up
         try:
             # Before anything else: a far end that has just been woken finds it when it looks.
@@ -365,7 +368,7 @@ class _Flow:
             # The source has gone away without reading what we hold for it.
             self.abort(self.broken_off)
         else:
-            self._close(Ending.FINISHED)
+            self._close(_FINISHED)
 
     def _sink_failed(self) -> None:
         """Tear down: the sink takes no more, and what was meant for it is lost."""
@@ -398,5 +401,5 @@ class _Flow:
         self.relay.loop.close(self.sink)
         # Without the cycle the memory is free at once, not when the collector comes round.
         self.back = back.back = None
-        up, down = (self, back) if self.broken_off is Ending.NEAR_RESET else (back, self)
+        up, down = (self, back) if self.broken_off is _NEAR_RESET else (back, self)
         self.on_end(up.moved, down.moved, ending)
