@@ -5,6 +5,7 @@ import pytest
 
 from tests.support.certificates import Certificates
 from tests.support.daemon import Daemon, start_daemon
+from tests.support.supervisor import Supervisor
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +27,11 @@ def daemon(hosts: Path) -> Iterator[Daemon]:
     """A running daemon, one for each test."""
     with start_daemon(hosts) as daemon:
         yield daemon
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    """What NOTIFY_SOCKET leads to."""
+    supervisor = Supervisor(tmp_path / "notify")
+    yield supervisor
+    supervisor.socket.close()

@@ -13,6 +13,7 @@ from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory
 from tests.support.daemon import Daemon, start_daemon
 from tests.support.sockets import receive_all, receive_exactly
+from tests.support.supervisor import Supervisor
 
 NAME = "example.com"
 HELLO = hellos.hello_bytes(NAME)
@@ -154,29 +155,6 @@ def test_a_second_copy_takes_over_on_the_same_socket(hosts: Path) -> None:
             client.sendall(HELLO)
             with backend.accept() as connection:
                 assert receive_exactly(connection, len(HELLO)) == HELLO
-
-
-class Supervisor:
-    """The end of NOTIFY_SOCKET that a supervisor holds."""
-
-    def __init__(self, path: Path) -> None:
-        self.environment = {"NOTIFY_SOCKET": str(path)}
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(str(path))
-        self.socket.settimeout(10)
-
-    def hear(self, wanted: str) -> str:
-        """Return the next message that begins like this."""
-        while not (said := self.socket.recv(4096).decode()).startswith(wanted):
-            pass
-        return said
-
-
-@pytest.fixture
-def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
-    supervisor = Supervisor(tmp_path / "notify")
-    yield supervisor
-    supervisor.socket.close()
 
 
 def test_the_supervisor_is_told(hosts: Path, supervisor: Supervisor) -> None:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +17,9 @@ import pytest
 
 from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory
-from tests.support.daemon import PATIENCE, Daemon, start_daemon
+from tests.support.daemon import PATIENCE, Daemon, eventually, start_daemon
 from tests.support.sockets import receive_all, receive_exactly
-from tests.test_drain import Supervisor
+from tests.support.supervisor import Supervisor
 
 NAME = "example.com"
 HELLO = hellos.hello_bytes(NAME)
@@ -28,14 +28,6 @@ ORDERS = [signal.SIGHUP, signal.SIGTERM, signal.SIGINT]
 PROGRAM = [sys.executable, "-P", "-m", "sniproxy"]
 
 Connection = tuple[socket.socket, socket.socket]
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    """Wait for a state that nothing announces."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never comes true"
-        time.sleep(0.005)
 
 
 def status_of(pid: int) -> dict[str, str]:
@@ -485,13 +477,6 @@ def signal_if_alive(pidfd: int, number: signal.Signals) -> None:
 
 
 # What the supervisor hears
-
-
-@pytest.fixture
-def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
-    supervisor = Supervisor(tmp_path / "notify")
-    yield supervisor
-    supervisor.socket.close()
 
 
 def everything_said(supervisor: Supervisor) -> list[str]:

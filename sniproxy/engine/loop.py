@@ -113,7 +113,7 @@ class EventLoop:
     async def run(self) -> None:
         """Serve until cancelled; whoever is left then is aborted."""
         poll = self._epoll.poll
-        watchers, runnable, doomed = self._watchers, self._runnable, self._doomed
+        runnable, doomed = self._runnable, self._doomed
         try:
             while True:
                 self._awake = False
@@ -121,13 +121,7 @@ class EventLoop:
                 self._awake = True
                 turn_ends = time.monotonic() + _TURN
                 while (events := poll(0 if runnable else _HOT_WAIT, _EVENTS)) or runnable:
-                    for fd, mask in events:
-                        # None: the waker's own, or closed earlier in this turn.
-                        if (watcher := watchers.get(fd)) is not None:
-                            try:
-                                watcher.on_event(mask)
-                            except Exception as error:  # noqa: BLE001 - it ends one connection alone
-                                self._fault(watcher, error)
+                    self._dispatch(events)
                     if runnable:
                         self._give_turns()
                     if doomed:
@@ -147,6 +141,16 @@ class EventLoop:
         self._bury()
         self._epoll.close()
         os.close(self._waker)
+
+    def _dispatch(self, events: list[tuple[int, int]]) -> None:
+        watchers = self._watchers
+        for fd, mask in events:
+            # None: the waker's own, or closed earlier in this turn.
+            if (watcher := watchers.get(fd)) is not None:
+                try:
+                    watcher.on_event(mask)
+                except Exception as error:  # noqa: BLE001 - it ends one connection alone
+                    self._fault(watcher, error)
 
     def _give_turns(self) -> None:
         runnable = self._runnable

@@ -4,59 +4,41 @@ import contextlib
 import random
 import signal
 import socket
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 
 from tests.interop.clients import CLIENTS, NAME, Client, Visit
 from tests.support import hellos
-from tests.support.backends import RawBackend, TlsBackend, accepted
+from tests.support.backends import RawBackend, Server, TlsBackend
 from tests.support.certificates import Certificates
 from tests.support.daemon import PATIENCE, Daemon
 
 
-class Eavesdropper:
+class Eavesdropper(Server):
     """Stands between a client and `target`, and writes down what passes."""
 
     def __init__(self, target: tuple[str, int]) -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        super().__init__(listening)
+        self.address: tuple[str, int] = listening.getsockname()
         self._target = target
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._run)
-        self.address: tuple[str, int] = self._listening.getsockname()
         self.up = bytearray()
         self.down = bytearray()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listening.close()
-
-    def _run(self) -> None:
-        for client in accepted(self._listening):
-            with (
-                client,
-                socket.create_connection(self._target, PATIENCE) as server,
-                ThreadPoolExecutor() as threads,
-            ):
-                threads.submit(copy, client, server, self.up)
-                threads.submit(copy, server, client, self.down)
+    def serve(self, connection: socket.socket) -> None:
+        with (
+            connection,
+            socket.create_connection(self._target, PATIENCE) as server,
+            ThreadPoolExecutor() as threads,
+        ):
+            threads.submit(copy, connection, server, self.up)
+            threads.submit(copy, server, connection, self.down)
 
 
 def copy(source: socket.socket, sink: socket.socket, record: bytearray) -> None:

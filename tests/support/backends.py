@@ -207,21 +207,11 @@ class TlsConnection(io.RawIOBase):
             self.sent += data
 
 
-class TlsBackend:
-    """Serves HTTP over TLS, one connection after the other, and remembers them.
+class Server:
+    """Serves in a thread of its own, one connection after the other, while the block lasts."""
 
-    Args:
-        path: Where to listen.
-        context: The key, and what is asked of clients.
-        proxy: Whether every connection begins with a PROXY header.
-    """
-
-    def __init__(self, path: Path, context: ssl.SSLContext, *, proxy: bool = False) -> None:
-        self._path = path
-        self._context = context
-        self._proxy = proxy
-        self._listening = listen_unix(path)
-        self._connections: queue.Queue[TlsConnection] = queue.Queue()
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> Self:
@@ -237,25 +227,64 @@ class TlsBackend:
         self._listening.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listening.close()
+
+    def _run(self) -> None:
+        for connection in accepted(self._listening):
+            self.serve(connection)
+
+    def serve(self, connection: socket.socket) -> None:
+        """Serve a connection, and close it."""
+        raise NotImplementedError
+
+
+class UnixServer(Server):
+    """Serves on a Unix socket, which is there as long as it does; `uid` as in `listen_unix`."""
+
+    def __init__(self, path: Path, uid: int | None = None) -> None:
+        super().__init__(listen_unix(path, uid=uid))
+        self._path = path
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
         self._path.unlink()
+
+
+class TlsBackend(UnixServer):
+    """Serves HTTP over TLS, one connection after the other, and remembers them.
+
+    Args:
+        path: Where to listen.
+        context: The key, and what is asked of clients.
+        proxy: Whether every connection begins with a PROXY header.
+    """
+
+    def __init__(self, path: Path, context: ssl.SSLContext, *, proxy: bool = False) -> None:
+        super().__init__(path)
+        self._context = context
+        self._proxy = proxy
+        self._connections: queue.Queue[TlsConnection] = queue.Queue()
 
     def connection(self) -> TlsConnection:
         """Return the next connection, once it has ended."""
         return self._connections.get(timeout=PATIENCE)
 
-    def _run(self) -> None:
-        for plain in accepted(self._listening):
-            with plain:
-                connection = TlsConnection(plain)
-                try:
-                    if self._proxy:
-                        connection.read_proxy_line()
-                    connection.handshake(self._context)
-                    serve_http(connection)
-                    connection.say_goodbye()
-                except OSError as error:  # ssl.SSLError is one
-                    connection.error = error
-            self._connections.put(connection)
+    def serve(self, connection: socket.socket) -> None:
+        with connection:
+            tls = TlsConnection(connection)
+            try:
+                if self._proxy:
+                    tls.read_proxy_line()
+                tls.handshake(self._context)
+                serve_http(tls)
+                tls.say_goodbye()
+            except OSError as error:  # ssl.SSLError is one
+                tls.error = error
+        self._connections.put(tls)
 
 
 def serve_http(connection: TlsConnection) -> None:

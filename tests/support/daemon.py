@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -162,6 +162,14 @@ class Daemon:
             self.process.kill()
             self.wait()
             raise
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Wait for a state that nothing announces."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never comes true"
+        time.sleep(_GLANCE)
 
 
 def start_daemon(

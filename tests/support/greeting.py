@@ -7,14 +7,11 @@ assert ask(daemon, "a.example") == UNRECOGNIZED_NAME
 
 import contextlib
 import socket
-import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from sniproxy.wire import Alert, alert_record
 from tests.support import hellos
-from tests.support.backends import accepted, listen_unix
+from tests.support.backends import UnixServer
 from tests.support.daemon import Daemon
 from tests.support.sockets import receive_all
 
@@ -23,7 +20,7 @@ UNRECOGNIZED_NAME = alert_record(Alert.UNRECOGNIZED_NAME)
 _MOST = 1 << 16
 
 
-class Greeter:
+class Greeter(UnixServer):
     """A backend that answers a hello with a word, and closes.
 
     Attributes:
@@ -31,33 +28,15 @@ class Greeter:
     """
 
     def __init__(self, path: Path, word: bytes, uid: int | None = None) -> None:
+        super().__init__(path, uid)
         self.heard: list[bytes] = []
-        self._path = path
         self._word = word
-        self._listening = listen_unix(path, uid=uid)
-        self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listening.close()
-        self._path.unlink(missing_ok=True)
-
-    def _run(self) -> None:
-        for connection in accepted(self._listening):
-            # A client may go at any time.
-            with contextlib.suppress(OSError), connection:
-                self.heard.append(hear(connection))
-                connection.sendall(self._word)
+    def serve(self, connection: socket.socket) -> None:
+        # A client may go at any time.
+        with contextlib.suppress(OSError), connection:
+            self.heard.append(hear(connection))
+            connection.sendall(self._word)
 
 
 def hear(connection: socket.socket) -> bytes:

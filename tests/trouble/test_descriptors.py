@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory
-from tests.support.daemon import PATIENCE, Daemon, start_daemon
+from tests.support.daemon import PATIENCE, Daemon, eventually, start_daemon
 from tests.support.greeting import Greeter, ask
 from tests.support.sockets import receive_all, receive_exactly
 
@@ -47,13 +47,6 @@ def check_it_rests(daemon: Daemon) -> None:
     assert processor_seconds(daemon) - before < IDLE
 
 
-def wait_for_descriptors(daemon: Daemon, number: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while daemon.descriptors() > number:
-        assert time.monotonic() < deadline, f"{daemon.descriptors()} descriptors, not {number}"
-        time.sleep(0.01)
-
-
 def test_descriptors_run_out_and_all_150_clients_are_served(hosts: Path) -> None:
     number = 150
     with start_daemon(hosts, under=FEW) as daemon, ExitStack() as stack:
@@ -62,17 +55,14 @@ def test_descriptors_run_out_and_all_150_clients_are_served(hosts: Path) -> None
         backend = stack.enter_context(RawBackend(host_directory(hosts, NAME) / "tls-socket"))
         waiting = clients(stack, daemon, number, HELLO)
         # As many as there is room for are connected, and nobody hears anything yet.
-        deadline = time.monotonic() + PATIENCE
-        while daemon.descriptors() < before + 2 * capacity(daemon):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        eventually(lambda: daemon.descriptors() >= before + 2 * capacity(daemon))
         check_it_rests(daemon)
         for _ in range(number):
             with backend.accept() as connection:
                 assert receive_exactly(connection, len(HELLO)) == HELLO
                 connection.sendall(b"served")
         assert {receive_all(client) for client in waiting} == {b"served"}
-        wait_for_descriptors(daemon, before)
+        eventually(lambda: daemon.descriptors() <= before)
         assert not [line for line in daemon.log() if "refused" in line or "exhausted" in line]
 
 
