@@ -17,7 +17,7 @@ import trio
 
 from sniproxy import __version__
 from sniproxy.config import Config
-from sniproxy.engine import descriptors
+from sniproxy.engine import descriptors, privileges, sandbox
 from sniproxy.engine.listener import NotListening, take_listening_socket
 from sniproxy.engine.notify import Notifier
 from sniproxy.engine.pipes import MOST_PIPES
@@ -118,6 +118,21 @@ def _config(argv: Sequence[str] | None) -> Config | None:
         "(default: what RLIMIT_NOFILE suffices for)",
     )
     parser.add_argument(
+        "--chroot",
+        action="store_true",
+        help="make the hosts directory the root directory (needs root)",
+    )
+    parser.add_argument(
+        "--user",
+        metavar="NAME[:GROUP]",
+        help="become that user, for good, before anything is accepted (needs root)",
+    )
+    parser.add_argument(
+        "--no-sandbox",
+        action="store_true",
+        help="keep the rights to open files and the like, which serving does without",
+    )
+    parser.add_argument(
         "--no-owner-check",
         action="store_true",
         help="connect to any socket that a host's directory leads to, whoever listens there",
@@ -145,6 +160,9 @@ def _config(argv: Sequence[str] | None) -> Config | None:
         hashed=options.hashed,
         workers=options.workers,
         max_connections=options.max_connections,
+        chroot=options.chroot,
+        user=options.user,
+        sandbox=not options.no_sandbox,
         check_owner=not options.no_owner_check,
         log_connections=options.log == "connections",
     )
@@ -183,13 +201,8 @@ def _run(config: Config) -> None:
         ) from None
     except OSError as error:
         raise _system_call_failed("use the socket on standard input", error) from error
-    try:
-        hosts = HostsDirectory(directory_namer(config.hashed), check_owner=config.check_owner)
-    except OSError as error:
-        raise _FatalError(
-            _CALLED_WRONGLY,
-            f"unable to search the hosts directory (the working directory): {error.strerror}",
-        ) from None
+    # All that is needed later is opened now: there may be no way to it in another root directory,
+    # for another user, or in the sandbox.
     try:
         log = Log(to_syslog=_let_go_of_standard_descriptors())
     except OSError as error:
@@ -198,7 +211,18 @@ def _run(config: Config) -> None:
     if config.max_connections is not None:
         each = config.max_connections // config.workers
         share = share._replace(connections=min(share.connections, each))
+    namer = directory_namer(config.hashed)
     notifier = Notifier()
+    _drop_privileges(config)
+    try:
+        hosts = HostsDirectory(namer, check_owner=config.check_owner)
+    except OSError as error:
+        raise _FatalError(
+            _CALLED_WRONGLY,
+            f"unable to search the hosts directory (the working directory): {error.strerror}",
+        ) from None
+    forbidden = _enter_sandbox() if config.sandbox else ["nothing"]
+    log.event("sandbox", forbids=",".join(forbidden))
     # What is here now stays: the collector need not look at it again.
     gc.freeze()
     orders: Signals | Worker = Signals()
@@ -217,6 +241,38 @@ def _run(config: Config) -> None:
     finally:
         notifier.close()
         hosts.close()
+
+
+def _drop_privileges(config: Config) -> None:
+    """Change the root directory and the user, if that was asked for."""
+    identity = None
+    if config.user is not None:
+        try:
+            identity = privileges.look_up(config.user)
+        except privileges.IdentityError as error:
+            message = f"unable to become the user {config.user!a}: {error}"
+            raise _FatalError(_CALLED_WRONGLY, message) from None
+    if config.chroot:
+        try:
+            privileges.enter_root()
+        except OSError as error:
+            what = "make the hosts directory the root directory"
+            raise _system_call_failed(what, error) from error
+    if identity is not None:
+        what = f"become the user {config.user!a}"
+        try:
+            privileges.become(identity)
+        except OSError as error:
+            raise _system_call_failed(what, error) from error
+        except RuntimeError as error:
+            raise _FatalError(_SYSTEM_CALL_FAILED, f"unable to {what} for good: {error}") from None
+
+
+def _enter_sandbox() -> list[str]:
+    try:
+        return sandbox.enter()
+    except OSError as error:
+        raise _system_call_failed("enter the sandbox (--no-sandbox does without)", error) from error
 
 
 def _system_call_failed(what: str, error: OSError) -> _FatalError:

@@ -16,6 +16,13 @@ class Config:
     # Connections that may be open at a time; None for as many as there are descriptors for.
     max_connections: int | None = None
 
+    # Whether the hosts directory becomes the root directory, and which user the process becomes.
+    chroot: bool = False
+    user: str | None = None
+
+    # Whether to give up, where the kernel lets us, all rights that serving does without.
+    sandbox: bool = True
+
     # Whether a listener has to belong to the owner of the directory that its socket is in.
     check_owner: bool = True
 

@@ -30,6 +30,9 @@ _GLANCE = 0.005
 # the program, and not what happens to have their name in the hosts directory.
 _PYTHON = (sys.executable, "-bb", "-P", "-X", "dev", "-W", "error")
 
+# A measurement saves at the end what it has found. No process in the sandbox can open a file.
+_COVERAGE = "COVERAGE_PROCESS_CONFIG"
+
 
 class Daemon:
     """A running sniproxy.
@@ -41,6 +44,8 @@ class Daemon:
         env: What to add to the environment.
         under: A command that becomes the daemon.
         stderr: A descriptor for its standard error; then there is no log to be read here.
+        module: What to run.
+        measured: Whether coverage is measured in it, if it is at all; then it has no sandbox.
 
     Attributes:
         address: Where it listens.
@@ -57,19 +62,26 @@ class Daemon:
         *,
         under: tuple[str, ...] = (),
         stderr: int | None = None,
+        module: str = "sniproxy",
+        measured: bool = True,
     ) -> None:
+        environment = {**os.environ, **(env or {})}
+        if measured and _COVERAGE in environment:
+            options = (*options, "--no-sandbox")
+        else:
+            environment.pop(_COVERAGE, None)
         self.address: tuple[str, int] = listening.getsockname()[:2]
         self.hosts = hosts
         # A file, for a pipe that nobody reads could fill. It is read by position, because the
         # offset is shared with the child.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
-            [*under, *_PYTHON, "-m", "sniproxy", *options],
+            [*under, *_PYTHON, "-m", module, *options],
             stdin=listening.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=self._stderr if stderr is None else stderr,
             cwd=hosts,
-            env={**os.environ, **(env or {})},
+            env=environment,
         )
 
     def __enter__(self) -> Self:
@@ -181,6 +193,8 @@ def start_daemon(
     dual_stack: bool = False,
     receive_buffer: int | None = None,
     under: tuple[str, ...] = (),
+    module: str = "sniproxy",
+    measured: bool = True,
 ) -> Daemon:
     """Start the daemon in the directory `hosts` and wait until it listens.
 
@@ -193,6 +207,8 @@ def start_daemon(
         dual_stack: Whether an IPv6 socket takes IPv4 clients, too.
         under: A command that becomes the daemon: ("prlimit", "--nofile=64").
         receive_buffer: What connections inherit as SO_RCVBUF, in bytes.
+        module: What to run.
+        measured: Whether coverage is measured in it, if it is at all; then it has no sandbox.
     """
     with socket.socket(family, socket.SOCK_STREAM) as listening:
         if family == socket.AF_INET6:
@@ -201,7 +217,9 @@ def start_daemon(
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         listening.bind(address)
         listening.listen(socket.SOMAXCONN)
-        daemon = Daemon(listening, hosts, options, env, under=under)
+        daemon = Daemon(
+            listening, hosts, options, env, under=under, module=module, measured=measured
+        )
     try:
         daemon.wait_for_log("listening")
     except BaseException as error:
