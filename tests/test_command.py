@@ -22,10 +22,19 @@ PROGRAM = [sys.executable, "-P", "-m", "sniproxy"]
 
 
 def run(
-    *options: str, stdin: int | None = subprocess.DEVNULL, cwd: Path | None = None
+    *options: str,
+    stdin: int | None = subprocess.DEVNULL,
+    cwd: Path | None = None,
+    under: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
+    """Run it where it is to fail; `under` is a command that becomes the daemon."""
     return subprocess.run(
-        [*PROGRAM, *options], stdin=stdin, cwd=cwd, capture_output=True, text=True, timeout=10
+        [*under, *PROGRAM, *options],
+        stdin=stdin,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=10,
     )
 
 
