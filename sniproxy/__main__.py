@@ -6,7 +6,6 @@ import gc
 import os
 import re
 import signal
-import stat
 import sys
 import syslog
 from collections.abc import Sequence
@@ -17,21 +16,17 @@ import trio
 
 from sniproxy import __version__
 from sniproxy.config import Config
-from sniproxy.engine import descriptors, privileges, sandbox
+from sniproxy.engine import descriptors, privileges, sandbox, standard
 from sniproxy.engine.listener import NotListening, take_listening_socket
 from sniproxy.engine.notify import Notifier
 from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.engine.signals import Signals
 from sniproxy.engine.workers import Worker, Workers
+from sniproxy.fatal import FatalError, UsageError, print_out
 from sniproxy.hosts import HostsDirectory
 from sniproxy.log import Log
 from sniproxy.serve import serve
 from sniproxy_hostname import directory_namer
-
-# The convention of djb's and skarnet's programs: a mistake that does not go away by itself, and
-# trouble that may. A supervisor can tell them apart.
-_CALLED_WRONGLY = 100
-_SYSTEM_CALL_FAILED = 111
 
 # More than any machine has processors. Each takes some ten megabytes.
 _MOST_WORKERS = 1024
@@ -51,36 +46,29 @@ ten seconds.
 _HOW_TO_CALL = "sniproxy-listen :443 sniproxy"
 
 
-class _FatalError(Exception):
-    """Nothing can be served: the message says what could not be done, and why."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise _FatalError(_CALLED_WRONGLY, f"unable to understand the options: {message}")
+        raise UsageError(f"unable to understand the options: {message}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon with the arguments `argv`; return its exit code."""
     # Until we serve, SIGINT ends us as it ends any program, not by an exception somewhere.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # From inetd standard error is the socket.
+    to_syslog = 2 in standard.copies_of_input()
     try:
         config = _config(argv)
         if config is not None:
-            _run(config)
-    except _FatalError as error:
-        _complain(f"fatal: {error}")
+            _run(config, to_syslog)
+    except FatalError as error:
+        _complain(f"fatal: {error}", to_syslog)
         return error.code
     return 0
 
 
-def _complain(message: str) -> None:
-    if _is_open(0) and 2 in _copies_of_standard_input():
-        # From inetd: standard error is the socket.
+def _complain(message: str, to_syslog: bool) -> None:
+    if to_syslog:
         syslog.openlog("sniproxy", syslog.LOG_PID, syslog.LOG_DAEMON)
         syslog.syslog(syslog.LOG_ERR, message)
     else:
@@ -147,10 +135,10 @@ def _config(argv: Sequence[str] | None) -> Config | None:
     parser.add_argument("--version", action="store_true", help="print the version")
     options, unknown = parser.parse_known_args(argv)
     if options.help:
-        _print(parser.format_help())
+        print_out(parser.format_help())
         return None
     if options.version:
-        _print(f"sniproxy {__version__}\n")
+        print_out(f"sniproxy {__version__}\n")
         return None
     if unknown:
         parser.error(f"{unknown[0]!a} is none (see sniproxy --help)")
@@ -179,34 +167,24 @@ _workers = partial(_number, most=_MOST_WORKERS)
 _connections = partial(_number, most=_MOST_CONNECTIONS)
 
 
-def _print(text: str) -> None:
-    try:
-        os.write(1, text.encode())
-    except OSError as error:
-        raise _system_call_failed("write standard output", error) from error
-
-
-def _run(config: Config) -> None:
-    for fd in (1, 2):
-        if not _is_open(fd):
-            # Else the next thing opened would be taken for standard output or error.
-            _put_null(fd)
+def _run(config: Config, to_syslog: bool) -> None:
+    standard.fill_gaps()
     try:
         listening = take_listening_socket(0)
     except NotListening as error:
-        raise _FatalError(
-            _CALLED_WRONGLY,
+        raise UsageError(
             "unable to accept connections: standard input must be a listening TCP socket, but "
             f"{error}; pass one like this: {_HOW_TO_CALL}",
         ) from None
     except OSError as error:
-        raise _system_call_failed("use the socket on standard input", error) from error
+        raise FatalError.of("use the socket on standard input", error) from error
     # All that is needed later is opened now: there may be no way to it in another root directory,
     # for another user, or in the sandbox.
     try:
-        log = Log(to_syslog=_let_go_of_standard_descriptors())
+        standard.let_go_of_input()
+        log = Log(to_syslog=to_syslog)
     except OSError as error:
-        raise _system_call_failed("start", error) from error
+        raise FatalError.of("start", error) from error
     share = descriptors.share(descriptors.raise_limit(), MOST_PIPES)
     if config.max_connections is not None:
         each = config.max_connections // config.workers
@@ -217,9 +195,8 @@ def _run(config: Config) -> None:
     try:
         hosts = HostsDirectory(namer, check_owner=config.check_owner)
     except OSError as error:
-        raise _FatalError(
-            _CALLED_WRONGLY,
-            f"unable to search the hosts directory (the working directory): {error.strerror}",
+        raise UsageError(
+            f"unable to search the hosts directory (the working directory): {error.strerror}"
         ) from None
     forbidden = _enter_sandbox() if config.sandbox else ["nothing"]
     log.event("sandbox", forbids=",".join(forbidden))
@@ -232,7 +209,7 @@ def _run(config: Config) -> None:
             try:
                 worker = Workers(config.workers, notifier, log.worker_died).run(listening.close)
             except OSError as error:
-                raise _system_call_failed("start the workers", error) from error
+                raise FatalError.of("start the workers", error) from error
             if worker is None:
                 return
             log.worker = worker.number
@@ -251,69 +228,28 @@ def _drop_privileges(config: Config) -> None:
             identity = privileges.look_up(config.user)
         except privileges.IdentityError as error:
             message = f"unable to become the user {config.user!a}: {error}"
-            raise _FatalError(_CALLED_WRONGLY, message) from None
+            raise UsageError(message) from None
     if config.chroot:
         try:
             privileges.enter_root()
         except OSError as error:
             what = "make the hosts directory the root directory"
-            raise _system_call_failed(what, error) from error
+            raise FatalError.of(what, error) from error
     if identity is not None:
         what = f"become the user {config.user!a}"
         try:
             privileges.become(identity)
         except OSError as error:
-            raise _system_call_failed(what, error) from error
+            raise FatalError.of(what, error) from error
         except RuntimeError as error:
-            raise _FatalError(_SYSTEM_CALL_FAILED, f"unable to {what} for good: {error}") from None
+            raise FatalError(f"unable to {what} for good: {error}") from None
 
 
 def _enter_sandbox() -> list[str]:
     try:
         return sandbox.enter()
     except OSError as error:
-        raise _system_call_failed("enter the sandbox (--no-sandbox does without)", error) from error
-
-
-def _system_call_failed(what: str, error: OSError) -> _FatalError:
-    return _FatalError(_SYSTEM_CALL_FAILED, f"unable to {what}: {error.strerror}")
-
-
-def _let_go_of_standard_descriptors() -> bool:
-    """Put /dev/null in place of the listening socket; return whether standard error was it, too.
-
-    inetd makes descriptors 1 and 2 the listening socket as well. While one of them is open the port
-    stays open, and what is written there goes nowhere.
-    """
-    copies = _copies_of_standard_input()
-    for fd in copies:
-        _put_null(fd)
-    return 2 in copies
-
-
-def _copies_of_standard_input() -> list[int]:
-    """Return which standard descriptors are the socket on standard input, itself included."""
-    status = os.fstat(0)
-    if not stat.S_ISSOCK(status.st_mode):
-        return [0]
-    return [fd for fd in (0, 1, 2) if _is_open(fd) and os.path.samestat(os.fstat(fd), status)]
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:  # EBADF
-        return False
-    return True
-
-
-def _put_null(fd: int) -> None:
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    if null == fd:
-        os.set_inheritable(fd, True)
-    else:
-        os.dup2(null, fd)
-        os.close(null)
+        raise FatalError.of("enter the sandbox (--no-sandbox does without)", error) from error
 
 
 if __name__ == "__main__":

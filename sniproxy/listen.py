@@ -1,7 +1,6 @@
 """sniproxy-listen: bind, listen, put the socket on standard input, become another program.
 
-For places without a supervisor. Exit codes: 100 called wrongly, 111 a system call failed; otherwise
-those of the program.
+For places without a supervisor. Exit codes: those of `fatal`, otherwise those of the program.
 """
 
 import contextlib
@@ -16,9 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any, NamedTuple, NoReturn
 
 from sniproxy import __version__
-
-_CALLED_WRONGLY = 100
-_SYSTEM_CALL_FAILED = 111
+from sniproxy.fatal import FatalError, UsageError, print_out
 
 _USAGE = "usage: sniproxy-listen ADDRESS:PORT PROGRAM [ARG...]"
 _HELP = f"""\
@@ -49,17 +46,11 @@ class Endpoint(NamedTuple):
     dual_stack: bool
 
 
-class _FatalError(Exception):
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the arguments `argv`; return the exit code, if it comes to that."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
-    except _FatalError as error:
+    except FatalError as error:
         with contextlib.suppress(OSError):  # nobody is left to tell
             os.write(2, f"sniproxy-listen: fatal: {error}\n".encode(errors="backslashreplace"))
         return error.code
@@ -68,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     match arguments:
         case ["-h" | "--help", *_]:
-            _print(_HELP)
+            print_out(_HELP)
         case ["--version", *_]:
-            _print(f"sniproxy-listen {__version__}\n")
+            print_out(f"sniproxy-listen {__version__}\n")
         case [where, program, *_] if program and not where.startswith("-"):
             listening = listen(where).detach()
             # It is descriptor 0 already if standard input was closed.
@@ -80,16 +71,8 @@ def _run(arguments: list[str]) -> int:
                 os.dup2(listening, 0)
             _become(program, arguments[1:])
         case _:
-            raise _FatalError(_CALLED_WRONGLY, f"unable to understand the arguments: {_USAGE}")
+            raise UsageError(f"unable to understand the arguments: {_USAGE}")
     return 0
-
-
-def _print(text: str) -> None:
-    try:
-        os.write(1, text.encode())
-    except OSError as error:
-        message = f"unable to write standard output: {error.strerror}"
-        raise _FatalError(_SYSTEM_CALL_FAILED, message) from None
 
 
 def parse(where: str) -> Endpoint:
@@ -126,13 +109,13 @@ def listen(where: str) -> socket.socket:
     """Return a socket that listens on `ADDRESS:PORT`.
 
     Raises:
-        _FatalError: with the exit code and the reason.
+        FatalError: the message says which address, and why.
     """
     try:
         endpoint = parse(where)
     except ValueError as error:
         message = f"unable to listen on {where!a}: {error}"
-        raise _FatalError(_CALLED_WRONGLY, message) from None
+        raise UsageError(message) from None
     try:
         try:
             listening = socket.socket(endpoint.family, socket.SOCK_STREAM)
@@ -150,8 +133,7 @@ def listen(where: str) -> socket.socket:
         # As many as the kernel lets wait: net.core.somaxconn.
         listening.listen(socket.SOMAXCONN)
     except OSError as error:
-        message = f"unable to listen on {where}: {error.strerror}"
-        raise _FatalError(_SYSTEM_CALL_FAILED, message) from None
+        raise FatalError.of(f"listen on {where}", error) from None
     return listening
 
 
@@ -162,8 +144,7 @@ def _become(program: str, argv: list[str]) -> NoReturn:
     try:
         os.execvp(program, argv)  # noqa: S606 - to become the program that was named is the purpose
     except OSError as error:
-        message = f"unable to run {program!a}: {error.strerror}"
-        raise _FatalError(_SYSTEM_CALL_FAILED, message) from None
+        raise FatalError.of(f"run {program!a}", error) from None
 
 
 if __name__ == "__main__":
