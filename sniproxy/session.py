@@ -23,7 +23,7 @@ from _socket import (
 )
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
-from functools import partial
+from functools import lru_cache, partial
 from select import EPOLLERR, EPOLLHUP, EPOLLRDHUP
 
 import trio
@@ -51,6 +51,10 @@ from sniproxy_hostname import Hostname, InvalidHostname
 
 # What SO_RCVLOWAT is on a new socket.
 _ANY_BYTES = 1
+
+# What was a name once is one for ever, and the same few are asked for all day; a refusal is not
+# kept. Names of 253 bytes would take 0.8 MB.
+_hostname = lru_cache(maxsize=1024)(Hostname)
 
 
 class SessionReason(StrEnum):
@@ -240,7 +244,7 @@ class Session:
             if self.watched:
                 self._stop_waiting()
             self.name = hello.required_server_name()
-            self.host = Hostname(self.name)
+            self.host = _hostname(self.name)
         except HelloError as error:
             self._refuse(error.reason, error.alert, str(error))
         except InvalidHostname as error:
