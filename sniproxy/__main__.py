@@ -185,7 +185,10 @@ def _run(config: Config, to_syslog: bool) -> None:
         log = Log(to_syslog=to_syslog)
     except OSError as error:
         raise FatalError.of("start", error) from error
-    share = descriptors.share(descriptors.raise_limit(), MOST_PIPES)
+    try:
+        share = descriptors.share(descriptors.raise_limit(), MOST_PIPES)
+    except ValueError as error:
+        raise FatalError(f"unable to serve a connection: {error}") from None
     if config.max_connections is not None:
         each = config.max_connections // config.workers
         share = share._replace(connections=min(share.connections, each))

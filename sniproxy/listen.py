@@ -37,6 +37,10 @@ _ADDRESS = re.compile(r"(?:\[(?P<v6>[^\[\]]*)\]|(?P<v4>[^\[\]:]*)):(?P<port>[0-9
 
 _HIGHEST_PORT = 65535
 
+# More than any kernel lets wait: it takes net.core.somaxconn instead, listen(2). SOMAXCONN is what
+# that was by default where this Python was built.
+_LONGEST_QUEUE = (1 << 31) - 1
+
 
 class Endpoint(NamedTuple):
     """Where to listen."""
@@ -130,8 +134,7 @@ def listen(where: str) -> socket.socket:
             only = not endpoint.dual_stack
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
         listening.bind(endpoint.address)
-        # As many as the kernel lets wait: net.core.somaxconn.
-        listening.listen(socket.SOMAXCONN)
+        listening.listen(_LONGEST_QUEUE)
     except OSError as error:
         raise FatalError.of(f"listen on {where}", error) from None
     return listening

@@ -16,6 +16,7 @@ import sniproxy
 from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory
 from tests.support.daemon import start_daemon
+from tests.support.greeting import Greeter, ask
 from tests.support.sockets import receive_all, receive_exactly
 
 PROGRAM = [sys.executable, "-P", "-m", "sniproxy"]
@@ -254,6 +255,23 @@ def test_it_may_have_as_many_descriptors_as_the_hard_limit_says(hosts: Path) -> 
         [line] = [line for line in limits if line.startswith("Max open files")]
         soft, hard = line.split()[3:5]
         assert soft == hard
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["alone", "workers"])
+def test_with_too_few_descriptors_it_does_not_start(hosts: Path, options: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        few = ("prlimit", "--nofile=25")
+        result = run(*options, stdin=listening.fileno(), cwd=hosts, under=few)
+    assert "RLIMIT_NOFILE" in only_line(result, 111)
+
+
+def test_with_just_enough_descriptors_it_serves(hosts: Path) -> None:
+    with (
+        start_daemon(hosts, under=("prlimit", "--nofile=26")) as daemon,
+        Greeter(host_directory(hosts, "a.example") / "tls-socket", b"word"),
+    ):
+        for _ in range(5):
+            assert ask(daemon, "a.example") == b"word"
 
 
 def test_a_daemon_started_with_a_closed_standard_error_serves(hosts: Path) -> None:

@@ -5,8 +5,10 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,14 @@ def test_the_program_gets_the_socket_and_its_arguments(where: str, found: str) -
     result = run(where, *LOOK, "--help", "-x", "")
     assert result.stdout == f"{found} ['--help', '-x', '']\n"
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_as_many_may_wait_as_the_kernel_lets() -> None:
+    with listen("127.0.0.1:0") as listening:
+        # Of a listening socket, tcpi_sacked in struct tcp_info is the longest queue it may have.
+        info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    [longest] = struct.unpack_from("I", info, 28)
+    assert longest == int(Path("/proc/sys/net/core/somaxconn").read_text())
 
 
 def test_standard_input_may_have_been_closed() -> None:

@@ -39,7 +39,14 @@ def raise_limit() -> int:
 
 
 def share(limit: int, most_pipes: int) -> Share:
-    """Share out `limit` descriptors; at least one connection comes out, and perhaps no pipe."""
-    free = max(0, limit - _RESERVE)
+    """Share out `limit` descriptors; at least one connection comes out, and perhaps no pipe.
+
+    Raises:
+        ValueError: they do not suffice for one connection.
+    """
+    least = _RESERVE + _PER_CONNECTION
+    if limit < least:
+        raise ValueError(f"RLIMIT_NOFILE allows {limit} descriptors, and it takes {least}")
+    free = limit - _RESERVE
     pipes = min(most_pipes, free // (_PIPES_SHARE * _PER_PIPE))
-    return Share(max(1, (free - pipes * _PER_PIPE) // _PER_CONNECTION), pipes)
+    return Share((free - pipes * _PER_PIPE) // _PER_CONNECTION, pipes)

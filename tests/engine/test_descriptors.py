@@ -9,8 +9,7 @@ from sniproxy.engine.pipes import MOST_PIPES
 @pytest.mark.parametrize(
     ("limit", "connections", "pipes"),
     [
-        (0, 1, 0),
-        (24, 1, 0),
+        (26, 1, 0),
         (40, 7, 1),
         (64, 18, 2),
         (1024, 468, 32),
@@ -19,6 +18,11 @@ from sniproxy.engine.pipes import MOST_PIPES
 )
 def test_what_a_limit_suffices_for(limit: int, connections: int, pipes: int) -> None:
     assert share(limit, MOST_PIPES) == (connections, pipes)
+
+
+def test_a_limit_that_does_not_suffice() -> None:
+    with pytest.raises(ValueError, match="allows 25 descriptors, and it takes 26"):
+        share(25, MOST_PIPES)
 
 
 @pytest.fixture

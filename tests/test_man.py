@@ -1,0 +1,325 @@
+"""The manuals: well made, and of one mind with the programs."""
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+
+import pytest
+
+from sniproxy import session
+from sniproxy.engine import descriptors, workers
+from sniproxy.engine.pipes import MOST_PIPES
+from sniproxy.hosts import HostReason
+from sniproxy.log import Log
+from sniproxy.session import ALERTS, SessionReason
+from sniproxy.wire import MAX_WIRE, Alert, HelloError, HelloReader, Reason
+from sniproxy.wire.hello import MAX_HANDSHAKE
+from sniproxy_hostname import Hostname, InvalidHostname
+from tests.support.answers import ROWS
+from tests.support.daemon import PATIENCE, start_daemon
+
+ROOT = Path(__file__).parents[1]
+MAN = ROOT / "man"
+PAGES = {path.name: path.read_text() for path in sorted(MAN.iterdir())}
+
+# Each has the same headings in the same order. The directory is no program, and has none of those
+# that speak of one.
+PROGRAMS = {
+    "sniproxy.8": "sniproxy",
+    "sniproxy-hostname.1": "sniproxy_hostname",
+    "sniproxy-listen.8": "sniproxy.listen",
+}
+HEADINGS = [
+    *["NAME", "SYNOPSIS", "DESCRIPTION", "INTERFACE", "OPTIONS", "SIGNALS", "ENVIRONMENT", "FILES"],
+    *["EXIT STATUS", "EXAMPLES", "DIAGNOSTICS", "SEE ALSO", "STANDARDS", "CAVEATS"],
+    "SECURITY CONSIDERATIONS",
+]
+OF_PROGRAMS = {"OPTIONS", "SIGNALS", "ENVIRONMENT", "EXIT STATUS"}
+
+# Manuals of others that are referred to: Debian's manpages, manpages-dev, systemd, libsystemd-dev,
+# openbsd-inetd, acl and b3sum have them.
+OTHERS = {
+    *["b3sum 1", "accept 2", "getrlimit 2", "listen 2", "prctl 2", "sd_notify 3", "syslog 3"],
+    *["acl 5", "group 5", "nsswitch.conf 5", "passwd 5", "systemd.exec 5", "systemd.socket 5"],
+    *["ip 7", "ipv6 7", "landlock 7", "path_resolution 7", "symlink 7", "tcp 7", "unix 7"],
+    "inetd 8",
+}
+
+# What mandoc says of the machine and not of the page: whether it has the manuals of others, and an
+# index of them.
+OF_THE_MACHINE = re.compile(
+    r"STYLE: referenced manual not found: Xr (?!sniproxy)|^mandoc: outdated mandoc\.db lacks "
+)
+
+# b3sum's, in an example.
+OPTIONS_OF_OTHERS = {"--no-names"}
+OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
+
+every_page = pytest.mark.parametrize("page", PAGES)
+every_program = pytest.mark.parametrize("page", PROGRAMS)
+
+
+def section(page: str, heading: str, macro: str = "Sh") -> str:
+    """Return the source of a section, or of a subsection if `macro` is Ss."""
+    ends = r"^\.Sh " if macro == "Sh" else r"^\.S[hs] "
+    found = re.search(
+        rf"^\.{macro} {heading}\n(.*?)(?={ends}|\Z)", PAGES[page], re.MULTILINE | re.DOTALL
+    )
+    assert found is not None, f"{page} has no {heading}"
+    return found[1]
+
+
+def items(source: str) -> list[str]:
+    """Return the heads of all lists."""
+    return re.findall(r"^\.It (.+)$", source, re.MULTILINE)
+
+
+def options(source: str) -> set[str]:
+    """Return the options in a source, as they are typed."""
+    return set(OPTION.findall(re.sub(r"\bFl (?=\w)", "-", source.replace("Fl Fl ", "--"))))
+
+
+def run(page: str, *arguments: str) -> str:
+    """Return what the program of a page says on standard output."""
+    command = [sys.executable, "-P", "-m", PROGRAMS[page], *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=PATIENCE
+    ).stdout
+
+
+def needs(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+
+
+# --- well made
+
+
+def test_mandoc_finds_nothing_wrong() -> None:
+    needs("mandoc")
+    # In their directory: there mandoc finds those of them that they refer to.
+    done = subprocess.run(
+        ["mandoc", "-Tlint", "-Wall", *PAGES],
+        cwd=MAN,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    lines = (done.stdout + done.stderr).splitlines()
+    assert [line for line in lines if not OF_THE_MACHINE.search(line)] == []
+
+
+@every_page
+def test_groff_finds_nothing_wrong(page: str) -> None:
+    """It is what man-db shows manuals with."""
+    needs("groff")
+    command = ["groff", "-mdoc", "-Tutf8", "-ww", "-z", page]
+    done = subprocess.run(command, cwd=MAN, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@every_page
+def test_the_title_is_that_of_the_file(page: str) -> None:
+    name, number = page.split(".")
+    lines = PAGES[page].splitlines()
+    assert lines[0].startswith(".Dd ")
+    assert lines[1:5] == [f".Dt {name.upper()} {number}", ".Os", ".Sh NAME", f".Nm {name}"]
+
+
+@every_page
+def test_the_headings_are_the_same_everywhere(page: str) -> None:
+    wanted = [each for each in HEADINGS if page in PROGRAMS or each not in OF_PROGRAMS]
+    assert re.findall(r"^\.Sh (.+)$", PAGES[page], re.MULTILINE) == wanted
+
+
+@every_page
+def test_what_it_refers_to_is_there(page: str) -> None:
+    ours = {name.replace(".", " ") for name in PAGES}
+    for target in re.findall(r"^\.Xr (\S+ \d)", PAGES[page], re.MULTILINE):
+        assert target in ours | OTHERS
+    for heading in re.findall(r"^\.Sx (.+?)(?: \.| ,)?$", PAGES[page], re.MULTILINE):
+        assert re.search(rf"^\.S[hs] {heading}$", PAGES[page], re.MULTILINE)
+    # Sections of sniproxy-hosts(5) that other pages name.
+    for heading in re.findall(r"^\.Dq (\w+)\nin\n\.Xr sniproxy-hosts 5", PAGES[page], re.MULTILINE):
+        assert f"\n.Ss {heading}\n" in PAGES["sniproxy-hosts.5"]
+
+
+def test_every_page_is_installed() -> None:
+    """In a wheel, and so in share/man of a virtual environment."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel.get("shared-data", {}) == {
+        f"man/{page}": f"share/man/man{page[-1]}/{page}" for page in PAGES
+    }
+
+
+# --- of one mind with the programs
+
+
+@every_program
+def test_every_option_is_there_and_no_other(page: str) -> None:
+    told = set(OPTION.findall(run(page, "--help")))
+    heads = [options(head) for head in items(section(page, "OPTIONS"))]
+    described = set().union(*heads)
+    assert options(section(page, "SYNOPSIS")) == described
+    # --help leaves out that it can be called -h, too.
+    assert described - {"-h"} == told - {"-h"}
+    assert run(page, "-h") == run(page, "--help")
+    # By the alphabet: it is a page to look things up in.
+    names = [max(each, key=len) for each in heads]
+    assert names == sorted(names)
+
+
+@every_page
+def test_no_option_is_named_that_does_not_exist(page: str) -> None:
+    exist = set().union(*(OPTION.findall(run(each, "--help")) for each in PROGRAMS))
+    named = {each for each in options(PAGES[page]) if each.startswith("--")}
+    assert named <= exist | OPTIONS_OF_OTHERS
+
+
+@pytest.mark.parametrize(
+    ("page", "command_lines"),
+    [
+        ("sniproxy.8", ["--version", "--no-such-option", "--version >/dev/full"]),
+        ("sniproxy-listen.8", ["--version", "--no-such-option", "--version >/dev/full"]),
+        ("sniproxy-hostname.1", ["a.example", "a_b", "--no-such-option", "a.example >/dev/full"]),
+    ],
+)
+def test_every_exit_code_is_there(page: str, command_lines: list[str]) -> None:
+    """One command line for each of them."""
+    program = f"{shlex.quote(sys.executable)} -P -m {PROGRAMS[page]}"
+    codes = [
+        subprocess.run(
+            ["sh", "-c", f"exec {program} {line}"], capture_output=True, timeout=PATIENCE
+        ).returncode
+        for line in command_lines
+    ]
+    assert items(section(page, "EXIT STATUS")) == list(map(str, codes))
+
+
+def alerts_of_reasons() -> dict[str, set[int]]:
+    """Return which alerts go with a reason; no alert at all with those of the session."""
+    alerts: dict[str, set[int]] = {reason: {alert} for reason, alert in ALERTS.items()}
+    alerts |= {reason: set() for reason in SessionReason}
+    for row in ROWS:
+        try:
+            if (hello := HelloReader().feed(row.flight)) is not None:
+                Hostname(hello.required_server_name())
+        except HelloError as error:
+            alerts.setdefault(error.reason, set()).add(error.alert)
+        except InvalidHostname:
+            alerts.setdefault(Reason.INVALID_NAME, set()).add(Alert.UNRECOGNIZED_NAME)
+    return alerts
+
+
+def test_every_reason_is_there_with_its_alert() -> None:
+    described = {}
+    for head in items(section("sniproxy.8", "Reasons for refusals", "Ss")):
+        found = re.fullmatch(r"Cm (\w+) Pq (none|\d+(?: or \d+)*)", head)
+        assert found is not None, head
+        described[found[1]] = {int(number) for number in re.findall(r"\d+", found[2])}
+    assert described == alerts_of_reasons()
+    assert list(described) == sorted(described)
+
+
+def test_the_reasons_are_all_that_the_daemon_knows() -> None:
+    """Should there ever be a fourth list of them, it is not to be missed above."""
+    lists = {each for each in StrEnum.__subclasses__() if each.__name__.endswith("Reason")}
+    assert lists == {Reason, HostReason, SessionReason}
+    assert {reason for each in lists for reason in each} == alerts_of_reasons().keys()
+
+
+def test_every_reason_of_a_lookup_is_in_the_page_of_the_directory() -> None:
+    heads = items(section("sniproxy-hosts.5", "DIAGNOSTICS"))
+    assert {head.removeprefix("Cm ") for head in heads} == set(HostReason)
+
+
+def test_every_alert_is_there() -> None:
+    source = section("sniproxy.8", "Alerts", "Ss")
+    described = re.findall(r"^\.It (\d+)\n(\w+):", source, re.MULTILINE)
+    assert described == [(str(int(alert)), alert.name.lower()) for alert in Alert]
+
+
+def events_in(path: Path) -> Iterator[tuple[str, list[str] | None]]:
+    """Find the events that a module logs, and their fields; None if these are not written there."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(attr="event"),
+                args=[ast.Constant(value=str(word)), *_],
+                keywords=keywords,
+            ):
+                fields = [keyword.arg for keyword in keywords if keyword.arg is not None]
+                yield word, fields if len(fields) == len(keywords) else None
+
+
+def test_every_event_is_there_with_its_fields(capfd: pytest.CaptureFixture[str]) -> None:
+    Log().refusal("why", "192.0.2.1:1", b"a.example", Alert.UNRECOGNIZED_NAME, "more")
+    refused = re.findall(r"(\w+)=", capfd.readouterr().err)
+    # A traceback has no fields, and is no event in the source.
+    events = {"bug": ["text"]}
+    for path in (ROOT / "sniproxy").rglob("*.py"):
+        for word, fields in events_in(path):
+            events[word] = refused if fields is None else fields
+    described = {}
+    for head in items(section("sniproxy.8", "Log", "Ss")):
+        cm, word, ar, *fields = head.split()
+        assert (cm, ar) == ("Cm", "Ar")
+        described[word] = fields
+    assert described == events
+
+
+def test_every_ending_is_there() -> None:
+    source = section("sniproxy.8", "Log", "Ss")
+    for ending in session._ENDINGS.values():
+        assert re.search(rf"^\.Cm {ending}$", source, re.MULTILINE)
+
+
+def test_what_the_sandbox_forbids_is_there(hosts: Path) -> None:
+    with start_daemon(hosts, measured=False) as daemon:
+        line = daemon.wait_for_log("sandbox")
+    heads = items(section("sniproxy.8", "Sandbox", "Ss"))
+    forbidden = line.partition("forbids=")[2].split(",")
+    assert set(forbidden) <= {head.removeprefix("Cm ") for head in heads}
+
+
+def test_every_variable_is_there() -> None:
+    read = re.compile(r"""environ(?:ment)?(?:\.get\(|\[)"(\w+)"|"(\w+)" in (?:os\.)?environ""")
+    found = {
+        name
+        for path in (ROOT / "sniproxy").rglob("*.py")
+        for names in read.findall(path.read_text())
+        for name in names
+        if name
+    }
+    assert found == {
+        head.removeprefix("Ev ") for head in items(section("sniproxy.8", "ENVIRONMENT"))
+    }
+
+
+def test_every_signal_is_there() -> None:
+    described = re.findall(r"SIG[A-Z]+", " ".join(items(section("sniproxy.8", "SIGNALS"))))
+    assert described == [signal.name for signal in workers._ORDERS]
+
+
+def test_the_numbers_are_right() -> None:
+    text = PAGES["sniproxy.8"].replace("\n", " ")
+    assert f"{MAX_HANDSHAKE:,} bytes, in at most {MAX_WIRE:,} bytes" in text
+    for option in "--workers", "--max-connections":
+        command = [sys.executable, "-P", "-m", "sniproxy", option, "0"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        allowed = re.search(r"from 1 to \d+\b", done.stderr)
+        assert allowed is not None
+        assert re.search(rf"{allowed[0]}\b", section("sniproxy.8", "OPTIONS"))
+    said = text.partition("So a hard limit of ")[2].partition(". ")[0]
+    numbers = [int(each.replace(",", "")) for each in re.findall(r"\d[\d,]*\d", said)]
+    assert len(numbers) == 6
+    for limit, connections in zip(numbers[::2], numbers[1::2], strict=True):
+        assert descriptors.share(limit, MOST_PIPES).connections == connections
