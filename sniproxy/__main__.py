@@ -7,9 +7,9 @@ import os
 import re
 import signal
 import sys
-import syslog
 from collections.abc import Sequence
 from functools import partial
+from syslog import LOG_ERR
 from typing import NoReturn
 
 import trio
@@ -24,7 +24,7 @@ from sniproxy.engine.signals import Signals
 from sniproxy.engine.workers import Worker, Workers
 from sniproxy.fatal import FatalError, UsageError, print_out
 from sniproxy.hosts import HostsDirectory
-from sniproxy.log import Log
+from sniproxy.log import Log, Syslog
 from sniproxy.serve import serve
 from sniproxy_hostname import directory_namer
 
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(message: str, to_syslog: bool) -> None:
     if to_syslog:
-        syslog.openlog("sniproxy", syslog.LOG_PID, syslog.LOG_DAEMON)
-        syslog.syslog(syslog.LOG_ERR, message)
+        with contextlib.closing(Syslog()) as log:
+            log.write(LOG_ERR, message)
     else:
         with contextlib.suppress(OSError):  # nobody is left to tell
             os.write(2, f"sniproxy: {message}\n".encode(errors="backslashreplace"))

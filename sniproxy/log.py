@@ -11,8 +11,10 @@ import os
 import select
 import signal
 import syslog
+import time
 import traceback
 from collections.abc import Mapping
+from socket import AF_UNIX, SOCK_DGRAM, SOCK_NONBLOCK, socket
 
 import trio
 
@@ -26,6 +28,41 @@ _LONGEST_VALUE = 300
 # not. What goes wrong once is all there, and a scan makes six lines a minute.
 _BURST = 20
 _COUNT_EVERY = 10.0
+
+
+# Where syslogd receives.
+_DEV_LOG = "/dev/log"
+
+
+class Syslog:
+    """Writes to syslogd, facility daemon, as syslog(3) does, but does not wait for it.
+
+    The C library's waits until there is room. So a syslogd that hangs would stop the service.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK)
+        with contextlib.suppress(OSError):  # it may come yet
+            self._socket.connect(_DEV_LOG)
+
+    def write(self, priority: int, line: str) -> None:
+        """Write a line, or drop it."""
+        now = time.strftime("%b %e %H:%M:%S")
+        text = f"<{syslog.LOG_DAEMON | priority}>{now} sniproxy[{os.getpid()}]: {line}"
+        data = text.encode("ascii", "backslashreplace")
+        with contextlib.suppress(OSError):
+            try:
+                self._socket.send(data)
+            except BlockingIOError:
+                pass
+            except OSError:
+                # It was not there, or is another one now.
+                self._socket.connect(_DEV_LOG)
+                self._socket.send(data)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
 
 
 class _Allowance:
@@ -42,7 +79,7 @@ class Log:
     """Writes event lines.
 
     Args:
-        to_syslog: write to syslog(3), facility daemon. It is opened now: a chroot may come.
+        to_syslog: write to syslogd. The way to it is taken now: a chroot may come.
         environment: JOURNAL_STREAM is looked for, systemd.exec(5).
 
     Attributes:
@@ -53,15 +90,13 @@ class Log:
         self, *, to_syslog: bool = False, environment: Mapping[str, str] = os.environ
     ) -> None:
         self.worker: int | None = None
-        self._to_syslog = to_syslog
+        self._syslog = Syslog() if to_syslog else None
         # The journal reads a priority in front of a line, sd-daemon(3); a file is to have none.
         self._to_journal = environment.get("JOURNAL_STREAM") == _device_and_inode(2)
         self._allowances: dict[str, _Allowance] = {}
         # Not O_NONBLOCK: that would be shared with whoever else writes there.
         self._writable = select.poll()
         self._writable.register(2, select.POLLOUT)
-        if to_syslog:
-            syslog.openlog("sniproxy", syslog.LOG_PID | syslog.LOG_NDELAY, syslog.LOG_DAEMON)
 
     def event(self, word: str, priority: int = syslog.LOG_INFO, /, **fields: object) -> None:
         """Write one line. Fields that are None are left out."""
@@ -127,8 +162,8 @@ class Log:
                 allowance.left = _BURST
 
     def _write(self, priority: int, line: str) -> None:
-        if self._to_syslog:
-            syslog.syslog(priority, line)
+        if self._syslog is not None:
+            self._syslog.write(priority, line)
             return
         # A pipe that can be written to at all takes PIPE_BUF bytes without waiting, pipe(7).
         prefix = f"<{priority}>" if self._to_journal else ""

@@ -62,9 +62,10 @@ async def serve(
             log.event("listening", address=address, capacity=census.capacity)
 
             await orders.drain.wait()
+            listener.close()
             notifier.stopping()
             log.event("draining", open=census.open)
-            await drain(listener, census, orders.end, config.drain_seconds)
+            await drain(census, orders.end, config.drain_seconds)
             cut = sessions.cut()
         service.cancel_scope.cancel()
     log.event("drained", served=sessions.served, refused=sessions.refused, cut=cut)

@@ -1,14 +1,18 @@
 """The event lines: always one line, always printable, whatever a client sent."""
 
 import os
+import re
 import select
+import socket
+from contextlib import closing
 from pathlib import Path
+from syslog import LOG_INFO, LOG_WARNING
 
 import pytest
 import trio
 from trio.testing import MockClock, trio_test
 
-from sniproxy.log import Log, show_address
+from sniproxy.log import Log, Syslog, show_address
 from sniproxy.wire import Alert
 
 
@@ -70,14 +74,45 @@ def test_what_a_client_says_at_length_is_cut_short(capfd: pytest.CaptureFixture[
     assert len(line) < select.PIPE_BUF
 
 
-def test_syslog_is_opened_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls: list[tuple[object, ...]] = []
-    monkeypatch.setattr("syslog.openlog", lambda *args: calls.append(args))
-    monkeypatch.setattr("syslog.syslog", lambda *args: calls.append(args))
-    log = Log(to_syslog=True)
-    assert len(calls) == 1
-    log.event("word", key=1)
-    assert calls[1][1] == "word key=1"
+@pytest.fixture
+def dev_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Where syslogd is to be."""
+    path = str(tmp_path / "log")
+    monkeypatch.setattr("sniproxy.log._DEV_LOG", path)
+    return path
+
+
+def listen_as_syslogd(path: str) -> socket.socket:
+    Path(path).unlink(missing_ok=True)
+    syslogd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    syslogd.bind(path)
+    syslogd.settimeout(2)
+    return syslogd
+
+
+def test_a_line_for_syslog(dev_log: str) -> None:
+    with listen_as_syslogd(dev_log) as syslogd, closing(Syslog()) as log:
+        log.write(LOG_WARNING, "word key=\N{SPIDER WEB}")
+        line = syslogd.recv(1000).decode()
+    time = r"[A-Z][a-z]{2} [ 1-3]\d \d\d:\d\d:\d\d"
+    assert re.fullmatch(rf"<28>{time} sniproxy\[{os.getpid()}\]: word key=\\U0001f578", line)
+
+
+def test_syslogd_may_come_late_and_be_another(dev_log: str) -> None:
+    with closing(Syslog()) as log:
+        log.write(LOG_INFO, "nobody there")
+        for word in "first", "second":
+            with listen_as_syslogd(dev_log) as syslogd:
+                log.write(LOG_INFO, word)
+                assert syslogd.recv(1000).decode().endswith(f": {word}")
+            log.write(LOG_INFO, "nobody there")
+
+
+def test_a_syslogd_that_does_not_read_is_not_waited_for(dev_log: str) -> None:
+    with listen_as_syslogd(dev_log), closing(Syslog()) as log:
+        # net.unix.max_dgram_qlen, 512 where systemd has set it, is how many it holds.
+        for _ in range(5000):
+            log.write(LOG_INFO, "x" * 100)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,16 @@
-"""The end of a service: stop accepting, let live. Who is left then is for the caller to cut."""
+"""The end of a service: let live. Who is left then is for the caller to cut."""
 
 import trio
 
 from sniproxy.engine.census import Census
-from sniproxy.engine.listener import Listener
 
 
-async def drain(listener: Listener, census: Census, end: trio.Event, seconds: float) -> None:
-    """Close the listener and wait for those who are in.
+async def drain(census: Census, end: trio.Event, seconds: float) -> None:
+    """Wait for those who are in, while nobody else is let in.
 
     Returns when the last has left, when `seconds` have passed, or when `end` is set,
     whichever is first.
     """
-    listener.close()
     with trio.move_on_after(seconds):
         async with trio.open_nursery() as nursery:
 
