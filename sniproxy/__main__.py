@@ -192,7 +192,12 @@ def _run(config: Config, to_syslog: bool) -> None:
     if config.max_connections is not None:
         each = config.max_connections // config.workers
         share = share._replace(connections=min(share.connections, each))
-    namer = directory_namer(config.hashed)
+    try:
+        namer = directory_namer(config.hashed)
+    except ImportError as error:
+        raise UsageError(
+            f"unable to hash names: Python's package blake3 is needed: {error}"
+        ) from None
     notifier = Notifier()
     _drop_privileges(config)
     try:

@@ -71,7 +71,11 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _map(names: list[str], hashed: bool) -> int:
-    directory_name = directory_namer(hashed)
+    try:
+        directory_name = directory_namer(hashed)
+    except ImportError as error:
+        message = f"unable to hash names: Python's package blake3 is needed: {error}"
+        raise _FatalError(_CALLED_WRONGLY, message) from None
     lines: list[str] = []
     refused = False
     for argument in names:

@@ -14,6 +14,9 @@ def directory_namer(hashed: bool) -> Callable[[Hostname], str]:
 
     Everything it needs is loaded when it is made, nothing when it is called: by then the daemon
     may be in a chroot, where there is no library to import.
+
+    Raises:
+        ImportError: Python's package blake3, which hashes, is not there or does not work here.
     """
     if not hashed:
         return str  # a Hostname is one safe path component; that was the point of it

@@ -197,6 +197,15 @@ def test_help(option: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert ran.out == HELP
 
 
+def test_hashing_without_blake3(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    ran = Outcome(main(["--hashed", "a.example"]), capfd)
+    assert (ran.code, ran.out) == (100, "")
+    assert ran.err.startswith("sniproxy-hostname: fatal: unable to hash names: ")
+
+
 def test_version(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", {"sniproxy": "1.2.3"}.__getitem__)
     ran = Outcome(main(["--version"]), capfd)

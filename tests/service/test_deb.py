@@ -1,0 +1,336 @@
+"""The Debian package, from the first installation to the purge, on a machine of its own."""
+
+import faulthandler
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import sniproxy
+from tests.support.daemon import PATIENCE, eventually
+from tests.support.machine import Machine
+
+ROOT = Path(__file__).parents[2]
+NAME = "one.example"
+NEXT_VERSION = "99.9"
+
+# Seconds: packages come over a network.
+BUILD = 300.0
+
+# The certificate of NAME in the machine, its key, and the socket of its backend.
+CERTIFICATE, KEY, BACKEND = "/root/one.crt", "/root/one.key", f"/srv/hosts/{NAME}/tls-socket"
+
+CURL = ("curl", "--silent", "--show-error", "--fail", "--output", "/dev/null", "--max-time", "30")
+
+# Fetches one page after the other until it is told to stop, and notes how it went.
+CLIENT = (
+    "sh",
+    "-c",
+    'while [ ! -e /run/enough ]; do "$@" && echo fetched || echo failed; done >>/run/fetches',
+    "sh",
+    *CURL,
+    *("--cacert", CERTIFICATE, "--resolve", f"{NAME}:443:127.0.0.1", f"https://{NAME}/"),
+)
+
+# Where notes are made when anything is installed or runs.
+NOTES = r"/(dev|proc|root|run|sys|tmp|var/(cache|log|tmp)|var/lib/(dpkg|systemd))(/.*)?"
+
+# What adduser keeps of the files that it has changed.
+COPIES = {"/etc/group-", "/etc/gshadow-", "/etc/passwd-", "/etc/shadow-"}
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, built here for the machine."""
+    for program in "dpkg-deb", "dpkg-shlibdeps":
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed (Debian package dpkg-dev)")
+    system = platform.freedesktop_os_release()
+    if (system["ID"], system.get("VERSION_CODENAME")) != ("debian", "bookworm"):
+        pytest.skip("the machine is a Debian 12, and this is none to build its package on")
+    output = tmp_path_factory.mktemp("deb")
+    built = build(output)
+    if built.returncode == 111 and "CI" not in os.environ:
+        pytest.skip(f"pip could not get the packages: {built.stderr.splitlines()[-1]}")
+    assert built.returncode == 0, built.stderr
+    [package] = output.glob(f"sniproxy_{sniproxy.__version__}_*.deb")
+    return package
+
+
+def build(output: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    # That may take longer than a test should.
+    faulthandler.cancel_dump_traceback_later()
+    return subprocess.run(
+        [ROOT / "scripts" / "deb", "--output", output],
+        # Without that the date is that of the last commit, and there may be one while we test.
+        env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=BUILD,
+    )
+
+
+@pytest.fixture(scope="module")
+def files_before(machine: Machine) -> set[str]:
+    """What there is in the machine before anything is installed."""
+    return files(machine)
+
+
+@pytest.fixture(scope="module")
+def installed(machine: Machine, files_before: set[str], package: Path) -> Machine:
+    """The machine, with the package."""
+    done = install(machine, package)
+    assert (done.returncode, done.stderr) == (0, "")
+    return machine
+
+
+@pytest.fixture(scope="module")
+def serving(installed: Machine) -> Iterator[Machine]:
+    """The machine, with a host, and the port open."""
+    installed.run(
+        *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+        *("-noenc", "-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}"),
+        *("-keyout", KEY, "-out", CERTIFICATE),
+    )
+    installed.run("mkdir", f"/srv/hosts/{NAME}")
+    with started(
+        installed,
+        # A longer path than this one is too long for it.
+        *("env", f"--chdir=/srv/hosts/{NAME}", "openssl", "s_server", "-unix", "tls-socket"),
+        *("-quiet", "-www", "-cert", CERTIFICATE, "-key", KEY),
+    ):
+        eventually(lambda: Path(f"{installed.root}{BACKEND}").exists())
+        installed.run("chmod", "666", BACKEND)
+        # The service as well, so that there is more to forget. Only the socket is started.
+        installed.run("systemctl", "enable", "sniproxy.service")
+        installed.run("systemctl", "start", "sniproxy.socket")
+        yield installed
+
+
+@contextmanager
+def started(machine: Machine, *argv: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs in the machine as long as the block lasts."""
+    process = machine.start(*argv)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def files(machine: Machine) -> set[str]:
+    found = machine.run("find", "/", "-xdev").stdout.splitlines()
+    return {path for path in found if not re.fullmatch(NOTES, path)}
+
+
+def install(machine: Machine, package: Path) -> subprocess.CompletedProcess[str]:
+    shutil.copy(package, machine.root / "root")
+    return machine.run("dpkg", "--install", f"/root/{package.name}", check=False)
+
+
+def fetch(machine: Machine, port: int = 443) -> None:
+    where = ("--cacert", CERTIFICATE, "--resolve", f"{NAME}:{port}:127.0.0.1")
+    machine.run(*CURL, *where, f"https://{NAME}:{port}/")
+
+
+def is_enabled(machine: Machine) -> str:
+    units = ("sniproxy.socket", "sniproxy.service")
+    return machine.run("systemctl", "is-enabled", *units, check=False).stdout.strip()
+
+
+def main_pid(machine: Machine) -> str:
+    """Return the process id of the service; 0 if it does not run."""
+    show = ("show", "--property=MainPID", "--value", "sniproxy.service")
+    return machine.run("systemctl", *show).stdout.strip()
+
+
+def listeners(machine: Machine) -> int:
+    """Return how many TCP sockets listen. 0A is that state, proc_net(5) has the format."""
+    lines = machine.run("cat", "/proc/net/tcp", "/proc/net/tcp6").stdout.splitlines()
+    return sum(line.split()[3] == "0A" for line in lines)
+
+
+# --- Installed -----------------------------------------------------------------------------------
+
+
+def test_nothing_listens_yet(installed: Machine) -> None:
+    assert is_enabled(installed) == "disabled\ndisabled"
+    assert listeners(installed) == 0
+    assert main_pid(installed) == "0"
+
+
+def test_the_user_and_the_hosts_directory(installed: Machine) -> None:
+    user = installed.run("getent", "passwd", "sniproxy").stdout
+    assert re.fullmatch(r"sniproxy:x:\d{3}:\d{3}:[^:]*:/nonexistent:/usr/sbin/nologin\n", user)
+    assert installed.run("id", "--groups", "--name", "sniproxy").stdout == "sniproxy\n"
+    hosts = installed.run("stat", "--format=%U %G %a", "/srv/hosts").stdout
+    assert hosts == "root root 755\n"
+
+
+def test_the_programs(installed: Machine) -> None:
+    for name in "sniproxy", "sniproxy-listen", "sniproxy-hostname":
+        assert installed.run(name, "--version").stdout == f"{name} {sniproxy.__version__}\n"
+    assert installed.run("sniproxy-hostname", "🕸💍.ws").stdout == "xn--sr8hvo.ws\n"
+    # BLAKE3's answer for "abc", as its own tests have it.
+    hashed = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85\n"
+    assert installed.run("sniproxy-hostname", "--hashed", "abc").stdout == hashed
+
+
+def test_nothing_is_left_to_compile(installed: Machine) -> None:
+    modules = ("find", "/usr/lib/sniproxy", "-name", "*.py")
+    compiled = ("find", "/usr/lib/sniproxy", "-name", "*.cpython-311.pyc")
+    count = installed.run(*modules).stdout.count("\n")
+    assert 0 < count == installed.run(*compiled).stdout.count("\n")
+
+
+def test_nothing_is_imported_from_elsewhere(installed: Machine) -> None:
+    modules = ("trio", "sniproxy", "sniproxy_hostname", "sitecustomize", "argparse", "encodings")
+    places = ("/run/hosts", "/usr/local/lib/python3.11/dist-packages")
+    for place in places:
+        for module in modules:
+            installed.write(f"{place}/{module}/__init__.py", "import os; os._exit(66)")
+    there = ("env", "--chdir=/run/hosts", "PYTHONPATH=/run/hosts", "PYTHONHOME=/run/hosts")
+    for name in "sniproxy", "sniproxy-listen", "sniproxy-hostname":
+        installed.run(*there, name, "--help")
+    installed.run("rm", "-r", *(f"{place}/{module}" for place in places for module in modules))
+
+
+def test_the_pages_and_papers(installed: Machine) -> None:
+    for page in (ROOT / "man").iterdir():
+        text = installed.run("zcat", f"/usr/share/man/man{page.suffix[1:]}/{page.name}.gz").stdout
+        assert ".Nd " in text
+        assert "/opt/sniproxy" not in text
+    doc = "/usr/share/doc/sniproxy"
+    for paper in "README.Debian", "README.md", "hosting.md", "changelog.gz":
+        installed.run("test", "-s", f"{doc}/{paper}")
+    runs = installed.run("grep", "-rhoE", "(/opt|/usr/bin)/sniproxy.*", f"{doc}/examples").stdout
+    assert "/usr/bin/sniproxy-listen :443\n" in runs
+    assert "/opt" not in runs
+
+
+def test_every_package_in_it_has_its_licence_in_the_copyright_file(installed: Machine) -> None:
+    text = installed.run("cat", "/usr/share/doc/sniproxy/copyright").stdout
+    found = installed.run("find", "/usr/lib/sniproxy", "-name", "*.dist-info", "-printf", "%f\n")
+    names = {name.removesuffix(".dist-info") for name in found.stdout.splitlines()}
+    names -= {f"sniproxy-{sniproxy.__version__}"}
+    [ours, *parts] = re.split(r"\n== (.+) ==\n", text)
+    assert ours.startswith("MIT License")
+    assert set(parts[0::2]) == names
+    for licence in parts[1::2]:
+        assert re.search(r"Copyright|common-licenses", licence)
+
+
+def test_it_does_not_replace_debians_program_of_that_name(
+    installed: Machine, package: Path, tmp_path: Path
+) -> None:
+    control = tmp_path / "other" / "DEBIAN" / "control"
+    control.parent.mkdir(parents=True)
+    control.write_text(
+        "Package: sniproxy\nVersion: 0.6.0-2.1\nArchitecture: all\n"
+        "Maintainer: Somebody else <else@example.org>\nDescription: reads /etc/sniproxy.conf\n"
+    )
+    other = tmp_path / "other.deb"
+    subprocess.run(["dpkg-deb", "--build", control.parent.parent, other], check=True)
+    with Machine() as machine:
+        assert install(machine, other).returncode == 0
+        refused = install(machine, package)
+        assert "sniproxy 0.6.0-2.1 is another program" in refused.stderr
+        assert refused.returncode == 1
+        status = machine.run(
+            "dpkg-query", "--show", "--showformat=${Status} ${Version}", "sniproxy"
+        )
+        assert status.stdout == "install ok installed 0.6.0-2.1"
+
+
+def test_the_same_bytes_again(package: Path, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        again = build(tmp_path, TZ="Pacific/Kiritimati", LC_ALL="C", TMPDIR=str(tmp_path))
+    finally:
+        os.umask(before)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / package.name).read_bytes() == package.read_bytes()
+
+
+# --- At work -------------------------------------------------------------------------------------
+
+
+def test_the_first_client_starts_it(serving: Machine) -> None:
+    fetch(serving)
+    status = serving.run("cat", f"/proc/{main_pid(serving)}/status").stdout
+    # As ps(1) and pkill(1) know it.
+    assert status.startswith("Name:\tsniproxy\n")
+    uid = serving.run("id", "--user", "sniproxy").stdout.strip()
+    assert re.search(rf"^Uid:(\t{uid}){{4}}$", status, re.MULTILINE)
+
+
+def test_hashed_names(serving: Machine) -> None:
+    name = serving.run("sniproxy-hostname", "--hashed", NAME).stdout.strip()
+    serving.run("mkdir", "/run/hashed")
+    serving.run("ln", "--symbolic", f"/srv/hosts/{NAME}", f"/run/hashed/{name}")
+    with started(
+        serving,
+        *("env", "--chdir=/run/hashed", "sniproxy-listen", ":8443"),
+        *("sniproxy", "--hashed"),
+    ) as daemon:
+        assert daemon.stderr is not None
+        while "listening" not in (line := daemon.stderr.readline()):
+            assert line, "it ended"
+        fetch(serving, 8443)
+
+
+# --- A newer one, and the end: what the tests above need is gone after these ----------------------
+
+
+def test_an_upgrade_refuses_nobody(serving: Machine, package: Path, tmp_path: Path) -> None:
+    newer = tmp_path / f"sniproxy_{NEXT_VERSION}.deb"
+    tree = tmp_path / "tree"
+    subprocess.run(["dpkg-deb", "--raw-extract", package, tree], check=True)
+    for path in tree / "DEBIAN" / "control", tree / "usr/lib/sniproxy/sniproxy/__init__.py":
+        path.write_text(path.read_text().replace(sniproxy.__version__, NEXT_VERSION))
+    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, newer], check=True)
+    fetch(serving)
+    old = main_pid(serving)
+    with started(serving, *CLIENT), started(serving, *CLIENT) as client:
+        eventually(lambda: len(fetches(serving)) > 20)
+        done = install(serving, newer)
+        so_far = len(fetches(serving))
+        eventually(lambda: len(fetches(serving)) > so_far + 20)
+        serving.run("touch", "/run/enough")
+        client.wait(PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(fetches(serving)) == {"fetched"}
+    assert main_pid(serving) not in {old, "0"}
+    assert serving.run("sniproxy", "--version").stdout == f"sniproxy {NEXT_VERSION}\n"
+
+
+def fetches(machine: Machine) -> list[str]:
+    return machine.run("cat", "/run/fetches", check=False).stdout.splitlines()
+
+
+def test_removed_installed_again_and_purged(
+    serving: Machine, package: Path, files_before: set[str]
+) -> None:
+    serving.run("dpkg", "--remove", "sniproxy")
+    assert listeners(serving) == 0
+    assert serving.run("pgrep", "--exact", "sniproxy", check=False).stdout == ""
+
+    # The administrator has enabled it, and not taken that back.
+    assert install(serving, package).returncode == 0
+    fetch(serving)
+
+    serving.run("dpkg", "--purge", "sniproxy")
+    assert listeners(serving) == 0
+    assert files(serving) - files_before - COPIES == {
+        "/srv/hosts",
+        f"/srv/hosts/{NAME}",
+        BACKEND,
+    }
+    serving.run("getent", "passwd", "sniproxy")
+    assert is_enabled(serving) == ""
