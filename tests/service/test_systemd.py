@@ -1,0 +1,602 @@
+"""systemd with the units that we ship, in a machine with tenants."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from tests.support.daemon import PATIENCE, eventually
+from tests.support.hellos import hello_bytes
+from tests.support.machine import Machine
+
+ROOT = Path(__file__).parents[2]
+UNITS = ("sniproxy.socket", "sniproxy.service", "sniproxy@.service")
+SYSTEM = "/etc/systemd/system"
+PYTHON, SHELL = ("python3", "-c"), ("sh", "-euc")
+SERVICE, COPY = "sniproxy.service", "sniproxy@next.service"
+
+# The backend of the tenant whose name is the instance.
+SITE = """
+[Service]
+User=%i
+UMask=0
+WorkingDirectory=/srv/hosts/%i.example
+ExecStart=/usr/local/bin/demo-site %i.example
+"""
+
+# Fetches the page over and over, four times at once, until standard input ends; a line for each.
+CLIENTS = """
+import os, socket, ssl, sys, threading
+enough = threading.Event()
+context = ssl.create_default_context(cafile="/srv/hosts/one.example/cert.pem")
+def fetch():
+    with (
+        socket.create_connection(("127.0.0.1", 443), 30) as client,
+        context.wrap_socket(client, server_hostname="one.example") as stream,
+    ):
+        stream.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+        return stream.makefile().read().splitlines()[-1]
+def run():
+    while not enough.is_set():
+        try:
+            line = fetch()
+        except Exception as error:
+            line = repr(error)
+        os.write(1, f"{line}\\n".encode())
+threads = [threading.Thread(target=run) for _ in range(4)]
+for thread in threads:
+    thread.start()
+sys.stdin.read()
+enough.set()
+"""
+
+# Connects, and asks for the page when standard input ends.
+SLOW_CLIENT = """
+import socket, ssl, sys
+context = ssl.create_default_context(cafile="/srv/hosts/one.example/cert.pem")
+client = socket.create_connection(("127.0.0.1", 443), 30)
+stream = context.wrap_socket(client, server_hostname="one.example")
+print("connected", flush=True)
+sys.stdin.read()
+stream.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+print(stream.makefile().read().splitlines()[-1])
+"""
+
+# Sends bytes, in hexadecimal digits, and says how many come back, and the first ones.
+RAW_CLIENT = """
+import socket, sys
+client = socket.create_connection(("127.0.0.1", 443), 30)
+client.sendall(bytes.fromhex(sys.argv[1]))
+answer = client.makefile("rb").read()
+print(len(answer), answer[:100].hex())
+"""
+
+# Connects many times, and says nothing.
+SILENT_CLIENTS = """
+import socket, sys
+clients = [socket.create_connection(("127.0.0.1", 443), 30) for _ in range(50)]
+print("connected", flush=True)
+sys.stdin.read()
+"""
+
+# A backend, of root's, that has much to say.
+BULK = """
+import os, socket
+os.makedirs("/srv/hosts/bulk.example", exist_ok=True)
+os.chdir("/srv/hosts/bulk.example")
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind("new")
+    os.chmod("new", 0o666)
+    listening.listen()
+    os.rename("new", "tls-socket")
+    print("listening", flush=True)
+    while True:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(bytes(1 << 24))
+"""
+
+# A module that puts a bug into the daemon: for it, to enter a host's directory is to call this.
+BUG = """
+import os
+enter = os.chdir
+def chdir(path):
+    if path in {names!r}:
+        raise ZeroDivisionError
+    enter(path)
+os.chdir = chdir
+"""
+
+
+def commands(unit: str) -> list[str]:
+    """Return what the comment at the top of a unit says that one should type, or write."""
+    head = (ROOT / "systemd" / unit).read_text().partition("\n\n")[0]
+    return [line.removeprefix("#     ") for line in head.splitlines() if line.startswith("#     ")]
+
+
+@pytest.fixture(scope="module")
+def machine(machine: Machine) -> Machine:
+    """The machine, as the comments in the units have it; one tenant has a host."""
+    machine.install_wheel()
+    for unit in UNITS:
+        machine.write(f"{SYSTEM}/{unit}", (ROOT / "systemd" / unit).read_text())
+    machine.run(*SHELL, "\n".join(commands("sniproxy.service")))
+    machine.write(f"{SYSTEM}/site@.service", SITE)
+    machine.write(
+        "/usr/local/bin/demo-site", (ROOT / "scripts" / "demo-site").read_text(), mode=0o755
+    )
+    machine.run("systemctl", "daemon-reload")
+    add_host(machine, "one")
+    return machine
+
+
+@pytest.fixture(autouse=True)
+def _no_limit(request: pytest.FixtureRequest) -> None:
+    """Forget what tests before did: usually systemd allows five starts in ten seconds."""
+    if "machine" in request.fixturenames:
+        machine: Machine = request.getfixturevalue("machine")
+        machine.run("systemctl", "reset-failed")
+
+
+def add_host(machine: Machine, tenant: str, place: str | None = None) -> None:
+    """Make a user, who runs the site of a host of the user's own; a link leads to another place."""
+    name = f"{tenant}.example"
+    directory = place or f"/srv/hosts/{name}"
+    machine.run("useradd", tenant)
+    machine.run("install", "--directory", f"--owner={tenant}", directory)
+    if place is not None:
+        machine.run("ln", "--symbolic", place, f"/srv/hosts/{name}")
+    machine.run(
+        *("runuser", "--user", tenant, "--"),
+        *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+        *("-noenc", "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"),
+        *("-keyout", f"{directory}/key.pem", "-out", f"{directory}/cert.pem"),
+    )
+    machine.run("systemctl", "start", f"site@{tenant}")
+    eventually((machine.root / directory.removeprefix("/") / "tls-socket").exists)
+
+
+def try_to_fetch(
+    machine: Machine, tenant: str, *options: str
+) -> "subprocess.CompletedProcess[str]":
+    name = f"{tenant}.example"
+    where = ("--resolve", f"{name}:443:127.0.0.1", f"https://{name}/")
+    # Longer than anything that may be waited for here.
+    curl = ("curl", "--silent", "--show-error", "--max-time", "30")
+    return machine.run(*curl, *options, *where, check=False)
+
+
+def fetch(machine: Machine, tenant: str = "one") -> None:
+    done = try_to_fetch(machine, tenant, "--cacert", f"/srv/hosts/{tenant}.example/cert.pem")
+    assert (done.stdout, done.stderr) == (page(tenant), "")
+
+
+def page(tenant: str) -> str:
+    return f"This is {tenant}.example. I see a Unix socket, and not who you are.\n"
+
+
+def show(machine: Machine, what: str, unit: str = SERVICE) -> str:
+    """Return a property of a unit."""
+    return machine.run("systemctl", "show", f"--property={what}", "--value", unit).stdout.strip()
+
+
+def state(machine: Machine, unit: str = SERVICE) -> str:
+    return show(machine, "ActiveState", unit)
+
+
+def main_pid(machine: Machine, unit: str = SERVICE) -> int:
+    """Return the process id, as it is in the machine; 0 if there is none."""
+    return int(show(machine, "MainPID", unit))
+
+
+def journal(machine: Machine, unit: str = SERVICE) -> list[tuple[int, str]]:
+    """Return what the daemon and systemd have said since the last start: priorities and lines."""
+    entries = machine.run(
+        *("journalctl", "--output=json", f"--unit={unit}"),
+        f"_SYSTEMD_INVOCATION_ID={show(machine, 'InvocationID', unit)}",
+    )
+    lines = [json.loads(line) for line in entries.stdout.splitlines()]
+    return [(int(line["PRIORITY"]), line["MESSAGE"]) for line in lines]
+
+
+def wait_for_log(machine: Machine, word: str, unit: str = SERVICE) -> tuple[int, str]:
+    """Return the first line that has `word` in it, and its priority."""
+    found: list[tuple[int, str]] = []
+
+    def is_there() -> bool:
+        found.extend(line for line in journal(machine, unit) if word in line[1].split())
+        return bool(found)
+
+    eventually(is_there)
+    return found[0]
+
+
+@contextmanager
+def changed(machine: Machine, *settings: str, starts: bool = True) -> Iterator[None]:
+    """Run it with a drop-in, as `systemctl edit` makes them."""
+    drop_in = f"{SYSTEM}/sniproxy.service.d/override.conf"
+    machine.write(drop_in, "\n".join(("[Service]", *settings, "")))
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "restart", SERVICE, check=starts)
+    try:
+        yield
+    finally:
+        machine.run("rm", drop_in)
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "reset-failed")
+        machine.run("systemctl", "restart", "sniproxy.socket", SERVICE)
+
+
+@contextmanager
+def started(machine: Machine, *argv: str) -> Iterator["subprocess.Popen[str]"]:
+    """A program that runs in the machine."""
+    process = machine.start(*argv)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def heard(stream: IO[str] | None, lines: int = 1) -> list[str]:
+    """Return the next lines that a program says."""
+    assert stream is not None
+    return [stream.readline().rstrip("\n") for _ in range(lines)]
+
+
+# --- The files -----------------------------------------------------------------------------------
+
+
+def settings(unit: str) -> dict[str, list[tuple[str, str]]]:
+    """Return the settings of a unit by section, in their order."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for line in (ROOT / "systemd" / unit).read_text().splitlines():
+        if line.startswith("["):
+            section = sections.setdefault(line, [])
+        elif line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            section.append((key, value))
+    return sections
+
+
+def test_the_copies_have_the_settings_of_the_service() -> None:
+    service, copies = settings("sniproxy.service"), settings("sniproxy@.service")
+    assert service.pop("[Install]")
+    [description, *unit] = service.pop("[Unit]")
+    assert copies.pop("[Unit]") == [("Description", f"{description[1]}, copy %i"), *unit]
+    assert copies == {"[Service]": [("Sockets", "sniproxy.socket"), *service["[Service]"]]}
+
+
+def test_systemd_understands_them(machine: Machine) -> None:
+    done = machine.run("systemd-analyze", "verify", "--man=no", "sniproxy.socket", SERVICE, COPY)
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("unit", [SERVICE, COPY])
+def test_systemd_finds_little_exposed(machine: Machine, unit: str) -> None:
+    # 15 of 100; "1.5" as it shows it.
+    done = machine.run("systemd-analyze", "security", "--threshold=15", "--no-pager", unit)
+    assert "Overall exposure level" in done.stdout
+
+
+# --- Serving -------------------------------------------------------------------------------------
+
+
+def test_the_first_client_starts_it(machine: Machine) -> None:
+    machine.run("systemctl", "stop", SERVICE)
+    assert state(machine) == "inactive"
+    fetch(machine)
+    assert state(machine) == "active"
+
+
+def test_what_people_see(machine: Machine) -> None:
+    machine.run("systemctl", "restart", SERVICE)
+    fetch(machine)
+    eventually(lambda: show(machine, "StatusText") == "0 open, 1 served, 0 refused")
+    status = machine.run("systemctl", "status", SERVICE).stdout
+    assert 'Status: "0 open, 1 served, 0 refused"' in status
+    assert "sniproxy: listening address=[::]:443" in status
+
+
+def test_the_journal_knows_what_is_serious(machine: Machine) -> None:
+    machine.run("systemctl", "restart", SERVICE)
+    assert "unrecognized name" in try_to_fetch(machine, "nobody").stderr
+    # A ClientHello that says it has 2^24 - 1 bytes.
+    alert = machine.run(*PYTHON, RAW_CLIENT, "160301001001ffffff" + "00" * 12)
+    assert alert.stdout == "7 15030300020250\n"
+    # sd-daemon(3): 4 is a warning, 6 is information.
+    assert wait_for_log(machine, "listening")[0] == 6
+    assert wait_for_log(machine, "reason=no_such_host")[0] == 6
+    assert wait_for_log(machine, "reason=hello_too_large")[0] == 4
+
+
+def test_a_new_host(machine: Machine) -> None:
+    fetch(machine)
+    pid = main_pid(machine)
+    add_host(machine, "two")
+    fetch(machine, "two")
+    assert main_pid(machine) == pid
+
+
+def test_a_host_on_a_filesystem_that_is_mounted_later(machine: Machine) -> None:
+    fetch(machine)
+    pid = main_pid(machine)
+    machine.run("mkdir", "/srv/hosts/three.example")
+    machine.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/srv/hosts/three.example")
+    add_host(machine, "three")
+    fetch(machine, "three")
+    assert main_pid(machine) == pid
+
+
+def test_a_tenant_does_not_get_the_socket_of_another(machine: Machine) -> None:
+    machine.run("useradd", "thief")
+    machine.run("install", "--directory", "--owner=thief", "/srv/hosts/thief.example")
+    machine.run("ln", "--symbolic", "../one.example/tls-socket", "/srv/hosts/thief.example")
+    assert "unrecognized name" in try_to_fetch(machine, "thief").stderr
+    thief, one = (machine.run("id", "--user", name).stdout.strip() for name in ("thief", "one"))
+    # In a user namespace both would be the same.
+    refused = f'detail="the directory belongs to uid {thief}, the listener to uid {one}"'
+    assert refused in wait_for_log(machine, "reason=wrong_owner")[1]
+
+
+def test_a_link_out_of_the_hosts_directory(machine: Machine) -> None:
+    add_host(machine, "four", "/run/backends/four")
+    assert "unrecognized name" in try_to_fetch(machine, "four").stderr
+    with changed(machine, "BindReadOnlyPaths=/run/backends"):
+        fetch(machine, "four")
+
+
+def test_another_hosts_directory(machine: Machine) -> None:
+    # There is none at the usual place.
+    machine.run("mv", "/srv/hosts", "/var/hosts")
+    with changed(machine, "WorkingDirectory=/var/hosts", "BindReadOnlyPaths=/var/hosts"):
+        machine.run("mv", "/var/hosts", "/srv/hosts")
+        fetch(machine)
+
+
+def test_another_address(machine: Machine) -> None:
+    drop_in = f"{SYSTEM}/sniproxy.socket.d/override.conf"
+    lines = commands("sniproxy.socket")
+    machine.write(drop_in, "\n".join((*lines, "FreeBind=yes", "")))
+    restart = (
+        f"systemctl daemon-reload; systemctl stop {SERVICE}; systemctl restart sniproxy.socket"
+    )
+    try:
+        machine.run(*SHELL, f"{restart}; systemctl start {SERVICE}")
+        address = lines[-1].removeprefix("ListenStream=")
+        wait_for_log(machine, f"address={address}")
+    finally:
+        machine.run(*SHELL, f"rm {drop_in}; {restart}")
+
+
+# --- Ends, and beginnings ------------------------------------------------------------------------
+
+
+def test_a_restart_refuses_nobody(machine: Machine) -> None:
+    fetch(machine)
+    pids = {main_pid(machine)}
+    with started(machine, *PYTHON, CLIENTS) as clients:
+        lines = heard(clients.stdout, 20)
+        for _ in range(3):
+            machine.run("systemctl", "restart", SERVICE)
+            pids.add(main_pid(machine))
+            lines += heard(clients.stdout, 20)
+        rest, errors = clients.communicate(timeout=PATIENCE)
+    assert errors == ""
+    assert len(pids) == 4
+    assert {*lines, *rest.splitlines()} == {page("one").strip()}
+
+
+def test_a_new_version_starts_before_the_old_one_drains(machine: Machine) -> None:
+    [upgrade, *link] = commands("sniproxy@.service")
+    with changed(machine, "BindReadOnlyPaths=/run/backends"):
+        old = main_pid(machine)
+        machine.run(*SHELL, "\n".join(link))
+        machine.run("systemctl", "daemon-reload")
+        with (
+            started(machine, *PYTHON, CLIENTS) as clients,
+            started(machine, *PYTHON, SLOW_CLIENT) as slow,
+            started(machine, *SHELL, upgrade) as upgrading,
+        ):
+            assert heard(slow.stdout) == ["connected"]
+            eventually(lambda: state(machine) == "deactivating")
+            assert "/run/backends" in show(machine, "BindReadOnlyPaths", COPY)
+            # The old one waits for the slow client, and nobody waits for the old one.
+            lines = heard(clients.stdout, 100)
+            assert (state(machine), main_pid(machine)) == ("deactivating", old)
+            assert slow.communicate(timeout=PATIENCE) == (page("one"), "")
+            upgrading.communicate(timeout=PATIENCE)
+            lines += heard(clients.stdout, 20)
+            rest, errors = clients.communicate(timeout=PATIENCE)
+        machine.run("rm", "--recursive", f"{SYSTEM}/sniproxy@.service.d")
+        assert upgrading.returncode == 0
+        assert (state(machine), state(machine, COPY)) == ("active", "inactive")
+        assert main_pid(machine) != old
+    assert errors == ""
+    assert {*lines, *rest.splitlines()} == {page("one").strip()}
+
+
+def test_a_new_version_that_does_not_start_changes_nothing(machine: Machine) -> None:
+    fetch(machine)
+    old = main_pid(machine)
+    directory = f"{SYSTEM}/sniproxy@.service.d"
+    machine.write(f"{directory}/x.conf", "[Service]\nExecStart=\nExecStart=/usr/bin/python3 --no\n")
+    machine.run("systemctl", "daemon-reload")
+    [upgrade, *_] = commands("sniproxy@.service")
+    assert machine.run(*SHELL, upgrade, check=False).returncode != 0
+    fetch(machine)
+    assert (state(machine), main_pid(machine)) == ("active", old)
+    machine.run("rm", "--recursive", directory)
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "stop", COPY)
+
+
+def test_clients_start_the_service_if_no_copy_runs(machine: Machine) -> None:
+    machine.run("systemctl", "start", COPY)
+    machine.run("systemctl", "stop", SERVICE)
+    fetch(machine)
+    assert (state(machine), state(machine, COPY)) == ("inactive", "active")
+    machine.run("systemctl", "stop", COPY)
+    fetch(machine)
+    assert (state(machine), state(machine, COPY)) == ("active", "inactive")
+
+
+def test_killed_it_comes_back(machine: Machine) -> None:
+    machine.run("systemctl", "start", SERVICE)
+    old = main_pid(machine)
+    machine.run("systemctl", "kill", "--signal=KILL", SERVICE)
+    fetch(machine)
+    assert main_pid(machine) not in {0, old}
+
+
+def test_the_watchdog_bites(machine: Machine) -> None:
+    fetch(machine)
+    assert show(machine, "WatchdogUSec") == "30s"
+    # So long we do not wait.
+    with changed(machine, "WatchdogSec=2"):
+        old = main_pid(machine)
+        invocation = show(machine, "InvocationID")
+        machine.run("systemctl", "kill", "--signal=STOP", "--kill-who=main", SERVICE)
+        fetch(machine)
+        assert main_pid(machine) not in {0, old}
+        log = machine.run("journalctl", "--output=cat", f"INVOCATION_ID={invocation}").stdout
+        assert "Watchdog timeout" in log
+
+
+def test_called_wrongly_it_is_not_started_again(machine: Machine) -> None:
+    wrong = ("ExecStart=", "ExecStart=/opt/sniproxy/bin/sniproxy --verbose")
+    with changed(machine, *wrong, starts=False):
+        assert (state(machine), show(machine, "SubState")) == ("failed", "failed")
+        assert show(machine, "ExecMainStatus") == "100"
+        assert show(machine, "NRestarts") == "0"
+        priority, line = wait_for_log(machine, "fatal:")
+        assert "unable to understand the options: '--verbose'" in line
+        assert priority == 3
+        # Clients make systemd try, until it has enough of it.
+        try_to_fetch(machine, "one")
+        eventually(lambda: state(machine, "sniproxy.socket") == "failed")
+
+
+# --- Confined ------------------------------------------------------------------------------------
+
+
+def test_it_has_no_rights(machine: Machine) -> None:
+    fetch(machine)
+    status = machine.run("cat", f"/proc/{main_pid(machine)}/status").stdout
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    uid = machine.run("id", "--user", "sniproxy").stdout.strip()
+    assert fields["Uid"].split() == [uid] * 4
+    for capabilities in "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb":
+        assert int(fields[capabilities], 16) == 0
+    assert fields["NoNewPrivs"] == "1"
+    # SECCOMP_MODE_FILTER
+    assert fields["Seccomp"] == "2"
+
+
+def test_its_root_directory_has_what_it_needs(machine: Machine) -> None:
+    fetch(machine)
+    process = f"/proc/{main_pid(machine)}"
+    directories = ("", "/opt", "/run", "/run/systemd", "/srv", "/usr", "/usr/bin")
+    found = set()
+    for directory in directories:
+        names = machine.run("ls", "--almost-all", f"{process}/root{directory}").stdout.split()
+        found |= {f"{directory}/{name}" for name in names}
+    # Not every machine has them.
+    found -= {"/lib64", "/usr/lib64"}
+    kernels = {"/dev", "/proc", "/sys"}
+    pythons = {"/opt", "/opt/sniproxy", "/usr", "/usr/bin", "/usr/bin/python3", "/usr/lib", "/lib"}
+    systemds = {"/run", "/run/systemd", "/run/systemd/incoming", "/run/systemd/notify"}
+    assert found == kernels | pythons | systemds | {"/srv", "/srv/hosts"}
+
+    mounts = machine.run("cat", f"{process}/mounts").stdout.splitlines()
+    writable = {line.split()[1] for line in mounts if "rw" in line.split()[3].split(",")}
+    # Its own processes, and what PrivateDevices= and PrivateIPC= give to everybody.
+    assert writable <= {
+        "/proc",
+        *(f"/dev/{name}" for name in ("hugepages", "mqueue", "pts", "shm")),
+    }
+
+
+def test_its_network_is_its_own_and_empty(machine: Machine) -> None:
+    fetch(machine)
+    process = f"/proc/{main_pid(machine)}"
+    ours, machines = (
+        machine.run("readlink", f"{each}/ns/net").stdout for each in (process, "/proc/1")
+    )
+    assert ours != machines
+    interfaces = machine.run("cat", f"{process}/net/dev").stdout.splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
+
+
+def test_its_own_sandbox_is_as_without_systemd(machine: Machine) -> None:
+    machine.run("systemctl", "restart", SERVICE)
+    _, line = wait_for_log(machine, "sandbox")
+    programs = ("/opt/sniproxy/bin/sniproxy-listen", ":8443", "/opt/sniproxy/bin/sniproxy")
+    with started(machine, "env", "--chdir=/srv/hosts", *programs) as outside:
+        assert heard(outside.stderr) == [line]
+
+
+@pytest.mark.parametrize("options", ["--log connections", "--hashed --workers 2"])
+def test_the_system_calls_are_all_that_it_needs(machine: Machine, options: str) -> None:
+    plain = ["one.example", "bulk.example", "bug.example"]
+    hashing = ("/opt/sniproxy/bin/sniproxy-hostname", "--hashed", *plain)
+    hashed = machine.run(*hashing).stdout.split()
+    for name, directory in zip(plain, hashed, strict=True):
+        machine.run("ln", "--symbolic", "--force", name, f"/srv/hosts/{directory}")
+    [library] = machine.root.glob("opt/sniproxy/lib/python3.*/site-packages")
+    (library / "bug.py").write_text(BUG.format(names={"bug.example", hashed[2]}))
+    (library / "bug.pth").write_text("import bug")
+    try:
+        with changed(
+            machine,
+            # One that is not listed is death now.
+            "SystemCallErrorNumber=",
+            # It would like to save the bug that it has compiled.
+            "Environment=PYTHONDONTWRITEBYTECODE=1",
+            # So that there is a capacity to be reached, of less than twenty connections.
+            "LimitNOFILE=64",
+            "ExecStart=",
+            f"ExecStart=/opt/sniproxy/bin/sniproxy {options}",
+        ):
+            _do_everything(machine)
+            log = journal(machine)
+    finally:
+        for name in "bug.py", "bug.pth":
+            (library / name).unlink()
+    assert (3, "sniproxy: bug ZeroDivisionError") in log
+    assert not [line for _, line in log if "SYS" in line]
+
+
+def _do_everything(machine: Machine) -> None:
+    pid = main_pid(machine)
+    fetch(machine)
+    assert "unrecognized name" in try_to_fetch(machine, "nobody").stderr
+    assert "reset by peer" in try_to_fetch(machine, "bug").stderr
+    with started(machine, *PYTHON, BULK) as backend:
+        assert heard(backend.stdout) == ["listening"]
+        hello = hello_bytes("bulk.example").hex()
+        answer = machine.run(*PYTHON, RAW_CLIENT, hello).stdout
+        assert answer.startswith(f"{1 << 24} ")
+    with started(machine, *PYTHON, SILENT_CLIENTS) as silent:
+        assert heard(silent.stdout) == ["connected"]
+        fetch(machine)
+    wait_for_log(machine, "reason=capacity")
+    group = "/sys/fs/cgroup/system.slice/sniproxy.service/cgroup.procs"
+    processes = {int(number) for number in machine.run("cat", group).stdout.split()}
+    for worker in processes - {pid}:
+        # They are replaced, the second one a second later.
+        machine.run("sh", "-c", f"kill -KILL {worker}")
+    fetch(machine)
+    with started(machine, *PYTHON, SLOW_CLIENT) as slow:
+        assert heard(slow.stdout) == ["connected"]
+        assert main_pid(machine) == pid
+        machine.run("systemctl", "--no-block", "stop", SERVICE)
+        wait_for_log(machine, "draining")
+        assert slow.communicate(timeout=PATIENCE) == (page("one"), "")
+    eventually(lambda: state(machine) == "inactive")
+    assert show(machine, "Result") == "success"
