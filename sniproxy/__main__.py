@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import gc
 import os
 import re
@@ -21,10 +22,11 @@ from sniproxy.engine.listener import NotListening, take_listening_socket
 from sniproxy.engine.notify import Notifier
 from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.engine.signals import Signals
+from sniproxy.engine.syslogd import Syslog
 from sniproxy.engine.workers import Worker, Workers
 from sniproxy.fatal import FatalError, UsageError, print_out
 from sniproxy.hosts import HostsDirectory
-from sniproxy.log import Log, Syslog
+from sniproxy.log import Log
 from sniproxy.serve import serve
 from sniproxy_hostname import directory_namer
 
@@ -33,6 +35,9 @@ _MOST_WORKERS = 1024
 
 # More descriptors than that no process has.
 _MOST_CONNECTIONS = 10**9 - 1
+
+# What keeps the hosts directory from being searched until somebody mends it.
+_NO_HOSTS = {errno.EACCES, errno.ENOENT, errno.ENOTDIR}
 
 _DESCRIPTION = """\
 Route TLS connections by server name to Unix sockets, without decrypting them.
@@ -55,22 +60,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon with the arguments `argv`; return its exit code."""
     # Until we serve, SIGINT ends us as it ends any program, not by an exception somewhere.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # From inetd standard error is the socket.
-    to_syslog = 2 in standard.copies_of_input()
+    # From inetd standard error is the socket. It is connected before the root directory changes.
+    syslogd = Syslog("sniproxy") if 2 in standard.copies_of_input() else None
     try:
         config = _config(argv)
         if config is not None:
-            _run(config, to_syslog)
+            _run(config, syslogd)
     except FatalError as error:
-        _complain(f"fatal: {error}", to_syslog)
+        _complain(f"fatal: {error}", syslogd)
         return error.code
+    finally:
+        if syslogd is not None:
+            syslogd.close()
     return 0
 
 
-def _complain(message: str, to_syslog: bool) -> None:
-    if to_syslog:
-        with contextlib.closing(Syslog()) as log:
-            log.write(LOG_ERR, message)
+def _complain(message: str, syslogd: Syslog | None) -> None:
+    if syslogd is not None:
+        syslogd.write(LOG_ERR, message)
     else:
         with contextlib.suppress(OSError):  # nobody is left to tell
             os.write(2, f"sniproxy: {message}\n".encode(errors="backslashreplace"))
@@ -167,9 +174,9 @@ _workers = partial(_number, most=_MOST_WORKERS)
 _connections = partial(_number, most=_MOST_CONNECTIONS)
 
 
-def _run(config: Config, to_syslog: bool) -> None:
-    standard.fill_gaps()
+def _run(config: Config, syslogd: Syslog | None) -> None:
     try:
+        standard.fill_gaps()
         listening = take_listening_socket(0)
     except NotListening as error:
         raise UsageError(
@@ -182,7 +189,7 @@ def _run(config: Config, to_syslog: bool) -> None:
     # for another user, or in the sandbox.
     try:
         standard.let_go_of_input()
-        log = Log(to_syslog=to_syslog)
+        log = Log(syslogd)
     except OSError as error:
         raise FatalError.of("start", error) from error
     try:
@@ -200,12 +207,13 @@ def _run(config: Config, to_syslog: bool) -> None:
         ) from None
     notifier = Notifier()
     _drop_privileges(config)
+    if syslogd is not None and config.chroot:
+        syslogd.stay()
     try:
         hosts = HostsDirectory(namer, check_owner=config.check_owner)
     except OSError as error:
-        raise UsageError(
-            f"unable to search the hosts directory (the working directory): {error.strerror}"
-        ) from None
+        kind = UsageError if error.errno in _NO_HOSTS else FatalError
+        raise kind.of("search the hosts directory (the working directory)", error) from None
     forbidden = _enter_sandbox() if config.sandbox else ["nothing"]
     log.event("sandbox", forbids=",".join(forbidden))
     # What is here now stays: the collector need not look at it again.
@@ -222,7 +230,12 @@ def _run(config: Config, to_syslog: bool) -> None:
                 return
             log.worker = worker.number
             orders = tells = worker
-        trio.run(partial(serve, listening, hosts, config, share, log, orders, tells))
+        try:
+            trio.run(partial(serve, listening, hosts, config, share, log, orders, tells))
+        except Exception as error:  # noqa: BLE001 - it is told in the log, and then in short
+            # A bug, or no descriptors are left by now.
+            log.bug(error)
+            raise FatalError("unable to serve: the lines before this one say why") from None
     finally:
         notifier.close()
         hosts.close()
@@ -249,8 +262,11 @@ def _drop_privileges(config: Config) -> None:
             privileges.become(identity)
         except OSError as error:
             raise FatalError.of(what, error) from error
-        except RuntimeError as error:
-            raise FatalError(f"unable to {what} for good: {error}") from None
+    if config.chroot or identity is not None:
+        try:
+            privileges.drop_capabilities()
+        except OSError as error:
+            raise FatalError.of("drop all capabilities", error) from error
 
 
 def _enter_sandbox() -> list[str]:

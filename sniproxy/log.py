@@ -11,14 +11,13 @@ import os
 import select
 import signal
 import syslog
-import time
 import traceback
 from collections.abc import Mapping
-from socket import AF_UNIX, SOCK_DGRAM, SOCK_NONBLOCK, socket
 
 import trio
 
 from sniproxy.engine.listener import Address
+from sniproxy.engine.syslogd import Syslog
 from sniproxy.wire import Alert
 
 # Characters of a value that are worth a line: any hostname, and what else a client may call one.
@@ -28,41 +27,6 @@ _LONGEST_VALUE = 300
 # not. What goes wrong once is all there, and a scan makes six lines a minute.
 _BURST = 20
 _COUNT_EVERY = 10.0
-
-
-# Where syslogd receives.
-_DEV_LOG = "/dev/log"
-
-
-class Syslog:
-    """Writes to syslogd, facility daemon, as syslog(3) does, but does not wait for it.
-
-    The C library's waits until there is room. So a syslogd that hangs would stop the service.
-    """
-
-    def __init__(self) -> None:
-        self._socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK)
-        with contextlib.suppress(OSError):  # it may come yet
-            self._socket.connect(_DEV_LOG)
-
-    def write(self, priority: int, line: str) -> None:
-        """Write a line, or drop it."""
-        now = time.strftime("%b %e %H:%M:%S")
-        text = f"<{syslog.LOG_DAEMON | priority}>{now} sniproxy[{os.getpid()}]: {line}"
-        data = text.encode("ascii", "backslashreplace")
-        with contextlib.suppress(OSError):
-            try:
-                self._socket.send(data)
-            except BlockingIOError:
-                pass
-            except OSError:
-                # It was not there, or is another one now.
-                self._socket.connect(_DEV_LOG)
-                self._socket.send(data)
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
 
 
 class _Allowance:
@@ -79,7 +43,7 @@ class Log:
     """Writes event lines.
 
     Args:
-        to_syslog: write to syslogd. The way to it is taken now: a chroot may come.
+        syslogd: where to write instead of standard error.
         environment: JOURNAL_STREAM is looked for, systemd.exec(5).
 
     Attributes:
@@ -87,10 +51,10 @@ class Log:
     """
 
     def __init__(
-        self, *, to_syslog: bool = False, environment: Mapping[str, str] = os.environ
+        self, syslogd: Syslog | None = None, environment: Mapping[str, str] = os.environ
     ) -> None:
         self.worker: int | None = None
-        self._syslog = Syslog() if to_syslog else None
+        self._syslogd = syslogd
         # The journal reads a priority in front of a line, sd-daemon(3); a file is to have none.
         self._to_journal = environment.get("JOURNAL_STREAM") == _device_and_inode(2)
         self._allowances: dict[str, _Allowance] = {}
@@ -162,8 +126,8 @@ class Log:
                 allowance.left = _BURST
 
     def _write(self, priority: int, line: str) -> None:
-        if self._syslog is not None:
-            self._syslog.write(priority, line)
+        if self._syslogd is not None:
+            self._syslogd.write(priority, line)
             return
         # A pipe that can be written to at all takes PIPE_BUF bytes without waiting, pipe(7).
         prefix = f"<{priority}>" if self._to_journal else ""

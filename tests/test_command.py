@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import signal
 import socket
 import subprocess
@@ -205,6 +206,19 @@ def test_the_hosts_directory_is_gone(hosts: Path) -> None:
     assert "hosts directory" in only_line(result, code=100)
 
 
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize(("number", "code"), [("ENFILE", 111), ("EIO", 111), ("EACCES", 100)])
+def test_what_may_get_better_is_no_wrong_call(hosts: Path, number: str, code: int) -> None:
+    """A supervisor tries again, or does not."""
+    fail = (
+        *("strace", "--quiet=path-resolution,exit", "--output", os.devnull),
+        *("--trace-path", ".", "--inject", f"openat:error={number}"),
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        result = run(stdin=listening.fileno(), cwd=hosts, under=fail)
+    assert "unable to search the hosts directory" in only_line(result, code)
+
+
 def test_inetd_lets_go_of_the_port(hosts: Path) -> None:
     # inetd's "wait" mode: the listening socket is standard input, output and error.
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -263,6 +277,22 @@ def test_with_too_few_descriptors_it_does_not_start(hosts: Path, options: list[s
         few = ("prlimit", "--nofile=25")
         result = run(*options, stdin=listening.fileno(), cwd=hosts, under=few)
     assert "RLIMIT_NOFILE" in only_line(result, 111)
+
+
+def test_where_others_have_taken_the_descriptors_it_says_so(hosts: Path) -> None:
+    """Enough are allowed, but who started it has left some of them open."""
+    script = 'for fd in $(seq 3 17); do eval "exec $fd</dev/null"; done; exec "$@"'
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        result = run(
+            stdin=listening.fileno(),
+            cwd=hosts,
+            under=("prlimit", "--nofile=26", "bash", "-c", script, "bash"),
+        )
+    *bug, last = [line for line in result.stderr.splitlines() if " sandbox " not in line]
+    assert last.startswith("sniproxy: fatal: unable to serve: ")
+    assert all(line.startswith("sniproxy: bug ") for line in bug)
+    assert "Too many open files" in bug[-1]
+    assert result.returncode == 111
 
 
 def test_with_just_enough_descriptors_it_serves(hosts: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock, trio_test
 
-from sniproxy.log import Log, Syslog, show_address
+from sniproxy.engine.syslogd import Syslog
+from sniproxy.log import Log, show_address
 from sniproxy.wire import Alert
 
 
@@ -78,7 +79,7 @@ def test_what_a_client_says_at_length_is_cut_short(capfd: pytest.CaptureFixture[
 def dev_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Where syslogd is to be."""
     path = str(tmp_path / "log")
-    monkeypatch.setattr("sniproxy.log._DEV_LOG", path)
+    monkeypatch.setattr("sniproxy.engine.syslogd._DEV_LOG", path)
     return path
 
 
@@ -91,7 +92,7 @@ def listen_as_syslogd(path: str) -> socket.socket:
 
 
 def test_a_line_for_syslog(dev_log: str) -> None:
-    with listen_as_syslogd(dev_log) as syslogd, closing(Syslog()) as log:
+    with listen_as_syslogd(dev_log) as syslogd, closing(Syslog("sniproxy")) as log:
         log.write(LOG_WARNING, "word key=\N{SPIDER WEB}")
         line = syslogd.recv(1000).decode()
     time = r"[A-Z][a-z]{2} [ 1-3]\d \d\d:\d\d:\d\d"
@@ -99,7 +100,7 @@ def test_a_line_for_syslog(dev_log: str) -> None:
 
 
 def test_syslogd_may_come_late_and_be_another(dev_log: str) -> None:
-    with closing(Syslog()) as log:
+    with closing(Syslog("sniproxy")) as log:
         log.write(LOG_INFO, "nobody there")
         for word in "first", "second":
             with listen_as_syslogd(dev_log) as syslogd:
@@ -108,8 +109,35 @@ def test_syslogd_may_come_late_and_be_another(dev_log: str) -> None:
             log.write(LOG_INFO, "nobody there")
 
 
+def test_syslogd_may_listen_for_streams(dev_log: str) -> None:
+    """As syslog-ng's does where it is told to."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as syslogd:
+        syslogd.bind(dev_log)
+        syslogd.listen()
+        with closing(Syslog("sniproxy")) as log:
+            for word in "first", "second":
+                log.write(LOG_INFO, word)
+            connection, _ = syslogd.accept()
+            with connection:
+                messages = connection.recv(1000).split(b"\0")
+    assert [message.rpartition(b": ")[2] for message in messages] == [b"first", b"second", b""]
+
+
+def test_a_syslogd_that_is_another_is_none_where_it_must_not_be(dev_log: str) -> None:
+    with closing(Syslog("sniproxy")) as log:
+        with listen_as_syslogd(dev_log) as syslogd:
+            log.write(LOG_INFO, "first")
+            assert syslogd.recv(1000).endswith(b": first")
+        log.stay()
+        with listen_as_syslogd(dev_log) as syslogd:
+            log.write(LOG_INFO, "second")
+            syslogd.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                syslogd.recv(1000)
+
+
 def test_a_syslogd_that_does_not_read_is_not_waited_for(dev_log: str) -> None:
-    with listen_as_syslogd(dev_log), closing(Syslog()) as log:
+    with listen_as_syslogd(dev_log), closing(Syslog("sniproxy")) as log:
         # net.unix.max_dgram_qlen, 512 where systemd has set it, is how many it holds.
         for _ in range(5000):
             log.write(LOG_INFO, "x" * 100)

@@ -46,7 +46,8 @@ OF_PROGRAMS = {"OPTIONS", "SIGNALS", "ENVIRONMENT", "EXIT STATUS"}
 # Manuals of others that are referred to: Debian's manpages, manpages-dev, systemd, libsystemd-dev,
 # openbsd-inetd, acl and b3sum have them.
 OTHERS = {
-    *["b3sum 1", "accept 2", "getrlimit 2", "listen 2", "prctl 2", "sd_notify 3", "syslog 3"],
+    *["b3sum 1", "accept 2", "getrlimit 2", "listen 2", "prctl 2", "seccomp 2"],
+    *["sd_notify 3", "syslog 3"],
     *["acl 5", "group 5", "nsswitch.conf 5", "passwd 5", "systemd.exec 5", "systemd.socket 5"],
     *["ip 7", "ipv6 7", "landlock 7", "path_resolution 7", "symlink 7", "tcp 7", "unix 7"],
     "inetd 8",

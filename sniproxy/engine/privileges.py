@@ -1,10 +1,18 @@
 """Root's part of the start, and the end of it: another root directory, another user, for good."""
 
+import contextlib
+import ctypes
 import grp
 import os
 import pwd
 import re
-from typing import NamedTuple
+import stat
+from typing import Final, NamedTuple
+
+from sniproxy.engine import libc
+
+# linux/capability.h: sets of 64 capabilities.
+_LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
 
 
 class IdentityError(Exception):
@@ -27,7 +35,7 @@ def look_up(name: str) -> Identity:
     libraries of nsswitch.conf(5).
 
     Raises:
-        IdentityError: there is none, or it would be root.
+        IdentityError: there is none, or it would be root, or in root's group.
     """
     user, colon, group = name.partition(":")
     uid, gid, groups_of = _user(user)
@@ -37,7 +45,10 @@ def look_up(name: str) -> Identity:
         gid = _group(group)
     if gid is None:
         raise IdentityError(f"number {uid} is no known user, and so has no group; name one, too")
-    return Identity(uid, gid, os.getgrouplist(groups_of, gid))
+    groups = os.getgrouplist(groups_of, gid)
+    if 0 in groups:
+        raise IdentityError("root's group would keep its permissions")
+    return Identity(uid, gid, groups)
 
 
 def _user(name: str) -> tuple[int, int | None, str]:
@@ -78,6 +89,11 @@ def enter_root() -> None:
     Raises:
         OSError: EPERM without CAP_SYS_CHROOT, chroot(2).
     """
+    # A directory that somebody has left open would be a way out: fchdir(2) asks nobody.
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the list itself is closed by now
+            if stat.S_ISDIR(os.fstat(int(name)).st_mode):
+                os.close(int(name))
     os.chroot(".")
     os.chdir("/")
 
@@ -87,17 +103,21 @@ def become(identity: Identity) -> None:
 
     Raises:
         OSError: EPERM without CAP_SETUID and CAP_SETGID, setresuid(2).
-        RuntimeError: there is a way back: this process keeps its capabilities in some way.
     """
     # The groups first, as long as we may. Nothing that was of the old user stays: the saved ids,
     # too, would be a way back.
     os.setgroups(identity.groups)
     os.setresgid(identity.gid, identity.gid, identity.gid)
     os.setresuid(identity.uid, identity.uid, identity.uid)
-    # With the last id that was 0 all capabilities go, unless somebody has set "securebits"
-    # otherwise, capabilities(7).
-    try:
-        os.setuid(0)
-    except PermissionError:
-        return
-    raise RuntimeError("root can be had back")
+
+
+def drop_capabilities() -> None:
+    """Give up what is left of root's rights, unless we are root: capabilities(7).
+
+    With the last id that was 0 they are gone already, but not those that somebody has given to an
+    ordinary user, or made to outlive the change of the user.
+    """
+    if os.geteuid() != 0:
+        header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
+        none = (ctypes.c_uint32 * 6)()
+        libc.call("capset", ctypes.byref(header), ctypes.byref(none))

@@ -1,40 +1,48 @@
 """A process that locks itself in: whoever takes it over can do little more than it does.
 
-Two means of the kernel that need no privilege and can't be undone. With PR_SET_NO_NEW_PRIVS no
-program that is executed gains anything by its set-user-id bit, prctl(2). And Landlock takes away
-rights of this process and its children, landlock(7): here all that it knows of, since whoever
-serves has opened all files before. What Landlock does not know of stays allowed: to change into a
-directory, to look at what is there, to connect to a Unix socket by its path. That is just what
-looking up a host takes.
+Three means of the kernel that need no privilege and can't be undone. With PR_SET_NO_NEW_PRIVS no
+program that is executed gains anything by its set-user-id bit, prctl(2). Landlock takes away rights
+of this process and its children, landlock(7): here all that it knows of, since whoever serves has
+opened all files before. And a filter of system calls, seccomp(2), bars what goes past Landlock:
+sockets that are not its kind of TCP, and programs that are in no file.
+
+What none of them forbids stays allowed: to change into a directory, to look at what is there, to
+connect to a Unix socket by its path. That is just what looking up a host takes.
 """
 
 import ctypes
 import errno
 import os
+import sys
+from socket import AF_UNIX
+from typing import Final, NamedTuple
 
-_PR_SET_NO_NEW_PRIVS = 38
+from sniproxy.engine import libc
 
-# The same numbers for all architectures but alpha, since Linux 5.13.
-_LANDLOCK_CREATE_RULESET = 444
-_LANDLOCK_RESTRICT_SELF = 446
+_PR_SET_NO_NEW_PRIVS: Final = 38
 
-_LANDLOCK_CREATE_RULESET_VERSION = 1
+# --- Landlock, linux/landlock.h
 
-# What can be taken away, by the version of Landlock that brought it. linux/landlock.h has the bits.
-_FILES = {
+# The same numbers wherever Python runs, but for two architectures; there it is not tried.
+_LANDLOCK_CREATE_RULESET: Final = 444
+_LANDLOCK_RESTRICT_SELF: Final = 446
+_OTHER_NUMBERS: Final = ("alpha", "mips")
+
+_LANDLOCK_CREATE_RULESET_VERSION: Final = 1
+
+# What can be taken away, by the version of Landlock that brought it.
+_FILES: Final = {
     1: (1 << 13) - 1,  # to execute, read, write, list, remove, and make files of any kind
     2: 1 << 13,  # to link or rename between directories
     3: 1 << 14,  # to truncate
     5: 1 << 15,  # ioctl(2) on devices
 }
-_BIND_AND_CONNECT_TCP = 0b11  # since version 4
-_ABSTRACT_UNIX_SOCKETS_AND_SIGNALS = 0b11  # since version 6
+_BIND_AND_CONNECT_TCP: Final = 0b11  # since version 4
+_ABSTRACT_UNIX_SOCKETS_AND_SIGNALS: Final = 0b11  # since version 6
 
 # The kernel has no Landlock, or it was not enabled when it booted, or a filter of system calls
 # hides it: by either error, as the filter's author liked.
-_NO_LANDLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
-
-_libc = ctypes.CDLL(None, use_errno=True)
+_NO_LANDLOCK: Final = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
 class _RulesetAttributes(ctypes.Structure):
@@ -46,25 +54,89 @@ class _RulesetAttributes(ctypes.Structure):
     )
 
 
+# --- The filter, linux/seccomp.h and linux/filter.h
+
+_PR_SET_SECCOMP: Final = 22
+_SECCOMP_MODE_FILTER: Final = 2
+_SECCOMP_RET_ALLOW: Final = 0x7FFF0000
+_SECCOMP_RET_ERRNO: Final = 0x00050000
+
+# Instructions: load a word of struct seccomp_data, compare it with a constant, return.
+_LOAD: Final = 0x20
+_IF_EQUAL: Final = 0x15
+_IF_AT_LEAST: Final = 0x35
+_RETURN: Final = 0x06
+
+# Where in struct seccomp_data: the call, the architecture, and the lower halves of its arguments.
+_CALL, _ARCHITECTURE, _FIRST, _SECOND = 0, 4, 16, 24
+
+# x86-64 has its calls a second time, for programs with short pointers, from here on.
+_X32: Final = 1 << 30
+
+# ioctls that type on a terminal what its shell then reads: TIOCSTI, TIOCLINUX.
+_TYPING: Final = (0x5412, 0x541C)
+
+# It makes system calls that no filter sees.
+_IO_URING_SETUP: Final = 425
+
+# There is no filter in the kernel, or another one bars it.
+_NO_FILTER: Final = {errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES}
+
+
+class _Calls(NamedTuple):
+    """What an architecture calls itself, and its numbers of system calls."""
+
+    architecture: int  # AUDIT_ARCH_..., linux/audit.h
+    execve: int
+    execveat: int
+    ioctl: int
+    socket: int
+
+
+_CALLS: Final = {
+    "x86_64": _Calls(0xC000003E, execve=59, execveat=322, ioctl=16, socket=41),
+    "aarch64": _Calls(0xC00000B7, execve=221, execveat=281, ioctl=29, socket=198),
+}
+
+
+class _Instruction(ctypes.Structure):
+    # struct sock_filter: what to do, how many to skip if a comparison holds, and if not; a constant
+    _fields_ = (
+        ("code", ctypes.c_uint16),
+        ("if_true", ctypes.c_uint8),
+        ("if_false", ctypes.c_uint8),
+        ("constant", ctypes.c_uint32),
+    )
+
+
+class _Program(ctypes.Structure):
+    # struct sock_fprog
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(_Instruction)))
+
+
 def enter() -> list[str]:
     """Lock this process in, and the children that it will have. It must have one thread only.
 
     Returns:
         What is forbidden from now on, in words for a log: `new_privileges`; and where the kernel
         offers it, `files` (to open, make or run any), `tcp` (to bind or to connect),
-        `abstract_sockets` (to connect to those of others) and `signals` (to send any to others).
+        `abstract_sockets` (to connect to those of others), `signals` (to send any to others),
+        `network` (to make a socket that is no Unix socket) and `programs` (to run any).
 
     Raises:
         OSError: the kernel offers it and refuses it. E2BIG: we are in sixteen sandboxes already.
     """
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))))
-    forbidden = ["new_privileges"]
+    libc.call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    return ["new_privileges", *_enter_landlock(), *_enter_filter()]
+
+
+def _enter_landlock() -> list[str]:
     version = _landlock_version()
     if version == 0:
-        return forbidden
+        return []
     attributes = _RulesetAttributes()
     attributes.handled_access_fs = sum(bits for since, bits in _FILES.items() if since <= version)
-    forbidden.append("files")
+    forbidden = ["files"]
     if version >= 4:
         attributes.handled_access_net = _BIND_AND_CONNECT_TCP
         forbidden.append("tcp")
@@ -72,11 +144,10 @@ def enter() -> list[str]:
         attributes.scoped = _ABSTRACT_UNIX_SOCKETS_AND_SIGNALS
         forbidden += ["abstract_sockets", "signals"]
     # A set of rules without a rule: nothing of all that is allowed anywhere.
-    rules = _system_call(
-        _LANDLOCK_CREATE_RULESET, ctypes.byref(attributes), ctypes.sizeof(attributes), 0
-    )
+    reference, size = ctypes.byref(attributes), ctypes.sizeof(attributes)
+    rules = libc.call("syscall", _LANDLOCK_CREATE_RULESET, reference, size, 0)
     try:
-        _system_call(_LANDLOCK_RESTRICT_SELF, rules, 0)
+        libc.call("syscall", _LANDLOCK_RESTRICT_SELF, rules, 0)
     finally:
         os.close(rules)
     return forbidden
@@ -84,23 +155,57 @@ def enter() -> list[str]:
 
 def _landlock_version() -> int:
     """Return what the kernel calls its ABI version; 0 for no Landlock."""
+    if os.uname().machine.startswith(_OTHER_NUMBERS):
+        return 0
+    flags = _LANDLOCK_CREATE_RULESET_VERSION
     try:
-        return _system_call(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION)
+        return libc.call("syscall", _LANDLOCK_CREATE_RULESET, None, 0, flags)
     except OSError as error:
         if error.errno in _NO_LANDLOCK:
             return 0
         raise
 
 
-def _system_call(number: int, *arguments: object) -> int:
-    # Each argument fills a register: syscall(2) is variadic, and ctypes would pass an int of 32
-    # bits.
-    registers = (ctypes.c_long(each) if isinstance(each, int) else each for each in arguments)
-    return _check(_libc.syscall(ctypes.c_long(number), *registers))
+def _enter_filter() -> list[str]:
+    calls = _CALLS.get(os.uname().machine)
+    if calls is None or sys.maxsize < 1 << 32:  # a Python of 32 bits makes other calls
+        return []
+    instructions = _filter(calls)
+    array = (_Instruction * len(instructions))(*(_Instruction(*each) for each in instructions))
+    program = ctypes.byref(_Program(len(array), array))
+    try:
+        libc.call("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0)
+    except OSError as error:
+        if error.errno in _NO_FILTER:
+            return []
+        raise
+    return ["network", "programs"]
 
 
-def _check(result: int) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
+def _filter(calls: _Calls) -> list[tuple[int, int, int, int]]:
+    """Return the instructions that let all calls pass but a few, which get EACCES."""
+    allow = (_RETURN, 0, 0, _SECCOMP_RET_ALLOW)
+    deny = (_RETURN, 0, 0, _SECCOMP_RET_ERRNO | errno.EACCES)
+    instructions = [
+        (_LOAD, 0, 0, _ARCHITECTURE),
+        (_IF_EQUAL, 1, 0, calls.architecture),
+        deny,
+        (_LOAD, 0, 0, _CALL),
+        (_IF_AT_LEAST, 0, 1, _X32),
+        deny,
+    ]
+    for call in calls.execve, calls.execveat, _IO_URING_SETUP:
+        instructions += [(_IF_EQUAL, 0, 1, call), deny]
+    instructions += [
+        (_IF_EQUAL, 0, 4, calls.socket),
+        (_LOAD, 0, 0, _FIRST),
+        (_IF_EQUAL, 0, 1, AF_UNIX),
+        allow,
+        deny,
+        (_IF_EQUAL, 1, 0, calls.ioctl),
+        allow,
+        (_LOAD, 0, 0, _SECOND),
+    ]
+    for request in _TYPING:
+        instructions += [(_IF_EQUAL, 0, 1, request), deny]
+    return [*instructions, allow]

@@ -6,6 +6,7 @@ The hosts directory of these tests holds hosts and nothing else: no library, no 
 import os
 import signal
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -243,6 +244,7 @@ def test_hosts_it_may_not_search(hosts: Path) -> None:
         (str(A_USER), "number 20001 is no known user"),
         ("root", "root would keep its privileges"),
         ("0:1", "root would keep its privileges"),
+        ("nobody:root", "root's group would keep its permissions"),
     ],
 )
 def test_a_user_that_is_none_is_refused(hosts: Path, user: str, reason: str) -> None:
@@ -270,13 +272,40 @@ def test_only_root_can(hosts: Path, options: list[str], what: str) -> None:
     assert line == f"sniproxy: fatal: unable to {what}: Operation not permitted"
 
 
-def test_a_way_back_to_root_is_noticed(hosts: Path) -> None:
-    """Capabilities that outlive the change of the user, by the securebits of who started us."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        result = run(
-            *("--user", "nobody"),
-            stdin=listening.fileno(),
-            cwd=hosts,
-            under=("setpriv", "--securebits", "+no_setuid_fixup"),
-        )
-    assert "for good: root can be had back" in only_line(result, 111)
+@pytest.mark.parametrize(
+    ("securebits", "capabilities"),
+    [("+no_setuid_fixup", ""), ("-noroot", "+sys_chroot,+setuid,+setgid,+dac_override")],
+    ids=["securebits", "ambient capabilities"],
+)
+def test_no_capability_outlives_the_change_of_the_user(
+    hosts: Path, securebits: str, capabilities: str
+) -> None:
+    """Those, too, that who started us has made to."""
+    under = ["setpriv", "--securebits", securebits]
+    if capabilities:
+        under += ["--inh-caps", capabilities, "--ambient-caps", capabilities]
+    with start_daemon(hosts, *CONFINED, under=tuple(under), measured=False) as daemon:
+        assert_is(daemon.process.pid, NOBODY, NOGROUP, [NOGROUP])
+
+
+def test_an_ordinary_user_may_be_allowed_to_change_the_root(hosts: Path) -> None:
+    """By CAP_SYS_CHROOT, which would lead out again, and so does not stay."""
+    capability = "+sys_chroot"
+    under = (
+        *("setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups"),
+        *("--inh-caps", capability, "--ambient-caps", capability),
+    )
+    with start_daemon(hosts, "--chroot", under=under, measured=False) as daemon:
+        assert_is(daemon.process.pid, NOBODY, NOGROUP, [])
+        assert os.path.samestat(os.stat(f"/proc/{daemon.process.pid}/root"), hosts.stat())
+
+
+def test_no_open_directory_leads_out(hosts: Path, tmp_path: Path) -> None:
+    """One that a supervisor has left open. What is not a directory may stay, such as a lock."""
+    (tmp_path / "lock").touch()
+    under = ("sh", "-c", 'exec 7</ 8<"$1"; shift; exec "$@"', "sh", str(tmp_path / "lock"))
+    with start_daemon(hosts, *CONFINED, under=under, measured=False) as daemon:
+        found = [fd.stat() for fd in Path(f"/proc/{daemon.process.pid}/fd").iterdir()]
+    directories = [each for each in found if stat.S_ISDIR(each.st_mode)]
+    assert all(os.path.samestat(each, hosts.stat()) for each in directories)
+    assert any(os.path.samestat(each, (tmp_path / "lock").stat()) for each in found)

@@ -252,6 +252,46 @@ def test_a_syslogd_that_hangs_stops_nothing(inside: Enclosure) -> None:
                 assert ask(inside, flight)
 
 
+@pytest.fixture
+def confined(inside: Enclosure) -> None:
+    """The same with the hosts directory as the root directory."""
+    inside.run(
+        *("sed", "--in-place", "-e", "/^443 /s/sniproxy/root/"),
+        *("-e", "/^443 /s/$/ --chroot --user sniproxy/", "/etc/inetd.conf"),
+    )
+
+
+@pytest.mark.usefixtures("confined", "inetd")
+def test_in_a_chroot(inside: Enclosure, syslog: Syslog) -> None:
+    assert ask(inside, HELLO) == UNRECOGNIZED_NAME
+    syslog.wait_for("sniproxy", "refused")
+
+
+@pytest.mark.usefixtures("confined")
+def test_what_is_fatal_in_a_chroot_is_told_all_the_same(inside: Enclosure, syslog: Syslog) -> None:
+    (inside / "/srv/hosts").chmod(0o700)
+    inside.run("sed", "--in-place", "/^443 /s/wait.20/wait.3/", "/etc/inetd.conf")
+    with running_inetd(inside):
+        with inside.connect(IPV4) as client, pytest.raises(ConnectionResetError):
+            client.recv(1)
+        told = syslog.wait_for("sniproxy", "fatal: unable to search the hosts directory")
+        assert (told.facility, told.severity) == (LOG_DAEMON, LOG_ERR)
+
+
+@pytest.mark.usefixtures("confined")
+def test_in_a_chroot_no_other_syslogd_is_looked_for(inside: Enclosure) -> None:
+    """It might be a tenant's: `dev` is a hostname as well."""
+    with running_inetd(inside):
+        with Syslog(inside / "/dev/log") as syslog:
+            ask(inside, HELLO)
+            syslog.wait_for("sniproxy", "refused")
+        place = host_directory(inside / "/srv/hosts", "dev")
+        with Syslog(place / "log") as tenant:
+            for _ in range(3):
+                assert ask(inside, HELLO) == UNRECOGNIZED_NAME
+            assert tenant.messages == []
+
+
 @pytest.mark.usefixtures("syslog")
 def test_one_socket_for_both_families(inside: Enclosure) -> None:
     """tcp46, as the comment in our file says."""

@@ -10,12 +10,15 @@ that listens; INTRUDER_ABSTRACT, the name of an abstract Unix socket that does.
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
 import sys
+import termios
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import sniproxy.__main__
@@ -29,12 +32,12 @@ def _open(flags: int, path: str = _FILE) -> Callable[[], None]:
     return lambda: os.close(os.open(path, flags, 0o600))
 
 
-def _execute() -> None:
+def _execute(path: str = "/bin/true") -> None:
     # In a child, which inherits what is forbidden: else we would be gone if it was not.
     pid = os.fork()
     if pid == 0:
         try:
-            os.execv("/bin/true", ["true"])  # noqa: S606 - it is to be refused
+            os.execv(path, ["true"])  # noqa: S606 - it is to be refused
         except OSError as error:
             os._exit(error.errno or 1)
     _, status = os.waitpid(pid, 0)
@@ -42,14 +45,26 @@ def _execute() -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _connect(family: socket.AddressFamily, address: Any) -> None:
-    with socket.socket(family) as client:
-        client.connect(address)
+def _program_in_memory() -> int:
+    program = os.memfd_create("program")
+    os.write(program, Path("/bin/true").read_bytes())
+    return program
 
 
-def _bind_tcp() -> None:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
+def _connect_abstract() -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect("\0" + os.environ["INTRUDER_ABSTRACT"])
+
+
+# What was there before the sandbox, as the socket that listens is: by what is forbidden to make, no
+# more would be seen of what is forbidden to do.
+_TCP_SOCKETS = [socket.socket() for _ in range(2)]
+_TERMINAL, _ = os.openpty()
+_PROGRAM = _program_in_memory()
+
+
+def _make_socket(kind: socket.SocketKind) -> Callable[[], None]:
+    return lambda: socket.socket(socket.AF_INET, kind).close()
 
 
 def _trace() -> None:
@@ -73,9 +88,13 @@ _TRIES: dict[str, Callable[[], object]] = {
     "link": lambda: os.symlink("/", f"{_DIRECTORY}/link"),
     "proc": _open(os.O_RDONLY, "/proc/self/maps"),
     "execute": _execute,
-    "connect_tcp": lambda: _connect(socket.AF_INET, ("127.0.0.1", int(os.environ["INTRUDER_TCP"]))),
-    "bind_tcp": _bind_tcp,
-    "connect_abstract": lambda: _connect(socket.AF_UNIX, "\0" + os.environ["INTRUDER_ABSTRACT"]),
+    "execute_memory": lambda: _execute(f"/proc/self/fd/{_PROGRAM}"),
+    "connect_tcp": lambda: _TCP_SOCKETS[0].connect(("127.0.0.1", int(os.environ["INTRUDER_TCP"]))),
+    "bind_tcp": lambda: _TCP_SOCKETS[1].bind(("127.0.0.1", 0)),
+    "connect_abstract": _connect_abstract,
+    "tcp_socket": _make_socket(socket.SOCK_STREAM),
+    "udp_socket": _make_socket(socket.SOCK_DGRAM),
+    "type": lambda: fcntl.ioctl(_TERMINAL, termios.TIOCSTI, b"x"),
     "signal": lambda: os.kill(os.getppid(), signal.SIGCONT),
     "trace": _trace,
 }
