@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import hellos
-from tests.support.backends import RawBackend, host_directory
-from tests.support.daemon import Daemon, start_daemon
+from tests.support.backends import RawBackend, host_directory, joined
+from tests.support.daemon import Daemon, eventually, start_daemon
 from tests.support.sockets import receive_all, receive_exactly
 from tests.support.supervisor import Supervisor
 
@@ -155,6 +155,33 @@ def test_a_second_copy_takes_over_on_the_same_socket(hosts: Path) -> None:
             client.sendall(HELLO)
             with backend.accept() as connection:
                 assert receive_exactly(connection, len(HELLO)) == HELLO
+
+
+def test_another_holder_may_make_the_socket_a_blocking_one(hosts: Path) -> None:
+    """systemd does, when it starts the next copy. To wait in accept would hold up everybody."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        Daemon(listening, hosts) as daemon,
+        RawBackend(host_directory(hosts, NAME) / "tls-socket") as backend,
+    ):
+        daemon.wait_for_log("listening")
+        client, connection = joined(daemon, backend, HELLO)
+        with client, connection:
+            listening.setblocking(True)
+            other, far = joined(daemon, backend, HELLO)
+            with other, far:
+                client.sendall(b"ping")
+                assert receive_exactly(connection, 4) == b"ping"
+            # And soon it is as it was.
+            eventually(lambda: ask_and_look(daemon, listening))
+
+
+def ask_and_look(daemon: Daemon, listening: socket.socket) -> bool:
+    """Have the daemon accept; return whether the socket is a non-blocking one then."""
+    with daemon.connect() as client:
+        client.sendall(b"no hello")
+        receive_all(client)
+    return not os.get_blocking(listening.fileno())
 
 
 def test_the_supervisor_is_told(hosts: Path, supervisor: Supervisor) -> None:

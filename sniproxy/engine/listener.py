@@ -9,6 +9,8 @@ import errno
 import os
 import socket
 import stat
+import struct
+import time
 from _socket import socket as Socket  # noqa: N812 - the plain type; socket.socket costs twice as much
 from collections.abc import Callable
 from select import EPOLLEXCLUSIVE, EPOLLIN
@@ -53,6 +55,11 @@ _ONE_IS_LOST = frozenset(
 # enough to cost nothing, too short to be noticed as an outage.
 _PAUSE = 0.1
 
+# Seconds between two looks at O_NONBLOCK, if clients come; and until then what accept may wait for
+# one who is not there: struct timeval, a microsecond, which the kernel rounds up to its next tick.
+_LOOK = 1.0
+_SHORTEST = struct.pack("@ll", 0, 1)
+
 # Keep-alive. A client that vanished, a phone that lost its network, is noticed after 60 + 6 x 10
 # seconds without an answer. Most home routers and mobile networks forget a silent connection after
 # some minutes; one probe a minute also keeps it alive there.
@@ -93,6 +100,9 @@ def take_listening_socket(fd: int) -> Socket:
         # O_NONBLOCK is shared with the other holders of the socket. They need it as we do: a
         # connection that epoll announced may be gone by the time of accept, taken by another copy.
         listener.setblocking(False)
+        # And another holder may take it away: systemd does, for each service that it starts on the
+        # socket. Then accept waits, but not for long.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SHORTEST)
         os.set_inheritable(listener.fileno(), False)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for level, option, value in _KEEP_ALIVE:
@@ -163,6 +173,7 @@ class Listener:
         self._on_exhausted = on_exhausted
         self._watched = False
         self._exhausted = False
+        self._look = 0.0
         self._pause = trio.Event()
 
     def on_event(self, events: int) -> None:
@@ -206,6 +217,11 @@ class Listener:
             try:
                 fd, address = accept()
             except BlockingIOError:
+                now = time.monotonic()
+                if now >= self._look:
+                    # There is no telling whether it had to wait for that.
+                    self._look = now + _LOOK
+                    self._socket.setblocking(False)
                 return
             except OSError as error:
                 if error.errno in _ONE_IS_LOST:
