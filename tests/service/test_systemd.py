@@ -240,13 +240,28 @@ def started(machine: Machine, *argv: str) -> Iterator["subprocess.Popen[str]"]:
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        for stream in process.stdin, process.stdout, process.stderr:
+            assert stream is not None
+            stream.close()
 
 
 def heard(stream: IO[str] | None, lines: int = 1) -> list[str]:
     """Return the next lines that a program says."""
     assert stream is not None
     return [stream.readline().rstrip("\n") for _ in range(lines)]
+
+
+def ended(program: "subprocess.Popen[str]") -> tuple[list[str], str]:
+    """End its standard input; return what else it says, and what on standard error."""
+    # Not `communicate`, which doesn't know what has been read ahead for `heard`.
+    assert program.stdin is not None
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdin.close()
+    lines, errors = program.stdout.read().splitlines(), program.stderr.read()
+    program.wait(PATIENCE)
+    return lines, errors
 
 
 # --- The files -----------------------------------------------------------------------------------
@@ -386,39 +401,39 @@ def test_a_restart_refuses_nobody(machine: Machine) -> None:
             machine.run("systemctl", "restart", SERVICE)
             pids.add(main_pid(machine))
             lines += heard(clients.stdout, 20)
-        rest, errors = clients.communicate(timeout=PATIENCE)
+        rest, errors = ended(clients)
     assert errors == ""
     assert len(pids) == 4
-    assert {*lines, *rest.splitlines()} == {page("one").strip()}
+    assert {*lines, *rest} == {page("one").strip()}
 
 
 def test_a_new_version_starts_before_the_old_one_drains(machine: Machine) -> None:
     [upgrade, *link] = commands("sniproxy@.service")
-    with changed(machine, "BindReadOnlyPaths=/run/backends"):
+    with changed(machine, "BindReadOnlyPaths=/mnt"):
         old = main_pid(machine)
         machine.run(*SHELL, "\n".join(link))
         machine.run("systemctl", "daemon-reload")
         with (
             started(machine, *PYTHON, CLIENTS) as clients,
             started(machine, *PYTHON, SLOW_CLIENT) as slow,
-            started(machine, *SHELL, upgrade) as upgrading,
         ):
             assert heard(slow.stdout) == ["connected"]
-            eventually(lambda: state(machine) == "deactivating")
-            assert "/run/backends" in show(machine, "BindReadOnlyPaths", COPY)
-            # The old one waits for the slow client, and nobody waits for the old one.
-            lines = heard(clients.stdout, 100)
-            assert (state(machine), main_pid(machine)) == ("deactivating", old)
-            assert slow.communicate(timeout=PATIENCE) == (page("one"), "")
-            upgrading.communicate(timeout=PATIENCE)
+            with started(machine, *SHELL, upgrade) as upgrading:
+                eventually(lambda: state(machine) == "deactivating")
+                assert "/mnt:/mnt" in show(machine, "BindReadOnlyPaths", COPY)
+                # The old one waits for the slow client, and nobody waits for the old one.
+                lines = heard(clients.stdout, 100)
+                assert (state(machine), main_pid(machine)) == ("deactivating", old)
+                assert ended(slow) == ([page("one").strip()], "")
+                ended(upgrading)
             lines += heard(clients.stdout, 20)
-            rest, errors = clients.communicate(timeout=PATIENCE)
+            rest, errors = ended(clients)
         machine.run("rm", "--recursive", f"{SYSTEM}/sniproxy@.service.d")
         assert upgrading.returncode == 0
         assert (state(machine), state(machine, COPY)) == ("active", "inactive")
         assert main_pid(machine) != old
     assert errors == ""
-    assert {*lines, *rest.splitlines()} == {page("one").strip()}
+    assert {*lines, *rest} == {page("one").strip()}
 
 
 def test_a_new_version_that_does_not_start_changes_nothing(machine: Machine) -> None:
@@ -428,12 +443,15 @@ def test_a_new_version_that_does_not_start_changes_nothing(machine: Machine) -> 
     machine.write(f"{directory}/x.conf", "[Service]\nExecStart=\nExecStart=/usr/bin/python3 --no\n")
     machine.run("systemctl", "daemon-reload")
     [upgrade, *_] = commands("sniproxy@.service")
-    assert machine.run(*SHELL, upgrade, check=False).returncode != 0
-    fetch(machine)
-    assert (state(machine), main_pid(machine)) == ("active", old)
-    machine.run("rm", "--recursive", directory)
-    machine.run("systemctl", "daemon-reload")
-    machine.run("systemctl", "stop", COPY)
+    try:
+        assert machine.run(*SHELL, upgrade, check=False).returncode != 0
+        # systemd has made the socket a blocking one, for the new copy.
+        fetch(machine)
+        assert (state(machine), main_pid(machine)) == ("active", old)
+    finally:
+        machine.run("systemctl", "stop", COPY)
+        machine.run("rm", "--recursive", directory)
+        machine.run("systemctl", "daemon-reload")
 
 
 def test_clients_start_the_service_if_no_copy_runs(machine: Machine) -> None:
@@ -597,6 +615,6 @@ def _do_everything(machine: Machine) -> None:
         assert main_pid(machine) == pid
         machine.run("systemctl", "--no-block", "stop", SERVICE)
         wait_for_log(machine, "draining")
-        assert slow.communicate(timeout=PATIENCE) == (page("one"), "")
+        assert ended(slow) == ([page("one").strip()], "")
     eventually(lambda: state(machine) == "inactive")
     assert show(machine, "Result") == "success"

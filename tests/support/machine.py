@@ -21,7 +21,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -33,9 +32,6 @@ from typing import Final, Self
 from tests.support.daemon import PATIENCE, eventually
 
 _SUITE: Final = "bookworm"
-
-# That suite's Python.
-_PYTHON: Final = "3.11"
 
 # What every machine has, beside the smallest system.
 _PACKAGES: Final = ("curl", "openssl", "python3", "python3-venv", "systemd", "systemd-sysv")
@@ -66,6 +62,17 @@ exec setpriv --pdeathsig TERM "$@"
 
 # Of the names of machines. The id of our process follows, and a number.
 _PREFIX: Final = "sniproxy-tests-"
+
+# Runs a command with the /usr of a tree, and with an overlay over a directory, where it may write.
+# All else is as it is here.
+_AS_IN_THE_TREE: Final = """
+usr=$1 directory=$2 folder=$3
+shift 3
+layers=lowerdir=$directory,upperdir=$folder/upper,workdir=$folder/work
+mount -t overlay -o "$layers" overlay "$directory"
+mount --bind "$usr" /usr
+exec "$@"
+"""
 
 _numbers = itertools.count(1)
 
@@ -251,19 +258,31 @@ class Machine:
         self.run("install", "-D", f"--mode={mode:o}", "/dev/stdin", path, input=text)
 
     def install_wheel(self, venv: str = "/opt/sniproxy") -> None:
-        """Install the checkout, as a wheel, into a new environment of the machine's Python."""
+        """Install the checkout, as a wheel, into a new environment of the machine's Python.
+
+        It is made out here, where there is a network and pip has been configured.
+        """
         _take_time()
+        pyproject = tomllib.loads((_CHECKOUT / "pyproject.toml").read_text())
+        # With the dependencies goes what builds the wheel, so that a second time no network is
+        # needed.
+        wanted = [*pyproject["project"]["dependencies"], *pyproject["build-system"]["requires"]]
         with tempfile.TemporaryDirectory(prefix="sniproxy-") as folder:
-            wheels = Path(folder)
-            _pip("wheel", "--no-deps", f"--wheel-dir={wheels}", str(_CHECKOUT))
-            for wheel in _dependencies().iterdir():
-                shutil.copy(wheel, wheels)
-            there = f"run/{wheels.name}"
-            shutil.copytree(wheels, self.root / there)
-        self.run("python3", "-m", "venv", venv, timeout=_PIP)
-        install = ("install", "--quiet", "--no-index", f"--find-links=/{there}", "sniproxy")
-        self.run(f"{venv}/bin/python", "-m", "pip", *install, timeout=_PIP)
-        shutil.rmtree(self.root / there)
+            for layer in "upper", "work":
+                Path(folder, layer).mkdir()
+            places = (str(self._tree / "usr"), str(Path(venv).parent), folder)
+
+            def run(*command: str) -> None:
+                _run_apart(("sh", "-euc", _AS_IN_THE_TREE, "sh", *places, *command), _PIP)
+
+            pip = (f"{venv}/bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check")
+            run("/usr/bin/python3", "-m", "venv", venv)
+            with _kept(f"wheels-{_digest([_SUITE, *wanted])}") as (wheels, new):
+                if new is not None:
+                    run(*pip, "wheel", f"--wheel-dir={new}", *wanted)
+            run(*pip, "install", "--no-index", f"--find-links={wheels}", str(_CHECKOUT))
+            made = Path(folder, "upper", Path(venv).name)
+            shutil.copytree(made, self.root / venv.removeprefix("/"), symlinks=True)
 
 
 # --- Control groups ------------------------------------------------------------------------------
@@ -383,24 +402,33 @@ def _debootstrap(tree: Path, packages: Sequence[str], mirror: str) -> None:
         wgetrc.writelines(f"{key} = {value}\n" for key, value in settings.items() if value)
         wgetrc.flush()
         include = f"--include={','.join(packages)}"
-        done = subprocess.run(
-            # In namespaces of its own, where whatever it has mounted and started ends with it.
-            [
-                *("setpriv", "--pdeathsig", "KILL"),
-                *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
-                *("debootstrap", "--variant=minbase", include, _SUITE, str(tree), mirror),
-            ],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_DEBOOTSTRAP,
-            env={**os.environ, "WGETRC": wgetrc.name},
-        )
-    if done.returncode:
-        raise AssertionError(f"debootstrap failed:\n{done.stdout}{done.stderr}")
+        bootstrap = ("debootstrap", "--variant=minbase", include, _SUITE, str(tree), mirror)
+        _run_apart(bootstrap, _DEBOOTSTRAP, WGETRC=wgetrc.name)
     # A third of the size.
     for useless in "var/cache/apt", "var/lib/apt/lists":
         shutil.rmtree(tree / useless)
+
+
+def _run_apart(command: Sequence[str], timeout: float, **environment: str) -> None:
+    """Run a command in namespaces where whatever it mounts and starts ends with it, and it with us.
+
+    Raises:
+        AssertionError: its exit code is not 0.
+    """
+    done = subprocess.run(
+        [
+            *("setpriv", "--pdeathsig", "KILL"),
+            *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+            *command,
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )
+    if done.returncode:
+        raise AssertionError(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
 
 
 def _mirror() -> str | None:
@@ -421,42 +449,3 @@ def _mirror() -> str | None:
 def _apt_setting(name: str) -> str:
     command = ["apt-config", "dump", "--format", "%v", name]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _dependencies() -> Path:
-    """Return a directory of wheels, for the machine's Python, of all that sniproxy needs."""
-    project = tomllib.loads((_CHECKOUT / "pyproject.toml").read_text())["project"]
-    wanted: list[str] = project["dependencies"]
-    with _kept(f"wheels-{_digest([_PYTHON, *wanted])}") as (place, new):
-        if new is not None:
-            with tempfile.TemporaryDirectory(prefix="sniproxy-") as ours:
-                # First for the Python that runs here, which also builds what is no wheel yet; none
-                # of that is compiled.
-                _pip("wheel", f"--wheel-dir={ours}", *wanted)
-                # Then, of the compiled ones, those for the machine's.
-                _pip(
-                    "download",
-                    f"--dest={new}",
-                    f"--find-links={ours}",
-                    "--only-binary=:all:",
-                    "--implementation=cp",
-                    f"--python-version={_PYTHON}",
-                    # What wheels for Linux were built on at the time of that Python or before.
-                    f"--platform=manylinux_2_17_{platform.machine()}",
-                    f"--platform=manylinux2014_{platform.machine()}",
-                    *wanted,
-                )
-    return place
-
-
-def _pip(*arguments: str) -> None:
-    quiet = ("--quiet", "--disable-pip-version-check")
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *arguments, *quiet],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_PIP,
-    )
-    if done.returncode:
-        raise AssertionError(f"pip {arguments[0]} failed:\n{done.stdout}{done.stderr}")
