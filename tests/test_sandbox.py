@@ -193,13 +193,13 @@ def test_an_older_kernel_gives_what_it_has(version: int, expected: list[str]) ->
     assert entered(prepare) == ["new_privileges", *expected, *WITHOUT_LANDLOCK]
 
 
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64", "alpha", "mips64"])
+@pytest.mark.parametrize(
+    "machine", sorted({"x86_64", "aarch64", "riscv64", "alpha", "mips64"} - {os.uname().machine})
+)
 def test_on_a_machine_with_other_numbers_nothing_wrong_is_tried(
     machine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever this one is: the wrong filter would forbid all calls, and no answer would come."""
-    if machine == os.uname().machine:
-        pytest.skip("this is one")
     monkeypatch.setattr("os.uname", lambda: SimpleNamespace(machine=machine))
     if machine in sandbox._CALLS:
         # Not entered, then: only that there is one, and each comparison leads somewhere.
