@@ -31,7 +31,7 @@ _GLANCE = 0.005
 _PYTHON = (sys.executable, "-bb", "-P", "-X", "dev", "-W", "error")
 
 # A measurement saves at the end what it has found. No process in the sandbox can open a file.
-_COVERAGE = "COVERAGE_PROCESS_CONFIG"
+COVERAGE = "COVERAGE_PROCESS_CONFIG"
 
 
 class Daemon:
@@ -66,10 +66,10 @@ class Daemon:
         measured: bool = True,
     ) -> None:
         environment = {**os.environ, **(env or {})}
-        if measured and _COVERAGE in environment:
+        if measured and COVERAGE in environment:
             options = (*options, "--no-sandbox")
         else:
-            environment.pop(_COVERAGE, None)
+            environment.pop(COVERAGE, None)
         self.address: tuple[str, int] = listening.getsockname()[:2]
         self.hosts = hosts
         # A file, for a pipe that nobody reads could fill. It is read by position, because the
