@@ -201,6 +201,13 @@ def test_nothing_is_imported_from_elsewhere(installed: Machine) -> None:
     installed.run("rm", "-r", *(f"{place}/{module}" for place in places for module in modules))
 
 
+def test_the_service_sees_no_more_programs_than_it_needs(installed: Machine) -> None:
+    for unit in "sniproxy.service", "sniproxy@.service":
+        text = installed.run("cat", f"/usr/lib/systemd/system/{unit}").stdout
+        assert "\nBindReadOnlyPaths=/usr/bin/sniproxy /usr/bin/python3 " in text
+        assert "ExecStart=/usr/bin/sniproxy\n" in text
+
+
 def test_the_pages_and_papers(installed: Machine) -> None:
     for page in (ROOT / "man").iterdir():
         text = installed.run("zcat", f"/usr/share/man/man{page.suffix[1:]}/{page.name}.gz").stdout

@@ -268,8 +268,11 @@ class Machine:
         # needed.
         wanted = [*pyproject["project"]["dependencies"], *pyproject["build-system"]["requires"]]
         with tempfile.TemporaryDirectory(prefix="sniproxy-") as folder:
-            for layer in "upper", "work":
-                Path(folder, layer).mkdir()
+            made = Path(folder, "upper", Path(venv).name)
+            for directory in made.parent, made, Path(folder, "work"):
+                directory.mkdir()
+            # Whatever is at that place here is not seen through it, be it removed meanwhile.
+            os.setxattr(made, "trusted.overlay.opaque", b"y")
             places = (str(self._tree / "usr"), str(Path(venv).parent), folder)
 
             def run(*command: str) -> None:
@@ -281,7 +284,6 @@ class Machine:
                 if new is not None:
                     run(*pip, "wheel", f"--wheel-dir={new}", *wanted)
             run(*pip, "install", "--no-index", f"--find-links={wheels}", str(_CHECKOUT))
-            made = Path(folder, "upper", Path(venv).name)
             shutil.copytree(made, self.root / venv.removeprefix("/"), symlinks=True)
 
 
