@@ -213,7 +213,10 @@ class Listener:
         assert self._socket is not None
         # accept() of the plain type; typeshed has not heard of it.
         accept = self._socket._accept  # type: ignore[attr-defined]  # noqa: SLF001
-        for _ in range(min(batch, self._census.capacity - self._census.open)):
+        # Who has just left has not given the descriptors back yet. If that is all the room there
+        # is, we are told once more when they have.
+        room = self._census.capacity - self._census.open - self._loop.closing
+        for _ in range(min(batch, room)):
             try:
                 fd, address = accept()
             except BlockingIOError:

@@ -93,8 +93,13 @@ class EventLoop:
         """Return all watchers, one for each descriptor."""
         return list(self._watchers.values())
 
+    @property
+    def closing(self) -> int:
+        """How many sockets are still open although they have been closed here."""
+        return len(self._doomed)
+
     def close(self, sock: socket) -> None:
-        """Forget `sock`, watched or not, and close it at the end of this turn.
+        """Forget `sock`, watched or not, and close it when the events there are have been told.
 
         Not at once: its number could go to a new socket while events of the old one are still
         in the list that is being worked through. Closing takes it out of the epoll set, too.
@@ -122,10 +127,13 @@ class EventLoop:
                 turn_ends = time.monotonic() + _TURN
                 while (events := poll(0 if runnable else _HOT_WAIT, _EVENTS)) or runnable:
                     self._dispatch(events)
-                    if runnable:
-                        self._give_turns()
+                    # Before somebody opens others in a turn: there may be no descriptor to spare.
                     if doomed:
                         self._bury()
+                    if runnable:
+                        self._give_turns()
+                        if doomed:
+                            self._bury()
                     if time.monotonic() > turn_ends:
                         await trio.lowlevel.checkpoint()
                         turn_ends = time.monotonic() + _TURN
