@@ -13,7 +13,6 @@ copy. All of it is in memory, and gone at the end, with every process that is le
 It takes root.
 """
 
-import ctypes
 import fcntl
 import os
 import shutil
@@ -30,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, ParamSpec, Self, TypeVar
 
+from sniproxy.engine import libc
 from tests.support.daemon import PATIENCE, eventually
 
 P = ParamSpec("P")
@@ -55,8 +55,6 @@ _ENVIRONMENT: Final = {
     "LANG": "C.UTF-8",
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 }
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def why_no_enclosure() -> str | None:
@@ -178,7 +176,7 @@ class Enclosure:
 
 def _enter() -> tuple[Path, str]:
     """Make it, with the calling thread inside; return its root and its mount namespace."""
-    _call("unshare", ctypes.c_int(_CLONE_NEWNS | _CLONE_NEWNET))
+    libc.call("unshare", _CLONE_NEWNS | _CLONE_NEWNET)
     _mount(None, "/", flags=_MS_REC | _MS_PRIVATE)
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP))
@@ -246,10 +244,4 @@ def _mount(
     """mount(2). A file system that is new belongs to root, and everybody can look into it."""
     options = b"mode=755" if kind == "tmpfs" else None
     words = [None if word is None else os.fsencode(word) for word in (source, target, kind)]
-    _call("mount", *words, ctypes.c_ulong(flags), options)
-
-
-def _call(name: str, *args: object) -> None:
-    if getattr(_libc, name)(*args) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
+    libc.call("mount", *words, flags, options)
