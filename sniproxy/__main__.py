@@ -24,7 +24,7 @@ from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.engine.signals import Signals
 from sniproxy.engine.syslogd import Syslog
 from sniproxy.engine.workers import Worker, Workers
-from sniproxy.fatal import FatalError, UsageError, print_out
+from sniproxy.fatal import FatalError, UsageError, attempt, print_out
 from sniproxy.hosts import HostsDirectory
 from sniproxy.log import Log
 from sniproxy.serve import serve
@@ -187,11 +187,9 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
         raise FatalError.of("use the socket on standard input", error) from error
     # All that is needed later is opened now: there may be no way to it in another root directory,
     # for another user, or in the sandbox.
-    try:
+    with attempt("start"):
         standard.let_go_of_input()
         log = Log(syslogd)
-    except OSError as error:
-        raise FatalError.of("start", error) from error
     try:
         share = descriptors.share(descriptors.raise_limit(), MOST_PIPES)
     except ValueError as error:
@@ -214,7 +212,8 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
     except OSError as error:
         kind = UsageError if error.errno in _NO_HOSTS else FatalError
         raise kind.of("search the hosts directory (the working directory)", error) from None
-    forbidden = _enter_sandbox() if config.sandbox else ["nothing"]
+    with attempt("enter the sandbox (--no-sandbox does without)"):
+        forbidden = sandbox.enter() if config.sandbox else ["nothing"]
     log.event("sandbox", forbids=",".join(forbidden))
     # What is here now stays: the collector need not look at it again.
     gc.freeze()
@@ -222,10 +221,8 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
     tells: Notifier | Worker = notifier
     try:
         if config.workers > 1:
-            try:
+            with attempt("start the workers"):
                 worker = Workers(config.workers, notifier, log.worker_died).run(listening.close)
-            except OSError as error:
-                raise FatalError.of("start the workers", error) from error
             if worker is None:
                 return
             log.worker = worker.number
@@ -251,29 +248,14 @@ def _drop_privileges(config: Config) -> None:
             message = f"unable to become the user {config.user!a}: {error}"
             raise UsageError(message) from None
     if config.chroot:
-        try:
+        with attempt("make the hosts directory the root directory"):
             privileges.enter_root()
-        except OSError as error:
-            what = "make the hosts directory the root directory"
-            raise FatalError.of(what, error) from error
     if identity is not None:
-        what = f"become the user {config.user!a}"
-        try:
+        with attempt(f"become the user {config.user!a}"):
             privileges.become(identity)
-        except OSError as error:
-            raise FatalError.of(what, error) from error
     if config.chroot or identity is not None:
-        try:
+        with attempt("drop all capabilities"):
             privileges.drop_capabilities()
-        except OSError as error:
-            raise FatalError.of("drop all capabilities", error) from error
-
-
-def _enter_sandbox() -> list[str]:
-    try:
-        return sandbox.enter()
-    except OSError as error:
-        raise FatalError.of("enter the sandbox (--no-sandbox does without)", error) from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ The codes are the convention of djb's and skarnet's programs. They tell a superv
 is any use in another try.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Self
 
 
@@ -28,14 +30,20 @@ class UsageError(FatalError):
     code: ClassVar[int] = 100
 
 
+@contextmanager
+def attempt(what: str) -> Iterator[None]:
+    """Do what is in the block. A system call that fails there is fatal: `what` can't be done."""
+    try:
+        yield
+    except OSError as error:
+        raise FatalError.of(what, error) from error
+
+
 def print_out(text: str) -> None:
     """Write `text` to standard output.
 
     Raises:
         FatalError: it can't be written, all of it.
     """
-    try:
-        with open(1, "w", closefd=False) as output:
-            output.write(text)
-    except OSError as error:
-        raise FatalError.of("write standard output", error) from None
+    with attempt("write standard output"), open(1, "w", closefd=False) as output:
+        output.write(text)
