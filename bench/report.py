@@ -41,21 +41,27 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Results:
-    """Medians.
+    """Medians, and ratios.
 
     Attributes:
         machine: What they were measured on.
         rounds: How often.
+        slices: And how often in each.
         idle: How many connections were idle at a time.
         versions: Whom, in the order of the columns.
         medians: For each metric, whose title ends with its unit, the median of each proxy.
+        ratios: Ours to the better of those who are compared, whose median is the lower: the median
+            of the ratios, each of two values from the same slice. So what slows the machine down
+            for a while slows down both.
     """
 
     machine: str
     rounds: int
+    slices: int
     idle: int
     versions: dict[str, str]
     medians: dict[str, dict[str, float]]
+    ratios: dict[str, float]
 
     @classmethod
     def of(
@@ -63,14 +69,23 @@ class Results:
         values: Mapping[str, Mapping[str, Sequence[float]]],
         versions: dict[str, str],
         rounds: int,
+        slices: int,
         idle: int,
     ) -> "Results":
-        """Take the medians of all rounds."""
+        """Take the medians of all slices."""
         medians = {
             metric: {name: median(each) for name, each in by_name.items()}
             for metric, by_name in values.items()
         }
-        return cls(_machine(), rounds, idle, versions, medians)
+        ratios = {}
+        for metric, by_name in values.items():
+            others = [name for name in COMPARED if name in by_name]
+            if OURS in by_name and others:
+                better = min(others, key=medians[metric].__getitem__)
+                pairs = zip(by_name[OURS], by_name[better], strict=True)
+                if each := [ours / theirs for ours, theirs in pairs if theirs]:
+                    ratios[metric] = median(each)
+        return cls(_machine(), rounds, slices, idle, versions, medians, ratios)
 
     def keep(self) -> None:
         """Keep them: as JSON, as a plot, and as the table in the README."""
@@ -80,14 +95,6 @@ class Results:
         _, after = rest.split(END)
         README.write_text(before + BEGIN + self.markdown() + END + after, "utf-8")
 
-    def ratio(self, metric: str) -> float | None:
-        """Return ours to the better of those who are compared; None if one of both is missing."""
-        medians = self.medians[metric]
-        others = [medians[name] for name in COMPARED if name in medians]
-        if not others or OURS not in medians or not min(others):
-            return None
-        return medians[OURS] / min(others)
-
     def text(self) -> str:
         """Return all of it as a table."""
         measured = {name for row in self.medians.values() for name in row}
@@ -96,7 +103,7 @@ class Results:
         rows = [["", *names, "ratio"]]
         for metric, medians in self.medians.items():
             cells = [_number(medians[name]) if name in medians else "" for name in names]
-            ratio = self.ratio(metric)
+            ratio = self.ratios.get(metric)
             rows.append([metric, *cells, "" if ratio is None else f"{ratio:.2f}"])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         layout = f"{{:{widths[0]}}}" + "".join(f"{{:>{width + 2}}}" for width in widths[1:])
@@ -113,16 +120,14 @@ class Results:
         for title, metric in SHOWN.items():
             medians = self.medians.get(metric, {})
             cells = [_number(medians[name]) if name in medians else "" for name in names]
-            ratio = self.ratio(metric) if medians else None
-            lines.append(f"| {title} | {' | '.join(cells)} | {_ratio(ratio)} |")
+            ratio = _ratio(self.ratios.get(metric))
+            lines.append(f"| {title} | {' | '.join(cells)} | {ratio} |")
         return "\n".join([*lines, "", self._caption(), ""])
 
     def plot(self) -> str:
         """Return the same rows as bars, each as a share of what the better peer takes."""
         bars = [
-            (title, ratio)
-            for title, metric in SHOWN.items()
-            if metric in self.medians and (ratio := self.ratio(metric)) is not None
+            (title, self.ratios[metric]) for title, metric in SHOWN.items() if metric in self.ratios
         ]
         unit, left, top, step = 220, 350, 64, 26
         width, height = left + 2 * unit + 30, top + step * len(bars) + 16
@@ -154,9 +159,9 @@ class Results:
         versions = ", ".join(
             f"{name} {version}" for name, version in self.versions.items() if version
         )
-        rounds = "One round" if self.rounds == 1 else f"Medians of {self.rounds} rounds"
         return (
-            f"{rounds} on {self.machine}: {versions}. "
+            f"Medians of {self.rounds * self.slices} slices in {self.rounds} rounds on "
+            f"{self.machine}: {versions}. "
             f"{self.idle:,} connections were idle at a time."
         )
 

@@ -2,9 +2,11 @@
 
 usage: scripts/bench [--rounds N] [--quick] [--only WORD] [--save]
 
-What is printed are medians over the rounds, and the ratio of ours to the better of HAProxy and
-nginx. Processor time is that of the proxy's processes alone, so that clients, backend and a busy
-machine count for little. Nothing here passes or fails: machines differ, ratios less.
+What is printed are medians, and the ratio of ours to the better of HAProxy and nginx. Processor
+time is that of the proxy's processes alone, so that clients, backend and a busy machine count for
+little. A machine that others share takes half as much time again from one second to the next. So a
+round is made of slices, each short and with all proxies in it, and a ratio is the median of what
+the slices say one by one. Nothing here passes or fails: machines differ, ratios less.
 """
 
 import argparse
@@ -35,24 +37,23 @@ AT_A_TIME = 200
 MANY_STREAMS = 8
 BUSY = 500
 GIGABYTE = 1e9
-WARM_UP = 2000  # connections: what Python specialises, and what others allocate once
 PER_IDLE = 3  # descriptors for each idle connection; HAProxy sets some aside for pipes
 FIRST_PORT = 20_000  # below those that the kernel takes for clients
 
 
 class Size(NamedTuple):
-    """How much of everything; enough to take a second or so from each proxy."""
+    """How much of everything; a slice takes a quarter of a second or so from each proxy."""
 
-    connections: int = 10_000
+    slices: int = 10
+    connections: int = 2_000  # a slice, and before the first: what Python specialises once
     hosts: int = 10_000
-    bulk: int = 2_000_000_000  # bytes
-    pings: int = 20_000
-    busy_pings: int = 100_000
+    bulk: int = 200_000_000  # bytes
+    pings: int = 2_000
+    busy_pings: int = 10_000
     idle: int = 10_000
-    idle_connects: int = 4_000
 
 
-QUICK = Size(200, 100, 5_000_000, 100, 1000, 1000, 200)
+QUICK = Size(1, 200, 100, 5_000_000, 100, 1000, 1000)
 
 
 class Load:
@@ -108,7 +109,7 @@ class Proxy(NamedTuple):
 
 
 class Bench:
-    """What is measured, and the results: for each metric, for each proxy, a value a round."""
+    """What is measured, and the results: for each metric, for each proxy, a value a slice."""
 
     def __init__(self, load: Load, size: Size, only: str) -> None:
         self._load = load
@@ -120,10 +121,13 @@ class Bench:
         """Tell whether `title` is to be measured."""
         return self._only in title
 
-    def connect(self, title: str, proxy: Proxy, hosts: int = 1, count: int = 0) -> None:
+    def warm_up(self, proxy: Proxy) -> None:
+        """Connect before anything is measured: what is allocated once, and what Python learns."""
+        self._load.run("connect", proxy.port, 1, AT_A_TIME, self.size.connections)
+
+    def connect(self, title: str, proxy: Proxy, hosts: int = 1) -> None:
         """Connect, a byte back, close."""
-        count = count or self.size.connections
-        self._load.run("connect", proxy.port, hosts, AT_A_TIME, min(WARM_UP, count))
+        count = self.size.connections
         seconds, cpu, _ = self._measure(proxy, "connect", hosts, AT_A_TIME, count)
         self._note(f"{title}: time, µs", proxy, seconds / count * 1e6)
         self._note(f"{title}: CPU, µs", proxy, cpu / count * 1e6)
@@ -145,7 +149,7 @@ class Bench:
     def idle(self, title: str, proxy: Proxy, many: int) -> None:
         """Hold connections that do nothing; then connect beside them."""
         assert proxy.running is not None
-        self._load.run("connect", proxy.port, 1, AT_A_TIME, min(WARM_UP, self.size.connections))
+        self.warm_up(proxy)
         time.sleep(0.5)  # for the last to be closed
         before = proxy.running.private_bytes()
         with self._load.ready("idle", proxy.port, many) as clients:
@@ -157,7 +161,8 @@ class Bench:
             time.sleep(1)
             cpu = proxy.processor_seconds() - before_cpu
             self._note(f"{title}: CPU in a second, ms", proxy, cpu * 1000)
-            self.connect(f"connect beside {title}", proxy, count=self.size.idle_connects)
+            for _ in range(self.size.slices):
+                self.connect(f"connect beside {title}", proxy)
             clients.communicate()
 
     def _measure(
@@ -209,7 +214,11 @@ def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) 
         stack.enter_context(load.backend(stage.backend, stage.backend_port))
 
         def start(peers: list[Peer], hosts: int = 1, *, header: bool = False) -> list[Proxy]:
-            return [stack.enter_context(stage.proxy(peer, hosts, header=header)) for peer in peers]
+            proxies = []
+            for peer in peers:
+                proxies.append(stack.enter_context(stage.proxy(peer, hosts, header=header)))
+                bench.warm_up(proxies[-1])
+            return proxies
 
         with_header = [peer for peer in peers if peer.header]
         direct = Proxy(DIRECT, stage.backend_port, None)
@@ -236,10 +245,10 @@ def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) 
         for number in range(rounds):
             print(f"bench: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for title, measured, work in works:
-                # In another order each time: the machine may get slower meanwhile, and whoever
-                # comes behind a busy one finds the processors warm.
-                for proxy in shuffle.sample(measured, len(measured)):
-                    if bench.wanted(title):
+                for _ in range(size.slices if bench.wanted(title) else 0):
+                    # In another order each time: the machine may get slower meanwhile, and whoever
+                    # comes behind a busy one finds the processors warm.
+                    for proxy in shuffle.sample(measured, len(measured)):
                         work(title, proxy)
             if bench.wanted("idle"):
                 for peer in peers:
@@ -252,7 +261,7 @@ def main() -> int:
     """Run what the options ask for, and print it."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--rounds", type=int, default=5, help="how often to do all of it (%(default)s)"
+        "--rounds", type=int, default=3, help="how often to do all of it (%(default)s)"
     )
     parser.add_argument("--only", default="", metavar="WORD", help="what has WORD in its title")
     parser.add_argument("--quick", action="store_true", help="small amounts: to try the program")
@@ -273,7 +282,7 @@ def main() -> int:
         bench = Bench(load, size, options.only)
         run(bench, load, Stage(directory), peers, options.rounds)
     versions = {DIRECT: ""} | {peer.name: peer.show_version() for peer in peers}
-    results = Results.of(bench.values, versions, options.rounds, size.idle)
+    results = Results.of(bench.values, versions, options.rounds, size.slices, size.idle)
     print(results.text())
     if options.save:
         results.keep()

@@ -52,6 +52,9 @@ from sniproxy_hostname import Hostname, InvalidHostname
 # What SO_RCVLOWAT is on a new socket.
 _ANY_BYTES = 1
 
+# Leave what is there in the socket, and never wait for more.
+_LOOK = MSG_PEEK | MSG_DONTWAIT
+
 # What was a name once is one for ever, and the same few are asked for all day; a refusal is not
 # kept. Names of 253 bytes would take 0.8 MB.
 _hostname = lru_cache(maxsize=1024)(Hostname)
@@ -259,7 +262,7 @@ class Session:
         If it is not, the session waits for more, or is over.
         """
         try:
-            size = self.client.recv_into(self.shared.buffer, MAX_WIRE, MSG_PEEK | MSG_DONTWAIT)
+            size = self.client.recv_into(self.shared.buffer, MAX_WIRE, _LOOK)
         except BlockingIOError:
             pass
         except OSError:

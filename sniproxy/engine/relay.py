@@ -41,7 +41,6 @@ _CHUNK = 1 << 16
 
 # Bytes that a direction may move before the others have their turn: one full pipe, some 0.2 ms.
 _TURN = 1 << 20
-_READS = _TURN // _CHUNK
 
 # What is much, in one turn: half of what the buffer takes. Not all of it, for on loopback a TCP
 # segment has 65,483 bytes, and one at a time may be waiting.
@@ -213,12 +212,14 @@ class _Flow:
                 return False
         if events & _ENDING:
             self.ending = True
-            self.gone = self.gone or bool(events & EPOLLHUP)
-            self.broken = self.broken or bool(events & EPOLLERR)
+            if events & EPOLLHUP:
+                self.gone = True
+            if events & EPOLLERR:
+                self.broken = True
             if events & EPOLLPRI or (self.broken and (self.ended or self.stalled)):
                 # No read will bring the error up soon, and it is not to wait.
                 self.abort(self.broken_off)
-            elif self.gone and self.ended:
+            elif self.ended and self.gone:
                 self._finish()
         return self.back is not None
 
@@ -241,7 +242,7 @@ class _Flow:
                 return self._pump_spliced(pipe)
         buffer = self.relay.buffer
         moved = 0
-        for _ in range(_READS):
+        while moved < _TURN:
             try:
                 size = self.source.recv_into(buffer, _CHUNK, MSG_DONTWAIT)
             except BlockingIOError:
@@ -261,9 +262,12 @@ class _Flow:
                 self.pending = bytes(buffer[sent:size])
                 return self._stall()
             moved += size
-            self.credit = self.credit + 1 if moved >= _MUCH else 0
-            if self.credit == _HIGH_GEAR and self.relay.can_splice:
-                return self._shift_up()
+            if moved < _MUCH:
+                self.credit = 0
+            else:
+                self.credit += 1
+                if self.credit == _HIGH_GEAR and self.relay.can_splice:
+                    return self._shift_up()
             if size < _CHUNK and not self.ending:
                 return
         self.relay.loop.soon(self)
@@ -394,9 +398,10 @@ class _Flow:
     def _close(self, ending: Ending) -> None:
         back = self.back
         assert back is not None
-        for flow in (self, back):
-            if flow.pipe is not None:
-                flow.return_pipe(flow.pipe)
+        if self.pipe is not None:
+            self.return_pipe(self.pipe)
+        if back.pipe is not None:
+            back.return_pipe(back.pipe)
         self.relay.loop.close(self.source)
         self.relay.loop.close(self.sink)
         # Without the cycle the memory is free at once, not when the collector comes round.
