@@ -315,12 +315,13 @@ static void await_byte(int fd)
 static void connect_load(int hosts, int at_a_time, long count)
 {
     long begun = 0, ended = 0;
+    long first = getpid() * 4099L % hosts; /* anywhere: the next run is to see other hosts */
     struct epoll_event events[MOST_EVENTS];
     double began = now();
     while (ended < count) {
         for (; begun < count && begun - ended < at_a_time; begun++) {
             if (hosts > 1 && digits) {
-                long number = begun % hosts;
+                long number = (first + begun) % hosts;
                 for (int i = 4; i >= 0; i--, number /= 10)
                     digits[i] = '0' + number % 10;
             }

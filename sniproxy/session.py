@@ -334,19 +334,12 @@ class Session:
                 return False
             self._refuse(error.reason, ALERTS[error.reason], str(error))
             return True
-        if send_proxy_v1:
-            try:
-                # It fits: the send buffer of a new socket takes far more than 107 bytes.
-                backend.send(self._proxy_header())
-            except OSError as error:
-                backend.close()
-                failed = HostReason.BACKEND_FAILED
-                self._refuse(failed, ALERTS[failed], error.strerror or str(error))
-                return True
         self.over = True
         shared.served += 1
         on_end = self._log_end if shared.config.log_connections else shared.left
-        shared.relay.join(self.client, backend, on_end, self.events if self.watched else None)
+        events = self.events if self.watched else None
+        header = self._proxy_header() if send_proxy_v1 else b""
+        shared.relay.join(self.client, backend, on_end, events, header)
         return True
 
     def _log_end(self, up: int, down: int, ending: Ending) -> None:

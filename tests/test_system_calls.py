@@ -291,12 +291,20 @@ def test_bulk_never_enters_the_process(
 # The way there.
 
 
-def test_the_calls_of_a_short_connection(daemon: Daemon, backend: RawBackend, trace: Trace) -> None:
+@pytest.mark.parametrize("header", [b"", b"PROXY TCP4 "])
+def test_the_calls_of_a_short_connection(
+    daemon: Daemon, backend: RawBackend, trace: Trace, hosts: Path, header: bytes
+) -> None:
+    if header:
+        (hosts / NAME / "send-proxy-v1").touch()
     with trace, ExitStack() as stack:
         with stopped(daemon.process):
             client = stack.enter_context(daemon.connect())
             client.sendall(HELLO)
         connection = stack.enter_context(backend.accept())
+        assert receive_exactly(connection, len(header)) == header
+        while header and receive_exactly(connection, 1) != b"\n":
+            pass
         assert receive_exactly(connection, len(HELLO)) == HELLO
         # A byte that comes at the same time as the question for it might be announced twice.
         trace.wait_for(2, "EPOLL_CTL_ADD")
@@ -319,7 +327,7 @@ def test_the_calls_of_a_short_connection(daemon: Daemon, backend: RawBackend, tr
             "socket": 1,
             "connect": 1,
             "fchdir": 1,  # back again
-            "sendto": 2,  # the hello, the answer
+            "sendto": 2,  # the hello, with the header before it; the answer
             "epoll_ctl": 2,  # watch the client, watch the backend
             "shutdown": 1,  # the client's end, passed on
             "close": 2,
@@ -328,6 +336,8 @@ def test_the_calls_of_a_short_connection(daemon: Daemon, backend: RawBackend, tr
     if os.geteuid() != 0:
         # The directory is not root's, so it matters whose the listener is.
         expected["getsockopt"] = 1
+    if header:
+        expected["getsockname"] += 1  # where the client has connected to
     found = count(calls)
     assert found == expected, f"too many: {found - expected}; too few: {expected - found}"
 

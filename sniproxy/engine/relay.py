@@ -101,6 +101,7 @@ class Relay:
         far: socket,
         on_end: OnEnd,
         near_events: int | None = None,
+        first: bytes = b"",
     ) -> None:
         """Relay between two connected stream sockets until both directions have ended.
 
@@ -113,6 +114,8 @@ class Relay:
                 there and those that came back, and how it ended.
             near_events: what has happened to `near` so far, if the loop watches it already, for
                 `READ_EVENTS`. What was told to another watcher will not be told again.
+            first: what the far end is to hear before all that the near end says, and not counted;
+                far less than the send buffer of a socket holds.
 
         Raises:
             OSError: the kernel can't watch them (ENOMEM, ENOSPC); both are reset.
@@ -122,9 +125,11 @@ class Relay:
         up.back, down.back = down, up
         try:
             # Before anything else: a far end that has just been woken finds it when it looks.
-            if near_events is None:
+            if first:
+                up.send_first(first)
+            elif near_events is None:
                 up.pump()
-            else:
+            if near_events is not None and up.back is not None:
                 self.loop.hand_over(near.fileno(), up)
                 up.watched = True
                 up.on_event(near_events)
@@ -231,6 +236,20 @@ class _Flow:
                 # it left us something unread.
                 sock.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
             self._close(ending)
+
+    def send_first(self, first: bytes) -> None:
+        """Send `first` and what the source has said so far, for the sink to wake up once.
+
+        If that is not all, the loop tells when it is asked to watch the source.
+        """
+        try:
+            self.pending = first + self.source.recv(_CHUNK, MSG_DONTWAIT)
+        except BlockingIOError:
+            self.pending = first
+        except OSError:
+            return self.abort(self.broken_off)
+        if self._send_pending() or self.pending:
+            self.moved -= len(first)
 
     def pump(self) -> None:
         """Move bytes until the source has none, the sink takes none, or the turn is over."""

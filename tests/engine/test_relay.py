@@ -54,9 +54,9 @@ class Bench:
         self.join_these(near, far)
         return self.stream(client), self.stream(backend)
 
-    def join_these(self, near: socket.socket, far: socket.socket) -> None:
+    def join_these(self, near: socket.socket, far: socket.socket, first: bytes = b"") -> None:
         self.census.enter()
-        self.relay.join(plain(near), plain(far), self.left)
+        self.relay.join(plain(near), plain(far), self.left, first=first)
 
     def left(self, up: int, down: int, ending: Ending) -> None:
         self.endings.append((up, down, ending))
@@ -464,8 +464,14 @@ async def test_what_was_said_before_is_passed_on_at_once() -> None:
         await it.all_ended()
 
 
+# The last of them is more than one read takes, and the loop will not tell of the rest.
+@pytest.mark.parametrize(
+    ("first", "said"), [(b"", b"hello"), (b"first, ", b"hello"), (b"first, ", bytes(100_000))]
+)
 @trio_test
-async def test_what_was_said_to_a_watcher_before_is_passed_on_at_once() -> None:
+async def test_what_was_said_to_a_watcher_before_is_passed_on_at_once(
+    first: bytes, said: bytes
+) -> None:
     async with bench() as it:
         client, near = tcp_pair()
         backend, far = unix_pair()
@@ -478,39 +484,83 @@ async def test_what_was_said_to_a_watcher_before_is_passed_on_at_once() -> None:
             def abort(self) -> None:
                 raise AssertionError
 
+        say(client, near, said)
         plain_near, plain_far = plain(near), plain(far)
         it.loop.watch(plain_near.fileno(), Before(), READ_EVENTS)
-        client.sendall(b"hello")
         with trio.fail_after(5):
             while not told:
                 await trio.lowlevel.checkpoint()
         it.census.enter()
-        it.relay.join(plain_near, plain_far, it.left, told[0])
-        assert received_already(backend) == b"hello"
+        it.relay.join(plain_near, plain_far, it.left, told[0], first)
+        assert received_already(backend) == first + said
         await check_both_ways(it.stream(client), it.stream(backend))
         await it.all_ended()
         assert len(told) == 1
 
 
+@trio_test
+async def test_what_is_first_comes_with_what_was_said_and_is_not_counted() -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        say(client, near, b"hello")
+        it.join_these(near, far, b"first, ")
+        assert received_already(backend) == b"first, hello"
+        client.close()
+        with trio.fail_after(5):
+            assert await it.stream(backend).receive_some() == b""
+        backend.close()
+        await it.all_ended()
+        assert it.endings == [(5, 0, Ending.FINISHED)]
+
+
+@trio_test
+async def test_what_is_first_does_not_wait_for_what_is_said() -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        it.join_these(near, far, b"first, ")
+        assert received_already(backend) == b"first, "
+        await check_both_ways(it.stream(client), it.stream(backend))
+        await it.all_ended()
+        assert it.endings == [(MUCH, MUCH, Ending.FINISHED)]
+
+
+@trio_test
+async def test_what_is_first_is_for_nobody_if_the_near_end_has_reset() -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        reset(client)
+        wait_for(near, select.POLLERR)
+        it.join_these(near, far, b"first, ")
+        assert it.endings == [(0, 0, Ending.NEAR_RESET)]
+        with trio.fail_after(5):
+            assert await it.stream(backend).receive_some() == b""
+
+
+@pytest.mark.parametrize("first", [b"", b"first, "])
 @pytest.mark.parametrize("size", [10_000, 90_000])
 @trio_test
-async def test_of_what_was_said_before_nothing_is_lost_in_a_small_buffer(size: int) -> None:
+async def test_of_what_was_said_before_nothing_is_lost_in_a_small_buffer(
+    size: int, first: bytes
+) -> None:
     async with bench() as it:
         client, near = tcp_pair()
         backend, far = unix_pair()
         far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         said = b"".join(Noise().blocks(size))
         say(client, near, said)
-        it.join_these(near, far)
+        it.join_these(near, far, first)
         client_end, backend_end = it.stream(client), it.stream(backend)
         # It stalls, and stays so until somebody reads.
         await trio.testing.wait_all_tasks_blocked(0.01)
         received = received_already(backend)
-        assert 0 < len(received) < size
+        assert len(first) < len(received) < size
         with trio.fail_after(5):
-            while len(received) < size:
+            while len(received) < len(first) + size:
                 received += await backend_end.receive_some()
-        assert received == said
+        assert received == first + said
         await check_both_ways(client_end, backend_end, 1 << 17)
         await it.all_ended()
 
@@ -551,11 +601,12 @@ async def test_both_may_have_ended_before() -> None:
             assert b"".join([chunk async for chunk in it.stream(end)]) == expected
 
 
+@pytest.mark.parametrize("first", [b"", b"first, "])
 @pytest.mark.parametrize("said", [b"", b"question"])
 @pytest.mark.parametrize("last_words", [b"", b"no room"])
 @trio_test
 async def test_a_backend_that_has_gone_before_has_its_last_words(
-    said: bytes, last_words: bytes
+    said: bytes, last_words: bytes, first: bytes
 ) -> None:
     async with bench() as it:
         for _ in range(3):
@@ -565,8 +616,9 @@ async def test_a_backend_that_has_gone_before_has_its_last_words(
             say(client, near, said)
             say(backend, far, last_words)
             backend.close()
-            it.join_these(near, far)
+            it.join_these(near, far, first)
             await it.all_ended()
+            assert it.endings.pop()[:2] == (0, len(last_words))
             assert it.loop.watchers() == []
             client_end = it.stream(client)
             assert b"".join([chunk async for chunk in client_end]) == last_words
