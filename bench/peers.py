@@ -136,7 +136,8 @@ def _ours(setup: Setup, *options: str) -> subprocess.Popen[bytes]:
     hosts.mkdir()
     for name in setup.names:
         (hosts / name).mkdir()
-        (hosts / name / "tls-socket").symlink_to(setup.backend)
+        # As a backend would have bound it, there; a symbolic link would be one more to follow.
+        (hosts / name / "tls-socket").hardlink_to(setup.backend)
         if setup.header:
             (hosts / name / "send-proxy-v1").touch()
     with (

@@ -334,11 +334,11 @@ class Session:
                 return False
             self._refuse(error.reason, ALERTS[error.reason], str(error))
             return True
+        header = self._proxy_header() if send_proxy_v1 else b""
+        events = self.events if self.watched else None
+        on_end = self._log_end if shared.config.log_connections else shared.left
         self.over = True
         shared.served += 1
-        on_end = self._log_end if shared.config.log_connections else shared.left
-        events = self.events if self.watched else None
-        header = self._proxy_header() if send_proxy_v1 else b""
         shared.relay.join(self.client, backend, on_end, events, header)
         return True
 
