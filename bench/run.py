@@ -42,14 +42,14 @@ FIRST_PORT = 20_000  # below those that the kernel takes for clients
 
 
 class Size(NamedTuple):
-    """How much of everything; a slice takes a quarter of a second or so from each proxy."""
+    """How much of everything; a slice takes a tenth of a second or so from each proxy."""
 
-    slices: int = 10
-    connections: int = 2_000  # a slice, and before the first: what Python specialises once
+    slices: int = 20
+    connections: int = 1_000
     hosts: int = 10_000
-    bulk: int = 200_000_000  # bytes
-    pings: int = 2_000
-    busy_pings: int = 10_000
+    bulk: int = 100_000_000  # bytes
+    pings: int = 1_000
+    busy_pings: int = 5_000
     idle: int = 10_000
 
 
@@ -121,9 +121,14 @@ class Bench:
         """Tell whether `title` is to be measured."""
         return self._only in title
 
-    def warm_up(self, proxy: Proxy) -> None:
-        """Connect before anything is measured: what is allocated once, and what Python learns."""
-        self._load.run("connect", proxy.port, 1, AT_A_TIME, self.size.connections)
+    def warm_up(self, proxy: Proxy, hosts: int = 1) -> None:
+        """Connect to every host before anything is measured.
+
+        Then what is allocated once is there, Python has learned which types it meets, and the
+        kernel has read the directories.
+        """
+        count = max(hosts, self.size.connections)
+        self._load.run("connect", proxy.port, hosts, AT_A_TIME, count)
 
     def connect(self, title: str, proxy: Proxy, hosts: int = 1) -> None:
         """Connect, a byte back, close."""
@@ -217,7 +222,7 @@ def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) 
             proxies = []
             for peer in peers:
                 proxies.append(stack.enter_context(stage.proxy(peer, hosts, header=header)))
-                bench.warm_up(proxies[-1])
+                bench.warm_up(proxies[-1], hosts)
             return proxies
 
         with_header = [peer for peer in peers if peer.header]
@@ -261,7 +266,7 @@ def main() -> int:
     """Run what the options ask for, and print it."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--rounds", type=int, default=3, help="how often to do all of it (%(default)s)"
+        "--rounds", type=int, default=2, help="how often to do all of it (%(default)s)"
     )
     parser.add_argument("--only", default="", metavar="WORD", help="what has WORD in its title")
     parser.add_argument("--quick", action="store_true", help="small amounts: to try the program")
