@@ -52,7 +52,7 @@ class Results:
         medians: For each metric, whose title ends with its unit, the median of each proxy.
         ratios: Ours to the better of those who are compared, whose median is the lower: the median
             of the ratios, each of two values from the same slice. So what slows the machine down
-            for a while slows down both.
+            for a while slows down both. (Where connections are idle, from the same round.)
     """
 
     machine: str
