@@ -21,6 +21,8 @@ from sniproxy_hostname import Hostname
 _SOCKET = "tls-socket"
 _SEND_PROXY_V1 = "send-proxy-v1"
 
+_STREAM = SOCK_STREAM | SOCK_NONBLOCK
+
 # struct ucred: pid, uid, gid; unix(7).
 _UCRED = struct.Struct("iII")
 
@@ -149,7 +151,7 @@ class HostsDirectory:
             # An entry of that name, whatever it is: a dangling link was put there on purpose, too.
             send_proxy_v1 = os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False)
             # The last: it wakes the backend, who had better find the hello when it is awake.
-            backend = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
+            backend = socket(AF_UNIX, _STREAM)
             backend.connect(_SOCKET)
             if self._checks_owner:
                 self._check_owner(directory, backend)

@@ -52,6 +52,10 @@ from sniproxy_hostname import Hostname, InvalidHostname
 # What SO_RCVLOWAT is on a new socket.
 _ANY_BYTES = 1
 
+# Nearly every hello has fewer bytes than these: post-quantum key shares make it 1.8 KB. A longer
+# one is looked at a second time, with room for the longest.
+_USUAL_WIRE = 4096
+
 # Leave what is there in the socket, and never wait for more.
 _LOOK = MSG_PEEK | MSG_DONTWAIT
 
@@ -121,8 +125,8 @@ class Sessions:
         self.log = log
         self.census = census
         self.nursery = nursery
-        # One hello at a time is looked at, and never kept.
-        self.buffer = memoryview(bytearray(MAX_WIRE))
+        # For what is read only to be thrown away.
+        self.buffer = bytearray(MAX_WIRE)
         # Those who wait for the rest of their hello, the oldest first: a dict keeps the order.
         self.waiting: dict[Session, None] = {}
         self.served = self.refused = 0
@@ -262,19 +266,21 @@ class Session:
         If it is not, the session waits for more, or is over.
         """
         try:
-            size = self.client.recv_into(self.shared.buffer, MAX_WIRE, _LOOK)
+            data = self.client.recv(_USUAL_WIRE, _LOOK)
+            if len(data) == _USUAL_WIRE:
+                data = self.client.recv(MAX_WIRE, _LOOK)
         except BlockingIOError:
             pass
         except OSError:
             # ECONNRESET
             self.events |= EPOLLERR
         else:
-            if not size:
+            if not data:
                 self._leave()
                 return None
-            if size > self.size:
-                new = self.shared.buffer[self.size : size].tobytes()
-                self.size = size
+            if len(data) > self.size:
+                new = data[self.size :] if self.size else data
+                self.size = len(data)
                 if self.hello is None:
                     if (hello := read_at_once(new)) is not None:
                         return hello

@@ -75,7 +75,8 @@ def test_in_small_records(daemon: Daemon, backend: RawBackend, size: int, pause:
         check_it_arrives(backend, client, flight)
 
 
-@pytest.mark.parametrize("size", [1800, 16_380, 16_385, 30_000, 65_536])
+# 4,087 bytes and two headers are what the first look at a hello has room for.
+@pytest.mark.parametrize("size", [1800, 4086, 4087, 4088, 16_380, 16_385, 30_000, 65_536])
 @pytest.mark.parametrize("segment", [700, 40_000, 1 << 20])
 def test_up_to_64_kib(daemon: Daemon, backend: RawBackend, size: int, segment: int) -> None:
     flight = hellos.records(hellos.hello_of_size(size, NAME))

@@ -153,12 +153,10 @@ class _Flow:
 
     __slots__ = (
         "back",
-        "broken",
         "broken_off",
         "credit",
         "ended",
         "ending",
-        "gone",
         "moved",
         "on_end",
         "pending",
@@ -187,10 +185,10 @@ class _Flow:
         self.pipe: Pipe | None = None
         self.piped = 0  # bytes in the pipe
         self.stalled = False  # the sink takes nothing until EPOLLOUT
-        self.ending = False  # an end or an error stands behind the last byte of the source
+        # What stands behind the last byte of the source: an end (EPOLLRDHUP); and it will not read
+        # either (EPOLLHUP), or has an error (EPOLLERR), which may come up behind its last bytes.
+        self.ending = 0
         self.ended = False  # the end has been passed on
-        self.broken = False  # the source has an error, which may come up behind its last bytes
-        self.gone = False  # the source is closed for both directions: it will not read either
         self.watched = False  # the source is in the loop
         self.write_watched = False  # EPOLLOUT is asked for on the *source*, for `back`'s sake
 
@@ -215,17 +213,12 @@ class _Flow:
                 back.pump()
             if self.back is None or events == EPOLLOUT:
                 return False
-        if events & _ENDING:
-            self.ending = True
-            if events & EPOLLHUP:
-                self.gone = True
-            if events & EPOLLERR:
-                self.broken = True
-            if events & EPOLLPRI or (self.broken and (self.ended or self.stalled)):
-                # No read will bring the error up soon, and it is not to wait.
-                self.abort(self.broken_off)
-            elif self.ended and self.gone:
-                self._finish()
+        self.ending |= events & _ENDING
+        if events & EPOLLPRI or (self.ending & EPOLLERR and (self.ended or self.stalled)):
+            # No read will bring the error up soon, and it is not to wait.
+            self.abort(self.broken_off)
+        elif self.ended and self.ending & EPOLLHUP:
+            self._finish()
         return self.back is not None
 
     def abort(self, ending: Ending = Ending.CUT) -> None:
@@ -360,7 +353,7 @@ class _Flow:
     def _stall(self) -> None:
         back = self.back
         assert back is not None
-        if self.broken:
+        if self.ending & EPOLLERR:
             # The source was reset, and that is not to wait for the sink.
             return self.abort(self.broken_off)
         self.stalled = True
@@ -376,7 +369,7 @@ class _Flow:
         self.ended = True
         back = self.back
         assert back is not None
-        if back.ended or self.gone:
+        if back.ended or self.ending & EPOLLHUP:
             return self._finish()
         try:
             self.sink.shutdown(SHUT_WR)
@@ -402,7 +395,7 @@ class _Flow:
         back = self.back
         assert back is not None
         if not (back.stalled or back.ended):
-            back.ending = True
+            back.ending |= EPOLLRDHUP
             back.pump()
         self.abort(back.broken_off)
 

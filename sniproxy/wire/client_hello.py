@@ -23,6 +23,7 @@ CRYPTO frames without any record around it (RFC 9001 section 4), hence a functio
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from struct import Struct
 from typing import Final
 
@@ -32,14 +33,17 @@ from .reader import entries, malformed, not_one_vector, wrong_size
 
 __all__ = ["ClientHello", "parse_client_hello"]
 
-_LEGACY_VERSION: Final = 2  # bytes
-_RANDOM: Final = 32  # bytes
+_LEGACY_SESSION_ID: Final = 2 + 32  # where it begins: after legacy_version and random
 _LONGEST_SESSION_ID: Final = 32  # bytes
 _EXTENSION: Final = Struct("!HH")  # ExtensionType, length of extension_data
 _NAME: Final = Struct("!BH")  # NameType, length of the name
-_ONE_NAME: Final = Struct("!HBH")  # length of server_name_list, NameType, length of the name
+_ONE_NAME: Final = 2 + 1 + 2  # length of server_name_list, NameType, length of the name
+_read_one_name = Struct("!HBH").unpack_from
 _VERSION: Final = Struct("!H")
 _TLS13: Final = (0x0304,)  # as _VERSION unpacks it
+# Clients of a kind all offer the same, and a lookup takes a third as long as reading it anew. Few,
+# as each may have 64 KB.
+_REMEMBERED: Final = 32
 _HOST_NAME: Final = 0  # NameType, RFC 6066 section 3
 _HOST_NAMES: Final = {_HOST_NAME: "host_name"}
 
@@ -102,36 +106,35 @@ class ClientHello:
         return self.server_name
 
 
-def parse_client_hello(body: bytes | bytearray | memoryview) -> ClientHello:
+def parse_client_hello(body: bytes) -> ClientHello:
     """Read the body of a ClientHello.
 
     Args:
         body: The handshake message without its header of four bytes, all of it and nothing more.
 
     Returns:
-        What was read, in copies: the buffer may be reused.
+        What was read.
 
     Raises:
         HelloError: malformed_hello (decode_error), or duplicate_extension or
             duplicate_name (illegal_parameter).
     """
-    data = bytes(body)
-    end = len(data)
+    end = len(body)
     try:
         # Each vector begins where the one before ends, wherever that is: one that reaches beyond
         # the end is found out by the next byte that should follow, and is not.
-        position = _LEGACY_VERSION + _RANDOM
-        length = data[position]
+        position = _LEGACY_SESSION_ID
+        length = body[position]
         if length > _LONGEST_SESSION_ID:
             raise malformed(f"legacy_session_id of {length} bytes, more than {_LONGEST_SESSION_ID}")
         position += 1 + length
-        length = data[position] << 8 | data[position + 1]
+        length = body[position] << 8 | body[position + 1]
         if not length:
             raise malformed("no cipher_suites")
         if length % 2:
             raise _odd("cipher_suites")
         position += 2 + length
-        length = data[position]
+        length = body[position]
         if not length:
             raise malformed("no legacy_compression_methods")
         position += 1 + length
@@ -139,7 +142,7 @@ def parse_client_hello(body: bytes | bytearray | memoryview) -> ClientHello:
         # whether there are bytes following the compression_methods at the end of the ClientHello."
         if position == end:
             return ClientHello()
-        length = data[position] << 8 | data[position + 1]
+        length = body[position] << 8 | body[position + 1]
         position += 2
     except IndexError:
         raise malformed("ClientHello ends before its extensions") from None
@@ -147,7 +150,7 @@ def parse_client_hello(body: bytes | bytearray | memoryview) -> ClientHello:
         raise wrong_size("ClientHello", position + length, end)
     # RFC 8446 section 4.2: "There MUST NOT be more than one extension of the same type in a given
     # extension block." Which of two would the backend believe?
-    found = entries(data, position, "extensions", _EXTENSION, _READ, Reason.DUPLICATE_EXTENSION)
+    found = entries(body, position, "extensions", _EXTENSION, _READ, Reason.DUPLICATE_EXTENSION)
     return ClientHello(
         _server_name(found[_SERVER_NAME]) if _SERVER_NAME in found else None,
         _protocol_name_list(found[_ALPN]) if _ALPN in found else b"",
@@ -165,12 +168,10 @@ def _server_name(extension: bytes) -> bytes | None:
     """Read `struct { ServerName server_name_list<1..2^16-1>; } ServerNameList;`, RFC 6066."""
     size = len(extension)
     # One host_name and nothing else, as everyone writes it.
-    if size > _ONE_NAME.size and _ONE_NAME.unpack_from(extension) == (
-        size - 2,
-        _HOST_NAME,
-        size - _ONE_NAME.size,
-    ):
-        return extension[_ONE_NAME.size :]
+    if size > _ONE_NAME:
+        list_length, name_type, length = _read_one_name(extension)
+        if length == size - _ONE_NAME and list_length == size - 2 and name_type == _HOST_NAME:
+            return extension[_ONE_NAME:]
     if size < 2 + 1 or extension[0] << 8 | extension[1] != size - 2:
         raise not_one_vector(extension, 2, "server_name", "server_name_list", minimum=1)
     # RFC 6066 section 3: "For backward compatibility, all future data structures associated with
@@ -184,6 +185,7 @@ def _server_name(extension: bytes) -> bytes | None:
     return host_name
 
 
+@lru_cache(_REMEMBERED)
 def _protocol_name_list(extension: bytes) -> bytes:
     """Read `struct { ProtocolName protocol_name_list<2..2^16-1> } ProtocolNameList;`, RFC 7301."""
     size = len(extension)
@@ -201,6 +203,7 @@ def _protocol_name_list(extension: bytes) -> bytes:
     return extension[2:]
 
 
+@lru_cache(_REMEMBERED)
 def _versions(extension: bytes) -> bytes:
     """Read `ProtocolVersion versions<2..254>`, RFC 8446 section 4.2.1."""
     size = len(extension)

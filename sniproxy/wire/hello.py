@@ -32,9 +32,10 @@ MAX_WIRE: Final = 98_304
 _HANDSHAKE_HEADER: Final = 4
 _CLIENT_HELLO: Final = 1  # HandshakeType
 
-# Both headers at the beginning of a stream: ContentType, legacy_record_version and length of the
-# record; HandshakeType and length of the message, in one number.
-_read_both_headers = Struct("!BHHI").unpack_from
+# Both headers at the beginning of a stream: ContentType and length of the record; HandshakeType and
+# length of the message, in one number.
+_read_both_headers = Struct("!BxxHI").unpack_from
+_CLIENT_HELLO_TYPE: Final = _CLIENT_HELLO << 24  # what its type makes of that number
 _BOTH_HEADERS: Final = HEADER + _HANDSHAKE_HEADER
 
 
@@ -53,12 +54,12 @@ def read_at_once(data: bytes) -> ClientHello | None:
         HelloError: As `HelloReader.feed`.
     """
     if len(data) >= _BOTH_HEADERS:
-        content_type, _, length, message = _read_both_headers(data)
+        content_type, length, message = _read_both_headers(data)
         end = HEADER + length
         if (
             content_type == HANDSHAKE
             and length <= MAX_RECORD
-            and message == _CLIENT_HELLO << 24 | length - _HANDSHAKE_HEADER
+            and message == _CLIENT_HELLO_TYPE | length - _HANDSHAKE_HEADER
             and end <= len(data)
         ):
             return parse_client_hello(data[_BOTH_HEADERS:end])
@@ -108,7 +109,7 @@ class HelloReader:
         for fragment in self._records.fragments(data):
             self._message += fragment
             if len(self._message) >= (end := self._message_end()):
-                return parse_client_hello(self._message[_HANDSHAKE_HEADER:end])
+                return parse_client_hello(bytes(self._message[_HANDSHAKE_HEADER:end]))
         self.missing = self._wait_for(self._message_end() - len(self._message))
         return None
 
