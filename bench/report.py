@@ -46,7 +46,8 @@ class Results:
     Attributes:
         machine: What they were measured on.
         rounds: How often.
-        slices: And how often in each.
+        slices: And how often in each,
+        connect_slices: and for connections.
         idle: How many connections were idle at a time.
         versions: Whom, in the order of the columns.
         medians: For each metric, whose title ends with its unit, the median of each proxy.
@@ -58,6 +59,7 @@ class Results:
     machine: str
     rounds: int
     slices: int
+    connect_slices: int
     idle: int
     versions: dict[str, str]
     medians: dict[str, dict[str, float]]
@@ -70,6 +72,7 @@ class Results:
         versions: dict[str, str],
         rounds: int,
         slices: int,
+        connect_slices: int,
         idle: int,
     ) -> "Results":
         """Take the medians of all slices."""
@@ -85,7 +88,7 @@ class Results:
                 pairs = zip(by_name[OURS], by_name[better], strict=True)
                 if each := [ours / theirs for ours, theirs in pairs if theirs]:
                     ratios[metric] = median(each)
-        return cls(_machine(), rounds, slices, idle, versions, medians, ratios)
+        return cls(_machine(), rounds, slices, connect_slices, idle, versions, medians, ratios)
 
     def keep(self) -> None:
         """Keep them: as JSON, as a plot, and as the table in the README."""
@@ -160,8 +163,8 @@ class Results:
             f"{name} {version}" for name, version in self.versions.items() if version
         )
         return (
-            f"Medians of {self.rounds * self.slices} slices in {self.rounds} rounds on "
-            f"{self.machine}: {versions}. "
+            f"Medians of {self.rounds * self.slices} slices in {self.rounds} rounds, "
+            f"{self.rounds * self.connect_slices} for connections, on {self.machine}: {versions}. "
             f"{self.idle:,} connections were idle at a time."
         )
 

@@ -45,6 +45,7 @@ class Size(NamedTuple):
     """How much of everything; a slice takes a tenth of a second or so from each proxy."""
 
     slices: int = 20
+    connect_slices: int = 60  # these are short, and where the ratio has least to spare
     connections: int = 1_000
     hosts: int = 10_000
     bulk: int = 100_000_000  # bytes
@@ -53,7 +54,7 @@ class Size(NamedTuple):
     idle: int = 10_000
 
 
-QUICK = Size(1, 200, 100, 5_000_000, 100, 1000, 1000)
+QUICK = Size(1, 1, 200, 100, 5_000_000, 100, 1000, 1000)
 
 
 class Load:
@@ -250,7 +251,8 @@ def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) 
         for number in range(rounds):
             print(f"bench: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for title, measured, work in works:
-                for _ in range(size.slices if bench.wanted(title) else 0):
+                slices = size.connect_slices if title.startswith("connect") else size.slices
+                for _ in range(slices if bench.wanted(title) else 0):
                     # In another order each time: the machine may get slower meanwhile, and whoever
                     # comes behind a busy one finds the processors warm.
                     for proxy in shuffle.sample(measured, len(measured)):
@@ -287,7 +289,9 @@ def main() -> int:
         bench = Bench(load, size, options.only)
         run(bench, load, Stage(directory), peers, options.rounds)
     versions = {DIRECT: ""} | {peer.name: peer.show_version() for peer in peers}
-    results = Results.of(bench.values, versions, options.rounds, size.slices, size.idle)
+    results = Results.of(
+        bench.values, versions, options.rounds, size.slices, size.connect_slices, size.idle
+    )
     print(results.text())
     if options.save:
         results.keep()

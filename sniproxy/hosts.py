@@ -18,8 +18,9 @@ from enum import StrEnum
 
 from sniproxy_hostname import Hostname
 
-_SOCKET = "tls-socket"
-_SEND_PROXY_V1 = "send-proxy-v1"
+_HERE = b"."
+_SOCKET = b"tls-socket"
+_SEND_PROXY_V1 = b"send-proxy-v1"
 
 _STREAM = SOCK_STREAM | SOCK_NONBLOCK
 
@@ -147,7 +148,7 @@ class HostsDirectory:
         backend = None
         try:
             # Of the directory that was reached, whatever links led to it.
-            directory = os.stat(".")
+            directory = os.stat(_HERE)
             # An entry of that name, whatever it is: a dangling link was put there on purpose, too.
             send_proxy_v1 = os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False)
             # The last: it wakes the backend, who had better find the hello when it is awake.

@@ -254,7 +254,7 @@ class _Flow:
                 return self._pump_spliced(pipe)
         buffer = self.relay.buffer
         moved = 0
-        while moved < _TURN:
+        while True:
             try:
                 size = self.source.recv_into(buffer, _CHUNK, MSG_DONTWAIT)
             except BlockingIOError:
@@ -282,7 +282,8 @@ class _Flow:
                     return self._shift_up()
             if size < _CHUNK and not self.ending:
                 return
-        self.relay.loop.soon(self)
+            if moved >= _TURN:
+                return self.relay.loop.soon(self)
 
     def _shift_up(self) -> None:
         # splice(2) has no MSG_DONTWAIT for the socket's side.

@@ -24,19 +24,19 @@ CRYPTO frames without any record around it (RFC 9001 section 4), hence a functio
 
 from dataclasses import dataclass
 from functools import lru_cache
-from struct import Struct
+from struct import Struct, error
 from typing import Final
 
 from .alert import Alert
 from .errors import HelloError, Reason
-from .reader import entries, malformed, not_one_vector, wrong_size
+from .vectors import malformed, not_one_vector, wrong_size
 
 __all__ = ["ClientHello", "parse_client_hello"]
 
 _LEGACY_SESSION_ID: Final = 2 + 32  # where it begins: after legacy_version and random
 _LONGEST_SESSION_ID: Final = 32  # bytes
-_EXTENSION: Final = Struct("!HH")  # ExtensionType, length of extension_data
-_NAME: Final = Struct("!BH")  # NameType, length of the name
+_read_extension_header = Struct("!HH").unpack_from  # ExtensionType, length of extension_data
+_read_name_header = Struct("!BH").unpack_from  # NameType, length of the name
 _ONE_NAME: Final = 2 + 1 + 2  # length of server_name_list, NameType, length of the name
 _read_one_name = Struct("!HBH").unpack_from
 _VERSION: Final = Struct("!H")
@@ -45,17 +45,7 @@ _TLS13: Final = (0x0304,)  # as _VERSION unpacks it
 # as each may have 64 KB.
 _REMEMBERED: Final = 32
 _HOST_NAME: Final = 0  # NameType, RFC 6066 section 3
-_HOST_NAMES: Final = {_HOST_NAME: "host_name"}
-
-# ExtensionType, RFC 8446 section 4.2: those that are read.
-_SERVER_NAME: Final = 0
-_ALPN: Final = 16
-_SUPPORTED_VERSIONS: Final = 43
-_READ: Final = {
-    _SERVER_NAME: "server_name",
-    _ALPN: "application_layer_protocol_negotiation",
-    _SUPPORTED_VERSIONS: "supported_versions",
-}
+_ALPN: Final = "application_layer_protocol_negotiation"
 
 
 @dataclass(slots=True)
@@ -148,14 +138,57 @@ def parse_client_hello(body: bytes) -> ClientHello:
         raise malformed("ClientHello ends before its extensions") from None
     if position + length != end:
         raise wrong_size("ClientHello", position + length, end)
-    # RFC 8446 section 4.2: "There MUST NOT be more than one extension of the same type in a given
-    # extension block." Which of two would the backend believe?
-    found = entries(body, position, "extensions", _EXTENSION, _READ, Reason.DUPLICATE_EXTENSION)
+    return _read_extensions(body, position)
+
+
+def _read_extensions(body: bytes, position: int) -> ClientHello:
+    """Read `Extension extensions<8..2^16-1>` from `position` to the end of the message.
+
+    A hello has some twenty of them, and the loop is most of the time that it takes. So it does no
+    more than it must for one that nobody reads. Whether the last ends where the message does is
+    looked at once, behind it: before that, nothing in any of them has been looked at.
+    """
+    end = len(body)
+    read = _read_extension_header
+    server_name = alpn = supported_versions = None
+    try:
+        while position < end:
+            extension_type, length = read(body, position)
+            position += 4 + length
+            # Numbers, for a constant with a name would be looked up each time. RFC 8446 section
+            # 4.2: "There MUST NOT be more than one extension of the same type in a given extension
+            # block." Which of two would the backend believe?
+            if extension_type == 0:
+                if server_name is not None:
+                    raise _duplicate_extension("server_name")
+                server_name = body[position - length : position]
+            elif extension_type == 16:
+                if alpn is not None:
+                    raise _duplicate_extension(_ALPN)
+                alpn = body[position - length : position]
+            elif extension_type == 43:
+                if supported_versions is not None:
+                    raise _duplicate_extension("supported_versions")
+                supported_versions = body[position - length : position]
+    except error:
+        raise _cut_off("extensions") from None
+    if position != end:
+        raise _cut_off("extensions")
     return ClientHello(
-        _server_name(found[_SERVER_NAME]) if _SERVER_NAME in found else None,
-        _protocol_name_list(found[_ALPN]) if _ALPN in found else b"",
-        _versions(found[_SUPPORTED_VERSIONS]) if _SUPPORTED_VERSIONS in found else b"",
+        None if server_name is None else _server_name(server_name),
+        b"" if alpn is None else _protocol_name_list(alpn),
+        b"" if supported_versions is None else _versions(supported_versions),
     )
+
+
+def _duplicate_extension(name: str) -> HelloError:
+    return HelloError(
+        Alert.ILLEGAL_PARAMETER, Reason.DUPLICATE_EXTENSION, f"two entries {name} in extensions"
+    )
+
+
+def _cut_off(what: str) -> HelloError:
+    return malformed(f"{what} ends inside an entry")
 
 
 def _odd(what: str) -> HelloError:
@@ -177,10 +210,26 @@ def _server_name(extension: bytes) -> bytes | None:
     # RFC 6066 section 3: "For backward compatibility, all future data structures associated with
     # new NameTypes MUST begin with a 16-bit length field." So they can be stepped over. "The
     # ServerNameList MUST NOT contain more than one name of the same name_type."
-    what = "server_name_list"
-    found = entries(extension, 2, what, _NAME, _HOST_NAMES, Reason.DUPLICATE_NAME)
+    host_name = None
+    position = 2
+    try:
+        while position < size:
+            name_type, length = _read_name_header(extension, position)
+            position += 1 + 2 + length
+            if name_type == _HOST_NAME:
+                if host_name is not None:
+                    raise HelloError(
+                        Alert.ILLEGAL_PARAMETER,
+                        Reason.DUPLICATE_NAME,
+                        "two entries host_name in server_name_list",
+                    )
+                host_name = extension[position - length : position]
+    except error:
+        raise _cut_off("server_name_list") from None
+    if position != size:
+        raise _cut_off("server_name_list")
     # opaque HostName<1..2^16-1>;
-    if (host_name := found.get(_HOST_NAME)) == b"":
+    if host_name == b"":
         raise malformed("host_name of 0 bytes")
     return host_name
 
@@ -190,7 +239,7 @@ def _protocol_name_list(extension: bytes) -> bytes:
     """Read `struct { ProtocolName protocol_name_list<2..2^16-1> } ProtocolNameList;`, RFC 7301."""
     size = len(extension)
     if size < 2 + 2 or extension[0] << 8 | extension[1] != size - 2:
-        raise not_one_vector(extension, 2, _READ[_ALPN], "protocol_name_list", minimum=2)
+        raise not_one_vector(extension, 2, _ALPN, "protocol_name_list", minimum=2)
     position = 2
     while position < size:
         length = extension[position]
@@ -208,7 +257,7 @@ def _versions(extension: bytes) -> bytes:
     """Read `ProtocolVersion versions<2..254>`, RFC 8446 section 4.2.1."""
     size = len(extension)
     if size < 1 + 2 or extension[0] != size - 1:
-        raise not_one_vector(extension, 1, _READ[_SUPPORTED_VERSIONS], "versions", minimum=2)
+        raise not_one_vector(extension, 1, "supported_versions", "versions", minimum=2)
     if size % 2 == 0:
         raise _odd("versions")
     return extension[1:]

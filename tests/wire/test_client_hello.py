@@ -3,6 +3,7 @@
 import pytest
 
 from sniproxy.wire import Alert, ClientHello, HelloError, Reason
+from sniproxy.wire import client_hello as client_hello_module
 from sniproxy.wire.client_hello import parse_client_hello
 from tests.support import hellos
 from tests.support.hellos import (
@@ -298,6 +299,41 @@ def test_illegal_parameter(body: bytes, reason: Reason, detail: str) -> None:
         parse_client_hello(body)
     assert (caught.value.alert, caught.value.reason) == (Alert.ILLEGAL_PARAMETER, reason)
     assert str(caught.value) == detail
+
+
+def test_what_is_remembered_has_an_end() -> None:
+    for number in range(100):
+        parse_client_hello(client_hello([hellos.alpn(str(number)), supported_versions(number)]))
+    for remembered in (client_hello_module._protocol_name_list, client_hello_module._versions):
+        assert remembered.cache_info().currsize <= 32
+
+
+EXTENSIONS = A + extension(99, b"cd") + extension(98)
+
+
+@pytest.mark.parametrize("size", range(len(EXTENSIONS) + 1))
+def test_extensions_end_with_an_extension(size: int) -> None:
+    body = client_hello([EXTENSIONS[:size]])
+    if size in {0, len(A), len(A) + 6, len(EXTENSIONS)}:
+        assert parse_client_hello(body).server_name == (b"a.example" if size else None)
+    else:
+        with pytest.raises(HelloError) as caught:
+            parse_client_hello(body)
+        assert str(caught.value) == "extensions ends inside an entry"
+
+
+NAMES = name_entry("ab") + name_entry("cd", 7) + name_entry("", 8)
+
+
+@pytest.mark.parametrize("size", range(1, len(NAMES) + 1))
+def test_a_server_name_list_ends_with_a_name(size: int) -> None:
+    body = client_hello([server_name(NAMES[:size])])
+    if size in {5, 10, len(NAMES)}:
+        assert parse_client_hello(body).server_name == b"ab"
+    else:
+        with pytest.raises(HelloError) as caught:
+            parse_client_hello(body)
+        assert str(caught.value) == "server_name_list ends inside an entry"
 
 
 def test_a_hello_cut_anywhere_is_an_error_but_where_the_extensions_are_optional() -> None:
