@@ -43,8 +43,8 @@ _VERSION: Final = Struct("!H")
 _TLS13: Final = (0x0304,)  # as _VERSION unpacks it
 _HOST_NAME: Final = 0  # NameType, RFC 6066 section 3
 _ALPN: Final = "application_layer_protocol_negotiation"
-# Nearly all clients offer one of a few lists of protocols, and a lookup takes a fifth of the time of
-# reading one anew. Not many, as each may have 64 KB.
+# Nearly all clients offer one of a few lists of protocols, and a lookup takes a fifth of the time
+# that reading one takes. Not many, as each may have 64 KB.
 _REMEMBERED: Final = 32
 
 
