@@ -18,6 +18,7 @@ from enum import StrEnum
 
 from sniproxy_hostname import Hostname
 
+# As bytes; a str would have to be encoded for each connection.
 _HERE = b"."
 _SOCKET = b"tls-socket"
 _SEND_PROXY_V1 = b"send-proxy-v1"

@@ -154,7 +154,7 @@ def _read_extensions(body: bytes, position: int) -> ClientHello:
     try:
         while position < end:
             extension_type, length = read(body, position)
-            position += 4 + length
+            position += 2 + 2 + length
             # Numbers of ExtensionType, RFC 8446 section 4.2: names would be looked up each time.
             # There: "There MUST NOT be more than one extension of the same type in a given
             # extension block." Which of two would the backend believe?

@@ -132,7 +132,7 @@ LARGEST_RECORD = record(hellos.hello_of_size(MAX_RECORD - 4))
         case("another message", record(handshake(MESSAGE[4:], msg_type=2)), False),
         case("another content type", record(MESSAGE, content_type=23), False),
         case("a record too long", record(handshake(bytes(MAX_RECORD - 3))), False),
-        # The length of the message would be negative; the bytes are those of the last such numbers.
+        # As one number these bytes are the header of a ClientHello with a length of -1.
         case("no room for a header", record(b"\0\xff\xff") + b"\xff" * 30, False),
     ],
 )
