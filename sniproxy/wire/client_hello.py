@@ -160,15 +160,15 @@ def _read_extensions(body: bytes, position: int) -> ClientHello:
             # extension block." Which of two would the backend believe?
             if extension_type == 0:
                 if server_name is not None:
-                    raise _duplicate_extension("server_name")
+                    raise _duplicate(Reason.DUPLICATE_EXTENSION, "server_name", "extensions")
                 server_name = body[position - length : position]
             elif extension_type == 16:
                 if alpn is not None:
-                    raise _duplicate_extension(_ALPN)
+                    raise _duplicate(Reason.DUPLICATE_EXTENSION, _ALPN, "extensions")
                 alpn = body[position - length : position]
             elif extension_type == 43:
                 if supported_versions is not None:
-                    raise _duplicate_extension("supported_versions")
+                    raise _duplicate(Reason.DUPLICATE_EXTENSION, "supported_versions", "extensions")
                 supported_versions = body[position - length : position]
     except error:
         raise _cut_off("extensions") from None
@@ -181,10 +181,8 @@ def _read_extensions(body: bytes, position: int) -> ClientHello:
     )
 
 
-def _duplicate_extension(name: str) -> HelloError:
-    return HelloError(
-        Alert.ILLEGAL_PARAMETER, Reason.DUPLICATE_EXTENSION, f"two entries {name} in extensions"
-    )
+def _duplicate(reason: Reason, entry: str, what: str) -> HelloError:
+    return HelloError(Alert.ILLEGAL_PARAMETER, reason, f"two entries {entry} in {what}")
 
 
 def _cut_off(what: str) -> HelloError:
@@ -218,11 +216,7 @@ def _server_name(extension: bytes) -> bytes | None:
             position += 1 + 2 + length
             if name_type == _HOST_NAME:
                 if host_name is not None:
-                    raise HelloError(
-                        Alert.ILLEGAL_PARAMETER,
-                        Reason.DUPLICATE_NAME,
-                        "two entries host_name in server_name_list",
-                    )
+                    raise _duplicate(Reason.DUPLICATE_NAME, "host_name", "server_name_list")
                 host_name = extension[position - length : position]
     except error:
         raise _cut_off("server_name_list") from None
