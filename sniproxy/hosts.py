@@ -116,21 +116,21 @@ class HostsDirectory:
         """
         if self._away:
             # The way back was barred the last time. From a tenant's directory nothing is looked up.
-            self._come_back()
+            self._return()
         self._away = True
         try:
             backend, send_proxy_v1 = self._connect_there(self._directory_name(host))
         except BaseException:
-            self._come_back()
+            self._return()
             raise
         try:
-            self._come_back()
+            self._return()
         except HostError:
             backend.close()
             raise
         return backend, send_proxy_v1
 
-    def _come_back(self) -> None:
+    def _return(self) -> None:
         try:
             os.fchdir(self._fd)
         except OSError as error:

@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any, NamedTuple, NoReturn
 
 from sniproxy import __version__
-from sniproxy.fatal import FatalError, UsageError, print_out
+from sniproxy.service.fatal import FatalError, UsageError, print_out
 
 _USAGE = "usage: sniproxy-listen ADDRESS:PORT PROGRAM [ARG...]"
 _HELP = f"""\

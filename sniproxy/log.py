@@ -1,72 +1,21 @@
-"""One line per event: a fixed first word, then key=value. Supervisors add the time.
+"""What the SNI router logs: the lines of every service, and why a client was refused."""
 
-Lines go to standard error, or to syslog where standard error is no place for them (inetd makes it
-the listening socket). A line that can't be written now is dropped: no full disk, and no reader that
-has fallen behind, may stop the service. And whoever provokes lines on purpose, by a scan for names,
-gets few: after a burst each kind is only counted.
-"""
-
-import contextlib
 import os
-import select
-import signal
 import syslog
-import traceback
 from collections.abc import Mapping
 
-import trio
-
-from sniproxy.engine.listener import Address
-from sniproxy.engine.syslogd import Syslog
+from sniproxy.service.eventlog import EventLog
+from sniproxy.service.syslogd import Syslog
 from sniproxy.wire import Alert
 
-# Characters of a value that are worth a line: any hostname, and what else a client may call one.
-_LONGEST_VALUE = 300
 
-# Lines of one kind that are written at once, and the seconds between two counts of those that were
-# not. What goes wrong once is all there, and a scan makes six lines a minute.
-_BURST = 20
-_COUNT_EVERY = 10.0
-
-
-class _Allowance:
-    """What may still be written of one kind, and how much was not."""
-
-    __slots__ = ("left", "suppressed")
-
-    def __init__(self) -> None:
-        self.left = _BURST
-        self.suppressed = 0
-
-
-class Log:
-    """Writes event lines.
-
-    Args:
-        syslogd: where to write instead of standard error.
-        environment: JOURNAL_STREAM is looked for, systemd.exec(5).
-
-    Attributes:
-        worker: The number of the process among several, for every line; None if it is alone.
-    """
+class Log(EventLog):
+    """Writes event lines, as an `EventLog`, and refusals."""
 
     def __init__(
         self, syslogd: Syslog | None = None, environment: Mapping[str, str] = os.environ
     ) -> None:
-        self.worker: int | None = None
-        self._syslogd = syslogd
-        # The journal reads a priority in front of a line, sd-daemon(3); a file is to have none.
-        self._to_journal = environment.get("JOURNAL_STREAM") == _device_and_inode(2)
-        self._allowances: dict[str, _Allowance] = {}
-        # Not O_NONBLOCK: that would be shared with whoever else writes there.
-        self._writable = select.poll()
-        self._writable.register(2, select.POLLOUT)
-
-    def event(self, word: str, priority: int = syslog.LOG_INFO, /, **fields: object) -> None:
-        """Write one line. Fields that are None are left out."""
-        fields = {"worker": self.worker} | fields
-        pairs = (f"{key}={_printable(value)}" for key, value in fields.items() if value is not None)
-        self._write(priority, " ".join((word, *pairs)))
+        super().__init__("sniproxy", syslogd, environment)
 
     def refusal(
         self, reason: str, client: str, name: bytes | None, alert: Alert | None, detail: str | None
@@ -75,98 +24,8 @@ class Log:
 
         An alert that puts the blame on us is a warning: a host is out of order.
         """
-        if self._admit(reason):
+        if self.admit(reason):
             priority = syslog.LOG_WARNING if alert is Alert.INTERNAL_ERROR else syslog.LOG_INFO
             number = None if alert is None else int(alert)
             fields = {"client": client, "name": name, "reason": reason, "alert": number}
             self.event("refused", priority, **fields, detail=detail)
-
-    def exhausted(self, error: OSError) -> None:
-        """Say that the machine has nothing left for one more connection."""
-        if self._admit("exhausted"):
-            self.event("exhausted", syslog.LOG_WARNING, reason=error.strerror)
-
-    def worker_died(self, worker: int, pid: int, status: int) -> None:
-        """Say that a worker has ended by itself; `status` is that of wait(2)."""
-        code = os.waitstatus_to_exitcode(status)
-        cause = f"exit code {code}" if code >= 0 else _signal_name(-code)
-        self.event("worker_died", syslog.LOG_ERR, worker=worker, pid=pid, cause=cause)
-
-    def bug(self, error: BaseException) -> None:
-        """Write the traceback of an exception that nobody expected."""
-        if not self._admit("bug"):
-            return
-        for line in "".join(traceback.format_exception(error)).splitlines():
-            self._write(syslog.LOG_ERR, f"bug {line}")
-
-    async def run(self) -> None:
-        """Write the counts of what was not written, until cancelled, and then once more."""
-        try:
-            while True:
-                await trio.sleep(_COUNT_EVERY)
-                self._count()
-        finally:
-            self._count()
-
-    def _admit(self, kind: str) -> bool:
-        """Tell whether one more line of that kind may be written; count it if not."""
-        allowance = self._allowances.setdefault(kind, _Allowance())
-        if allowance.left:
-            allowance.left -= 1
-            return True
-        allowance.suppressed += 1
-        return False
-
-    def _count(self) -> None:
-        for kind, allowance in self._allowances.items():
-            if allowance.suppressed:
-                self.event("suppressed", reason=kind, count=allowance.suppressed)
-                allowance.suppressed = 0
-            else:
-                allowance.left = _BURST
-
-    def _write(self, priority: int, line: str) -> None:
-        if self._syslogd is not None:
-            self._syslogd.write(priority, line)
-            return
-        # A pipe that can be written to at all takes PIPE_BUF bytes without waiting, pipe(7).
-        prefix = f"<{priority}>" if self._to_journal else ""
-        data = f"{prefix}sniproxy: {line}".encode("ascii", "backslashreplace")
-        if self._writable.poll(0):
-            with contextlib.suppress(OSError):
-                # One write, so that lines of several processes do not mix.
-                os.write(2, data[: select.PIPE_BUF - 1] + b"\n")
-
-
-def _device_and_inode(fd: int) -> str:
-    status = os.fstat(fd)
-    return f"{status.st_dev}:{status.st_ino}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # one of the real-time signals, of which few have names
-        return f"signal {number}"
-
-
-def _printable(value: object) -> str:
-    """Return `value` as one word of printable ASCII, whatever a client sent."""
-    text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
-    if len(text) > _LONGEST_VALUE:
-        text = text[:_LONGEST_VALUE] + "..."
-    if text and all("!" <= char <= "~" and char not in '"\\' for char in text):
-        return text
-    body = "".join(
-        char if " " <= char <= "~" and char not in '"\\' else f"\\x{ord(char):02x}" for char in text
-    )
-    return f'"{body}"'
-
-
-def show_address(address: Address) -> str:
-    """Return `address` the way people write it: 192.0.2.1:443, [2001:db8::1]:443."""
-    host, port = address[:2]
-    if "." in host:
-        # An IPv4 client of a dual-stack socket.
-        host = host.removeprefix("::ffff:")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

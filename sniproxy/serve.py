@@ -5,18 +5,19 @@ from _socket import socket
 import trio
 
 from sniproxy.config import Config
-from sniproxy.engine.census import Census
-from sniproxy.engine.descriptors import Share
-from sniproxy.engine.drain import drain
+from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Listener
 from sniproxy.engine.loop import EventLoop
-from sniproxy.engine.notify import Notifier
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
-from sniproxy.engine.signals import Signals
-from sniproxy.engine.workers import Worker
 from sniproxy.hosts import HostsDirectory
-from sniproxy.log import Log, show_address
+from sniproxy.log import Log
+from sniproxy.service.descriptors import Share
+from sniproxy.service.drain import drain
+from sniproxy.service.eventlog import show_address
+from sniproxy.service.notify import Notifier
+from sniproxy.service.signals import Signals
+from sniproxy.service.workers import Worker
 from sniproxy.session import Sessions
 
 
@@ -38,17 +39,17 @@ async def serve(
     loop = EventLoop(on_fault=log.bug)
     pipes = PipePool(share.pipes)
     relay = Relay(loop, pipes)
-    census = Census(share.connections)
+    limit = ConnectionLimit(share.connections)
     # Two lifetimes. What serves must outlive those who are served.
     async with trio.open_nursery() as service:
         await service.start(orders.receive)
         service.start_soon(loop.run)
         async with trio.open_nursery() as conversations:
-            sessions = Sessions(config, loop, relay, hosts, log, census, conversations)
+            sessions = Sessions(config, loop, relay, hosts, log, limit, conversations)
             listener = Listener(
                 loop,
                 listening,
-                census,
+                limit,
                 on_accept=sessions.begin,
                 on_full=sessions.make_room,
                 on_exhausted=log.exhausted,
@@ -59,13 +60,13 @@ async def serve(
             service.start_soon(log.run)
             notifier.ready()
             address = show_address(listening.getsockname())
-            log.event("listening", address=address, capacity=census.capacity)
+            log.event("listening", address=address, capacity=limit.capacity)
 
             await orders.drain.wait()
             listener.close()
             notifier.stopping()
-            log.event("draining", open=census.open)
-            await drain(census, orders.end, config.drain_seconds)
+            log.event("draining", open=limit.open)
+            await drain(limit.wait_until_empty, orders.end, config.drain_seconds)
             cut = sessions.cut()
         service.cancel_scope.cancel()
     log.event("drained", served=sessions.served, refused=sessions.refused, cut=cut)

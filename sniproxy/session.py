@@ -29,13 +29,14 @@ from select import EPOLLERR, EPOLLHUP, EPOLLRDHUP
 import trio
 
 from sniproxy.config import Config
-from sniproxy.engine.census import Census
+from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
-from sniproxy.engine.notify import Counts
 from sniproxy.engine.relay import LINGER_0, READ_EVENTS, Ending, Relay
 from sniproxy.hosts import HostError, HostReason, HostsDirectory
-from sniproxy.log import Log, show_address
+from sniproxy.log import Log
+from sniproxy.service.eventlog import show_address
+from sniproxy.service.notify import Counts
 from sniproxy.wire import (
     MAX_WIRE,
     Alert,
@@ -115,7 +116,7 @@ class Sessions:
         relay: Relay,
         hosts: HostsDirectory,
         log: Log,
-        census: Census,
+        limit: ConnectionLimit,
         nursery: trio.Nursery,
     ) -> None:
         self.config = config
@@ -123,7 +124,7 @@ class Sessions:
         self.relay = relay
         self.hosts = hosts
         self.log = log
-        self.census = census
+        self.limit = limit
         self.nursery = nursery
         # For what is read only to be thrown away.
         self.buffer = bytearray(MAX_WIRE)
@@ -135,7 +136,7 @@ class Sessions:
 
     def begin(self, client: socket, address: Address) -> None:
         """Begin the story of an accepted client."""
-        self.census.enter()
+        self.limit.add()
         session = Session(self, client, address)
         try:
             session.look()
@@ -153,18 +154,18 @@ class Sessions:
             oldest.look()
             if oldest in self.waiting:
                 oldest.give_way()
-            if self.census.open < self.census.capacity:
+            if self.limit.open < self.limit.capacity:
                 return True
         return False
 
     def left(self, up: int, down: int, ending: Ending) -> None:
         """Count out one that was relayed."""
-        self.census.leave()
+        self.limit.remove()
 
     def cut(self) -> int:
         """End whoever is left; return how many were served, or waiting for it."""
         self.is_cut = True
-        left = self.census.open - self.refusing
+        left = self.limit.open - self.refusing
         self.nursery.cancel_scope.cancel()
         for session in list(self.waiting):
             session.abort()
@@ -173,7 +174,7 @@ class Sessions:
 
     def counts(self) -> Counts:
         """Return how many there are, and were."""
-        return Counts(self.census.open, self.served, self.refused)
+        return Counts(self.limit.open, self.served, self.refused)
 
     async def expire(self) -> None:
         """Turn away, until cancelled, whoever has not sent a hello by the deadline."""
@@ -258,7 +259,7 @@ class Session:
             # Not a name at all, so nobody here has it.
             self._refuse(Reason.INVALID_NAME, Alert.UNRECOGNIZED_NAME, str(error))
         else:
-            self.shared.loop.soon(self)
+            self.shared.loop.call_soon(self)
 
     def _peek(self) -> ClientHello | None:
         """Read what is new without taking it from the socket; return the hello if it is whole.
@@ -443,7 +444,7 @@ class Session:
             self.shared.waiting.pop(self, None)
             self.shared.refusing -= self.refused
             self.shared.loop.close(self.client)
-            self.shared.census.leave()
+            self.shared.limit.remove()
 
     def abort(self) -> None:
         """End the session, if it has not ended, with a reset."""

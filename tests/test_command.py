@@ -163,7 +163,7 @@ def test_a_number_of_connections_that_is_none_is_refused(number: str) -> None:
 
 def test_fewer_connections_than_workers_are_refused() -> None:
     line = only_line(run("--max-connections=2", "--workers=3"), code=100)
-    assert "--max-connections 2 is not one for each worker" in line
+    assert "--max-connections 2 is less than one for each of 3 workers" in line
 
 
 def test_a_log_that_is_none_is_refused() -> None:

@@ -12,8 +12,9 @@ import pytest
 import trio
 from trio.testing import MockClock, trio_test
 
-from sniproxy.engine.syslogd import Syslog
-from sniproxy.log import Log, show_address
+from sniproxy.log import Log
+from sniproxy.service.eventlog import show_address
+from sniproxy.service.syslogd import Syslog
 from sniproxy.wire import Alert
 
 
@@ -79,7 +80,7 @@ def test_what_a_client_says_at_length_is_cut_short(capfd: pytest.CaptureFixture[
 def dev_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Where syslogd is to be."""
     path = str(tmp_path / "log")
-    monkeypatch.setattr("sniproxy.engine.syslogd._DEV_LOG", path)
+    monkeypatch.setattr("sniproxy.service.syslogd._DEV_LOG", path)
     return path
 
 
@@ -179,7 +180,7 @@ async def test_of_one_kind_few_are_written_and_the_rest_is_counted(
         nursery.start_soon(log.run)
         refuse(log, "no_such_host", 23)
         refuse(log, "deadline", 1)
-        # Another kind has its own allowance.
+        # Another kind has its own limit.
         assert len(lines()) == 21
         await trio.sleep(11)
         assert lines() == ["sniproxy: suppressed reason=no_such_host count=3"]

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from sniproxy import session
-from sniproxy.engine import descriptors, workers
 from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.hosts import HostReason
 from sniproxy.log import Log
+from sniproxy.service import descriptors, workers
 from sniproxy.session import ALERTS, SessionReason
 from sniproxy.wire import MAX_WIRE, Alert, HelloError, HelloReader, Reason
 from sniproxy.wire.hello import MAX_HANDSHAKE

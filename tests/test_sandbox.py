@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sniproxy.engine import libc, sandbox
+from sniproxy.service import libc, sandbox
 from tests.support.backends import host_directory
 from tests.support.daemon import Daemon, start_daemon
 from tests.support.greeting import UNRECOGNIZED_NAME, Greeter, ask
@@ -49,7 +49,7 @@ def surroundings(tmp_path: Path) -> Iterator[Surroundings]:
     files = tmp_path / "files"
     files.mkdir()
     (files / "file").write_text("secret")
-    (files / "doomed").touch()
+    (files / "pending").touch()
     abstract = f"sniproxy-test-{secrets.token_hex(8)}"
     with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as unix:
         tcp.bind(("127.0.0.1", 0))
@@ -116,7 +116,7 @@ def test_whoever_takes_it_over_is_locked_in(
         # The first process is in the same sandbox: they may signal each other.
         expected["signal"] = "done"
     assert came == expected
-    assert {path.name for path in surroundings.files.iterdir()} == {"doomed", "file"}
+    assert {path.name for path in surroundings.files.iterdir()} == {"pending", "file"}
     assert (surroundings.files / "file").read_text() == "secret"
 
 

@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock, trio_test
 
 from sniproxy.config import Config
-from sniproxy.engine.census import Census
+from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Listener, take_listening_socket
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
@@ -55,7 +55,7 @@ class Door:
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.loop = EventLoop(log.bug)
         self.pipes = PipePool()
-        self.census = Census()
+        self.limit = ConnectionLimit()
         self.hosts = HostsDirectory(directory_namer(hashed=False))
         self.sessions = Sessions(
             CONFIG,
@@ -63,13 +63,13 @@ class Door:
             Relay(self.loop, self.pipes),
             self.hosts,
             log,
-            self.census,
+            self.limit,
             conversations,
         )
         self.listener = Listener(
             self.loop,
             take_listening_socket(self.listening.fileno()),
-            self.census,
+            self.limit,
             self.sessions.begin,
             self.sessions.make_room,
             log.exhausted,
@@ -189,8 +189,8 @@ async def test_a_refused_client_that_stays_is_let_go_after_a_second(clock: MockC
         await client.send_all(b"x")
         began = trio.current_time()
         assert await receive_to_end(client) == bytes([21, 3, 3, 0, 2, 2, 10])
-        assert it.census.open == 1
-        await it.census.empty()
+        assert it.limit.open == 1
+        await it.limit.wait_until_empty()
         assert trio.current_time() - began == pytest.approx(CONFIG.alert_seconds, abs=0.1)
 
 
@@ -201,7 +201,7 @@ async def test_a_refused_client_that_floods_is_let_go_at_once(clock: MockClock) 
         with pytest.raises(trio.BrokenResourceError):
             while True:
                 await client.send_all(bytes(1 << 16))
-        await it.census.empty()
+        await it.limit.wait_until_empty()
         assert trio.current_time() - began < CONFIG.alert_seconds
 
 
@@ -254,7 +254,7 @@ async def test_a_client_that_leaves_a_full_backlog_is_forgotten(
             with trio.fail_after(CONFIG.hello_seconds):
                 with (await trio.to_thread.run_sync(backend.accept))[0] as connection:
                     assert connection.recv(1 << 16) == HELLO
-                await it.census.empty()
+                await it.limit.wait_until_empty()
 
 
 @trio_test
@@ -267,9 +267,9 @@ async def test_cut_ends_every_kind_of_session(
         await refused.send_all(b"x")
         await joined.send_all(HELLO)
         await trio.sleep(0.1)
-        assert it.census.open == 3
+        assert it.limit.open == 3
         assert it.sessions.cut() == 2  # the refused one has been told all there is to say
-    assert not it.census.open
+    assert not it.limit.open
     for client in waiting, joined:
         with pytest.raises(trio.BrokenResourceError):
             await client.receive_some()
@@ -279,7 +279,7 @@ async def test_cut_ends_every_kind_of_session(
 
 def check_was_cut(it: Door, clients: list[socket.socket]) -> None:
     """Check that all were reset; some may have been connected in the very last turn."""
-    assert it.census.open == 0
+    assert it.limit.open == 0
     for client in clients:
         with client, pytest.raises(ConnectionResetError):
             client.recv(1)
@@ -293,7 +293,7 @@ async def test_only_who_is_silent_makes_room(clock: MockClock, backend: socket.s
             client, accepted = tcp_pair()
             it.sessions.begin(plain(accepted), client.getsockname())
             clients.append(client)
-        it.census.capacity = 2
+        it.limit.capacity = 2
         # The hello of the first is there by now, and nobody has looked at it yet.
         clients[0].sendall(HELLO)
         assert it.sessions.make_room()
@@ -312,7 +312,7 @@ async def test_cut_resets_and_counts_who_is_to_be_connected(backend: socket.sock
     async with door() as it:
         await trio.testing.wait_all_tasks_blocked()
         clients = [it.take_in() for _ in range(5)]
-        assert it.census.open == 5
+        assert it.limit.open == 5
         assert it.sessions.cut() == 5
     check_was_cut(it, clients)
     assert it.sessions.refused == 0
@@ -326,7 +326,7 @@ async def test_who_would_be_refused_when_all_are_cut_is_no_bug() -> None:
             await trio.testing.wait_all_tasks_blocked()
             clients = [it.take_in() for _ in range(5)]
             assert it.sessions.cut() == 5
-        assert it.census.open == 0
+        assert it.limit.open == 0
         for client in clients:
             client.close()
 
@@ -365,7 +365,7 @@ async def test_all_of_a_batch_are_served_and_each_has_its_own_story(
                 with client:
                     assert await trio.to_thread.run_sync(receive_all, client) == expected
         with trio.fail_after(PATIENCE):
-            await it.census.empty()
+            await it.limit.wait_until_empty()
         assert (it.sessions.served, it.sessions.refused) == (len(clients), len(others))
 
 

@@ -17,7 +17,7 @@ from select import EPOLLEXCLUSIVE, EPOLLIN
 
 import trio
 
-from sniproxy.engine.census import Census
+from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop
 
 Address = tuple[str, int] | tuple[str, int, int, int]
@@ -57,7 +57,7 @@ _PAUSE = 0.1
 
 # Seconds between two looks at O_NONBLOCK, if clients come; and until then what accept may wait for
 # one who is not there: struct timeval, a microsecond, which the kernel rounds up to its next tick.
-_LOOK = 1.0
+_NONBLOCK_CHECK_EVERY = 1.0
 _SHORTEST = struct.pack("@ll", 0, 1)
 
 # Keep-alive. A client that vanished, a phone that lost its network, is noticed after 60 + 6 x 10
@@ -71,7 +71,7 @@ _KEEP_ALIVE = (
 )
 
 
-class NotListening(Exception):  # noqa: N818 - says what the descriptor is, in words for the user
+class NotListeningError(Exception):
     """The descriptor is no listening TCP socket; the message says what it is instead."""
 
 
@@ -82,21 +82,21 @@ def take_listening_socket(fd: int) -> Socket:
     Accepted sockets inherit what is set on a listening one, tcp(7): no delay, and keep-alive.
 
     Raises:
-        NotListening: it is something else.
+        NotListeningError: it is something else.
         OSError: a system call failed.
     """
     try:
         mode = os.fstat(fd).st_mode
     except OSError as error:
         if error.errno == errno.EBADF:
-            raise NotListening("it is closed") from None
+            raise NotListeningError("it is closed") from None
         raise
     if not stat.S_ISSOCK(mode):
-        raise NotListening(f"it is {_kind_of_file(fd, mode)}")
+        raise NotListeningError(f"it is {_kind_of_file(fd, mode)}")
     listener = Socket(fileno=os.dup(fd))
     try:
         if kind := _kind_of_socket(listener):
-            raise NotListening(f"it is {kind}")
+            raise NotListeningError(f"it is {kind}")
         # O_NONBLOCK is shared with the other holders of the socket. They need it as we do: a
         # connection that epoll announced may be gone by the time of accept, taken by another copy.
         listener.setblocking(False)
@@ -147,7 +147,7 @@ class Listener:
 
     Args:
         sock: as `take_listening_socket` returns it; owned from now on.
-        census: the open connections; `on_accept` counts them in.
+        limit: the open connections; `on_accept` counts them in.
         on_accept: called with every accepted socket, in blocking mode, and its peer's address.
         on_full: called when somebody waits at the door and there is no room; returns whether it
             made some. If not, accepting pauses until a connection ends.
@@ -159,7 +159,7 @@ class Listener:
         self,
         loop: EventLoop,
         sock: Socket,
-        census: Census,
+        limit: ConnectionLimit,
         on_accept: Callable[[Socket, Address], None],
         on_full: Callable[[], bool],
         on_exhausted: Callable[[OSError], None],
@@ -167,24 +167,24 @@ class Listener:
         self._loop = loop
         self._socket: Socket | None = sock
         self._family = sock.family
-        self._census = census
+        self._limit = limit
         self._on_accept = on_accept
         self._on_full = on_full
         self._on_exhausted = on_exhausted
         self._watched = False
         self._exhausted = False
-        self._look = 0.0
+        self._next_check = 0.0
         self._pause = trio.Event()
 
     def on_event(self, events: int) -> None:
         """Accept a batch, or make room for the next one."""
-        census = self._census
-        if census.open < census.capacity:
+        limit = self._limit
+        if limit.open < limit.capacity:
             self._accept(_BATCH)
         elif not self._on_full():
             # Not told any more that somebody waits, as there is no use in it.
             self._unwatch()
-            census.on_room = self._resume
+            limit.on_room = self._resume
         # Else the next turn accepts, when those who made room have been closed.
 
     def abort(self) -> None:
@@ -215,15 +215,15 @@ class Listener:
         accept = self._socket._accept  # type: ignore[attr-defined]  # noqa: SLF001
         # Who has just left has not given the descriptors back yet. If that is all the room there
         # is, we are told once more when they have.
-        room = self._census.capacity - self._census.open - self._loop.closing
+        room = self._limit.capacity - self._limit.open - self._loop.pending_closes
         for _ in range(min(batch, room)):
             try:
                 fd, address = accept()
             except BlockingIOError:
                 now = time.monotonic()
-                if now >= self._look:
+                if now >= self._next_check:
                     # There is no telling whether it had to wait for that.
-                    self._look = now + _LOOK
+                    self._next_check = now + _NONBLOCK_CHECK_EVERY
                     self._socket.setblocking(False)
                 return
             except OSError as error:

@@ -25,7 +25,7 @@ import trio
 # How long epoll_wait may hold the thread while traffic is hot, in seconds. A peer on the same
 # machine or network answers well within it; a signal or a timer of trio's waits no longer. With a
 # quarter of it a round trip took a fifth more of the processor.
-_HOT_WAIT = 0.004
+_SHORT_WAIT = 0.004
 
 # How long trio's other tasks may have to wait while events come, in seconds. A pass through its
 # scheduler costs some 10 µs: every 2 ms that is half a percent.
@@ -42,7 +42,7 @@ class Watcher(Protocol):
     def on_event(self, events: int) -> None:
         """React to `events`, a mask of EPOLL* bits, without ever waiting.
 
-        The mask is 0 when the watcher asked for another turn with `EventLoop.soon`.
+        The mask is 0 when the watcher asked for another turn with `EventLoop.call_soon`.
         """
 
     def abort(self) -> None:
@@ -61,7 +61,7 @@ class EventLoop:
         self._epoll = select.epoll()
         self._watchers: dict[int, Watcher] = {}
         self._runnable: deque[Watcher] = deque()
-        self._doomed: list[socket] = []
+        self._pending_closes: list[socket] = []
         # Other tasks ask for a turn too. The edge of a write wakes the set; nobody reads.
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._waker, select.EPOLLIN | select.EPOLLET)
@@ -80,7 +80,7 @@ class EventLoop:
         """Replace the events asked for; those that hold already are told again."""
         self._epoll.modify(fd, events)
 
-    def hand_over(self, fd: int, watcher: Watcher) -> None:
+    def set_watcher(self, fd: int, watcher: Watcher) -> None:
         """Give the events of `fd`, which is watched already, to another watcher."""
         self._watchers[fd] = watcher
 
@@ -94,9 +94,9 @@ class EventLoop:
         return list(self._watchers.values())
 
     @property
-    def closing(self) -> int:
+    def pending_closes(self) -> int:
         """How many sockets are still open although they have been closed here."""
-        return len(self._doomed)
+        return len(self._pending_closes)
 
     def close(self, sock: socket) -> None:
         """Forget `sock`, watched or not, and close it when the events there are have been told.
@@ -105,11 +105,11 @@ class EventLoop:
         in the list that is being worked through. Closing takes it out of the epoll set, too.
         """
         self._watchers.pop(sock.fileno(), None)
-        self._doomed.append(sock)
+        self._pending_closes.append(sock)
         if not self._awake:
             self._wake()
 
-    def soon(self, watcher: Watcher) -> None:
+    def call_soon(self, watcher: Watcher) -> None:
         """Give `watcher` another turn when all that is ready now has had one."""
         self._runnable.append(watcher)
         if not self._awake:
@@ -118,35 +118,35 @@ class EventLoop:
     async def run(self) -> None:
         """Serve until cancelled; whoever is left then is aborted."""
         poll = self._epoll.poll
-        runnable, doomed = self._runnable, self._doomed
+        runnable, pending = self._runnable, self._pending_closes
         try:
             while True:
                 self._awake = False
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
                 self._awake = True
                 turn_ends = time.monotonic() + _TURN
-                while (events := poll(0 if runnable else _HOT_WAIT, _EVENTS)) or runnable:
+                while (events := poll(0 if runnable else _SHORT_WAIT, _EVENTS)) or runnable:
                     self._dispatch(events)
                     # Before somebody opens others in a turn: there may be no descriptor to spare.
-                    if doomed:
-                        self._bury()
+                    if pending:
+                        self._close_pending()
                     if runnable:
                         self._give_turns()
-                        if doomed:
-                            self._bury()
+                        if pending:
+                            self._close_pending()
                     if time.monotonic() > turn_ends:
                         await trio.lowlevel.checkpoint()
                         turn_ends = time.monotonic() + _TURN
                 # Whom other tasks closed at that checkpoint: nothing more may come to wake us.
-                self._bury()
+                self._close_pending()
         finally:
             for watcher in [*self._runnable, *self._watchers.values()]:
                 watcher.abort()
-            self._bury()
+            self._close_pending()
 
     def shut(self) -> None:
         """Close the set itself. Nothing may be asked of it afterwards."""
-        self._bury()
+        self._close_pending()
         self._epoll.close()
         os.close(self._waker)
 
@@ -174,10 +174,10 @@ class EventLoop:
         self._on_fault(error)
         watcher.abort()
 
-    def _bury(self) -> None:
-        for sock in self._doomed:
+    def _close_pending(self) -> None:
+        for sock in self._pending_closes:
             sock.close()
-        self._doomed.clear()
+        self._pending_closes.clear()
 
     def _wake(self) -> None:
         self._awake = True

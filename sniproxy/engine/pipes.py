@@ -31,7 +31,7 @@ class Pipe:
             OSError: EMFILE, ENFILE: there are no descriptors left.
         """
         self.read_end, self.write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        # EPERM: the user's allowance is used up. The usual 64 KiB, or less, will do.
+        # EPERM: the user's limit is used up. The usual 64 KiB, or less, will do.
         with contextlib.suppress(OSError):
             fcntl.fcntl(self.write_end, fcntl.F_SETPIPE_SZ, _SIZE)
 

@@ -44,15 +44,15 @@ _TURN = 1 << 20
 
 # What is much, in one turn: half of what the buffer takes. Not all of it, for on loopback a TCP
 # segment has 65,483 bytes, and one at a time may be waiting.
-_MUCH = 1 << 15
+_BULK = 1 << 15
 
 # The credit of a direction. Each read in a turn that has moved much earns one, and a turn that has
 # not loses all; with this many the next bytes are spliced, for a pipe is worth its system calls
 # only where much is waiting.
-_HIGH_GEAR = 2
+_SPLICE_CREDIT = 2
 # In high gear a turn that moved less than that costs one, so that a sender who pauses for breath
 # is not taken for a chat, while one who has gone over to chatting soon is.
-_FULL_CREDIT = _HIGH_GEAR + 4
+_FULL_CREDIT = _SPLICE_CREDIT + 4
 
 # What a Unix socket that is spliced to may hold. It is given twice as much as is asked for,
 # socket(7), so a full pipe, where net.core.wmem_max allows. It says that it is writable when three
@@ -130,7 +130,7 @@ class Relay:
             elif near_events is None:
                 up.pump()
             if near_events is not None and up.back is not None:
-                self.loop.hand_over(near.fileno(), up)
+                self.loop.set_watcher(near.fileno(), up)
                 up.watched = True
                 up.on_event(near_events)
             if up.back is not None:  # else it is over already
@@ -153,7 +153,6 @@ class _Flow:
 
     __slots__ = (
         "back",
-        "broken_off",
         "credit",
         "ended",
         "ending",
@@ -163,6 +162,7 @@ class _Flow:
         "pipe",
         "piped",
         "relay",
+        "reset_ending",
         "sink",
         "source",
         "stalled",
@@ -171,13 +171,13 @@ class _Flow:
     )
 
     def __init__(
-        self, relay: Relay, source: socket, sink: socket, on_end: OnEnd, broken_off: Ending
+        self, relay: Relay, source: socket, sink: socket, on_end: OnEnd, reset_ending: Ending
     ) -> None:
         self.relay = relay
         self.source = source
         self.sink = sink
         self.on_end = on_end
-        self.broken_off = broken_off  # how it has ended if the source breaks it off
+        self.reset_ending = reset_ending  # how it has ended if the source breaks it off
         self.moved = 0  # bytes that the sink has taken
         self.back: _Flow | None = None  # the opposite direction; None once both sockets are closed
         self.credit = 0
@@ -200,12 +200,12 @@ class _Flow:
 
     def on_event(self, events: int) -> None:
         """React to what happened to the source; 0 is another turn."""
-        if self.back is None or (events & _MORE_THAN_DATA and not self._take_in(events, self.back)):
+        if self.back is None or (events & _MORE_THAN_DATA and not self._note(events, self.back)):
             return
         if not (self.stalled or self.ended):
             self.pump()
 
-    def _take_in(self, events: int, back: "_Flow") -> bool:
+    def _note(self, events: int, back: "_Flow") -> bool:
         """Take in what an event says besides that there is data; return whether to go on."""
         if events & EPOLLOUT:
             if back.stalled:
@@ -216,7 +216,7 @@ class _Flow:
         self.ending |= events & _ENDING
         if events & EPOLLPRI or (self.ending & EPOLLERR and (self.ended or self.stalled)):
             # No read will bring the error up soon, and it is not to wait.
-            self.abort(self.broken_off)
+            self.abort(self.reset_ending)
         elif self.ended and self.ending & EPOLLHUP:
             self._finish()
         return self.back is not None
@@ -240,7 +240,7 @@ class _Flow:
         except BlockingIOError:
             self.pending = first
         except OSError:
-            return self.abort(self.broken_off)
+            return self.abort(self.reset_ending)
         if self._send_pending() or self.pending:
             self.moved -= len(first)
 
@@ -248,7 +248,7 @@ class _Flow:
         """Move bytes until the source has none, the sink takes none, or the turn is over."""
         if self.pending is not None and not self._send_pending():
             return
-        if self.piped or (self.credit >= _HIGH_GEAR and self.relay.can_splice):
+        if self.piped or (self.credit >= _SPLICE_CREDIT and self.relay.can_splice):
             pipe = self.pipe or self.relay.pipes.take()
             if pipe is not None:
                 return self._pump_spliced(pipe)
@@ -260,7 +260,7 @@ class _Flow:
             except BlockingIOError:
                 return
             except OSError:
-                return self.abort(self.broken_off)
+                return self.abort(self.reset_ending)
             if not size:
                 return self._end()
             try:
@@ -274,24 +274,24 @@ class _Flow:
                 self.pending = bytes(buffer[sent:size])
                 return self._stall()
             moved += size
-            if moved < _MUCH:
+            if moved < _BULK:
                 self.credit = 0
             else:
                 self.credit += 1
-                if self.credit == _HIGH_GEAR and self.relay.can_splice:
-                    return self._shift_up()
+                if self.credit == _SPLICE_CREDIT and self.relay.can_splice:
+                    return self._start_splicing()
             if size < _CHUNK and not self.ending:
                 return
             if moved >= _TURN:
-                return self.relay.loop.soon(self)
+                return self.relay.loop.call_soon(self)
 
-    def _shift_up(self) -> None:
+    def _start_splicing(self) -> None:
         # splice(2) has no MSG_DONTWAIT for the socket's side.
         self.source.setblocking(False)
         self.sink.setblocking(False)
         if self.sink.family == AF_UNIX:
             self.sink.setsockopt(SOL_SOCKET, SO_SNDBUF, _UNIX_SEND_BUFFER)
-        self.relay.loop.soon(self)
+        self.relay.loop.call_soon(self)
 
     def _pump_spliced(self, pipe: Pipe) -> None:
         self.pipe = pipe
@@ -300,7 +300,7 @@ class _Flow:
         while True:
             if not self.piped:
                 if moved >= _TURN:
-                    self.relay.loop.soon(self)
+                    self.relay.loop.call_soon(self)
                     break
                 try:
                     self.piped = os.splice(source, pipe.write_end, _TURN, flags=_SPLICE_FLAGS)
@@ -308,9 +308,9 @@ class _Flow:
                     break
                 except OSError as error:
                     if error.errno not in _NO_SPLICE:
-                        return self.abort(self.broken_off)
+                        return self.abort(self.reset_ending)
                     self.relay.can_splice = False
-                    self.relay.loop.soon(self)
+                    self.relay.loop.call_soon(self)
                     break
                 if not self.piped:
                     self.return_pipe(pipe)
@@ -325,13 +325,13 @@ class _Flow:
                 self.relay.can_splice = False
                 self.pending = os.read(pipe.read_end, self.piped)
                 self.piped = 0
-                self.relay.loop.soon(self)
+                self.relay.loop.call_soon(self)
                 break
             self.piped -= sent
             self.moved += sent
             moved += sent
         self.return_pipe(pipe)
-        self.credit = _FULL_CREDIT if moved >= _MUCH else self.credit - 1
+        self.credit = _FULL_CREDIT if moved >= _BULK else self.credit - 1
 
     def _send_pending(self) -> bool:
         """Send what was read and not taken; return whether all of it went."""
@@ -356,7 +356,7 @@ class _Flow:
         assert back is not None
         if self.ending & EPOLLERR:
             # The source was reset, and that is not to wait for the sink.
-            return self.abort(self.broken_off)
+            return self.abort(self.reset_ending)
         self.stalled = True
         if not back.write_watched:
             # Asked for at the first stall only: a Unix socket tells with every read of its peer
@@ -375,7 +375,7 @@ class _Flow:
         try:
             self.sink.shutdown(SHUT_WR)
         except OSError:  # ENOTCONN: reset meanwhile
-            self.abort(back.broken_off)
+            self.abort(back.reset_ending)
 
     def _finish(self) -> None:
         """Close both sockets: all that was sent has arrived."""
@@ -383,7 +383,7 @@ class _Flow:
         assert back is not None
         if back.pending is not None or back.piped:
             # The source has gone away without reading what we hold for it.
-            self.abort(self.broken_off)
+            self.abort(self.reset_ending)
         else:
             self._close(_FINISHED)
 
@@ -398,7 +398,7 @@ class _Flow:
         if not (back.stalled or back.ended):
             back.ending |= EPOLLRDHUP
             back.pump()
-        self.abort(back.broken_off)
+        self.abort(back.reset_ending)
 
     def return_pipe(self, pipe: Pipe) -> None:
         """Give the pipe back; bytes in it are lost."""
@@ -419,5 +419,5 @@ class _Flow:
         self.relay.loop.close(self.sink)
         # Without the cycle the memory is free at once, not when the collector comes round.
         self.back = back.back = None
-        up, down = (self, back) if self.broken_off is _NEAR_RESET else (back, self)
+        up, down = (self, back) if self.reset_ending is _NEAR_RESET else (back, self)
         self.on_end(up.moved, down.moved, ending)

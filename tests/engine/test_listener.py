@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, trio_test
 
-from sniproxy.engine.census import Census
+from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Listener, take_listening_socket
 from sniproxy.engine.loop import EventLoop
 
@@ -45,21 +45,21 @@ class Bench:
         self.bound = socket.create_server(("127.0.0.1", 0))
         self.socket = Flaky(take_listening_socket(self.bound.fileno()))
         self.loop = EventLoop(self.fail)
-        self.census = Census()
+        self.limit = ConnectionLimit()
         self.room: list[bool] = []  # what it is told when it asks for some; False after that
         self.accepted: list[_socket.socket] = []
         self.exhausted: list[int | None] = []
         self.listener = Listener(
             self.loop,
             self.socket,  # type: ignore[arg-type]
-            self.census,
+            self.limit,
             self.accept,
             lambda: self.room.pop(0) if self.room else False,
             lambda error: self.exhausted.append(error.errno),
         )
 
     def accept(self, accepted: _socket.socket, address: object) -> None:
-        self.census.enter()
+        self.limit.add()
         self.accepted.append(accepted)
 
     def fail(self, error: Exception) -> None:
@@ -192,7 +192,7 @@ def test_the_descriptor_taken_over_is_not_inherited() -> None:
 @trio_test
 async def test_where_there_is_no_room_it_asks_for_some_and_then_waits(clock: MockClock) -> None:
     async with bench() as it:
-        it.census.capacity = 2
+        it.limit.capacity = 2
         it.room = [True]
         it.connect(4)
         await trio.sleep(0.01)
@@ -201,10 +201,10 @@ async def test_where_there_is_no_room_it_asks_for_some_and_then_waits(clock: Moc
         asked = it.socket.asked
         await trio.sleep(100)
         assert (len(it.accepted), it.socket.asked) == (2, asked)
-        it.census.leave()
+        it.limit.remove()
         await trio.sleep(0.01)
         assert len(it.accepted) == 3
-        it.census.leave()
+        it.limit.remove()
         await trio.sleep(0.01)
         assert (len(it.accepted), it.exhausted) == (4, [])
 
@@ -223,10 +223,10 @@ async def test_when_the_machine_is_exhausted_room_may_be_made(clock: MockClock) 
 @trio_test
 async def test_who_leaves_after_the_end_opens_nothing(clock: MockClock) -> None:
     async with bench() as it:
-        it.census.capacity = 1
+        it.limit.capacity = 1
         it.connect(2)
         await trio.sleep(0.01)
         it.listener.close()
-        it.census.leave()
+        it.limit.remove()
         await trio.sleep(0.01)
         assert len(it.accepted) == 1

@@ -44,8 +44,8 @@ async def test_a_fault_ends_its_watcher_alone() -> None:
     faulty, other = Faulty(), Recorder()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
-        loop.soon(faulty)
-        loop.soon(other)
+        loop.call_soon(faulty)
+        loop.call_soon(other)
         await until(other, 1)
         assert [type(fault) for fault in faults] == [ZeroDivisionError]
         assert (faulty.aborted, other.aborted) == (1, 0)
@@ -62,7 +62,7 @@ async def test_a_fault_in_a_turn_ends_neither_those_before_nor_those_behind_it()
         nursery.start_soon(loop.run)
         for times in 1, 2:
             for watcher in before, faulty, behind:
-                loop.soon(watcher)
+                loop.call_soon(watcher)
             await until(behind, times)
             assert before.events == faulty.events == behind.events == [0] * times
         assert [type(fault) for fault in faults] == [ZeroDivisionError] * 2
@@ -85,11 +85,11 @@ async def test_who_has_asked_for_a_turn_is_aborted_when_the_loop_is_cancelled() 
     had_its_turn, asks, closes = Recorder(), Recorder(), Closer()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
-        loop.soon(had_its_turn)
+        loop.call_soon(had_its_turn)
         await until(had_its_turn, 1)
         await trio.testing.wait_all_tasks_blocked(0.01)
         for watcher in asks, closes:
-            loop.soon(watcher)
+            loop.call_soon(watcher)
         nursery.cancel_scope.cancel()
     assert [each.events for each in (had_its_turn, asks, closes)] == [[0], [], []]
     assert [each.aborted for each in (had_its_turn, asks, closes)] == [0, 1, 1]
@@ -122,12 +122,12 @@ async def test_who_asks_again_and_again_is_aborted_when_the_loop_is_cancelled() 
     class Endless(Recorder):
         def on_event(self, events: int) -> None:
             super().on_event(events)
-            loop.soon(self)
+            loop.call_soon(self)
 
     endless = Endless()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
-        loop.soon(endless)
+        loop.call_soon(endless)
         await until(endless, 10)
         nursery.cancel_scope.cancel()
     assert endless.aborted == 1
@@ -141,13 +141,13 @@ async def test_an_endless_watcher_leaves_others_their_turn() -> None:
     class Endless(Recorder):
         def on_event(self, events: int) -> None:
             super().on_event(events)
-            loop.soon(self)
+            loop.call_soon(self)
 
     endless, other = Endless(), Recorder()
     reader, writer = os.pipe()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
-        loop.soon(endless)
+        loop.call_soon(endless)
         loop.watch(reader, other, select.EPOLLIN | select.EPOLLET)
         os.write(writer, b"x")
         await until(other, 1)  # which is a task of trio's that has its turn, too
@@ -199,7 +199,7 @@ async def test_whom_a_task_closes_in_the_middle_of_a_turn_is_closed() -> None:
             super().on_event(events)
             if asleep.is_set():
                 return
-            loop.soon(self)
+            loop.call_soon(self)
 
     async def close() -> None:
         await until(busy, 1000)
@@ -209,7 +209,7 @@ async def test_whom_a_task_closes_in_the_middle_of_a_turn_is_closed() -> None:
     busy = Busy()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
-        loop.soon(busy)
+        loop.call_soon(busy)
         nursery.start_soon(close)
         with trio.fail_after(5):
             assert await trio.socket.from_stdlib_socket(far).recv(1) == b""
@@ -227,7 +227,7 @@ async def test_a_task_may_ask_for_a_turn_or_close_while_the_loop_sleeps() -> Non
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
         await trio.testing.wait_all_tasks_blocked(0.01)
-        loop.soon(recorder)
+        loop.call_soon(recorder)
         await until(recorder, 1)
         assert recorder.events == [0]
         await trio.testing.wait_all_tasks_blocked(0.01)

@@ -17,7 +17,7 @@ import pytest
 import trio
 from trio.testing import check_half_closeable_stream, trio_test
 
-from sniproxy.engine.census import Census
+from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop, Watcher
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import READ_EVENTS, Ending, Relay
@@ -39,7 +39,7 @@ class Bench:
         self.loop = EventLoop(self.faults.append)
         self.pipes = PipePool()
         self.relay = Relay(self.loop, self.pipes)
-        self.census = Census()
+        self.limit = ConnectionLimit()
         self.endings: list[tuple[int, int, Ending]] = []
         self._ends: list[trio.SocketStream] = []
 
@@ -55,12 +55,12 @@ class Bench:
         return self.stream(client), self.stream(backend)
 
     def join_these(self, near: socket.socket, far: socket.socket, first: bytes = b"") -> None:
-        self.census.enter()
+        self.limit.add()
         self.relay.join(plain(near), plain(far), self.left, first=first)
 
     def left(self, up: int, down: int, ending: Ending) -> None:
         self.endings.append((up, down, ending))
-        self.census.leave()
+        self.limit.remove()
 
     def stream(self, end: socket.socket) -> trio.SocketStream:
         self._ends.append(stream(end))
@@ -76,7 +76,7 @@ class Bench:
 
     async def all_ended(self) -> None:
         with trio.fail_after(5):
-            await self.census.empty()
+            await self.limit.wait_until_empty()
 
 
 @asynccontextmanager
@@ -294,7 +294,7 @@ async def test_the_end_comes_after_the_last_byte_and_the_other_way_lives_on() ->
         for _ in range(3):
             await backend.send_all(b"answer")
             assert await client.receive_some() == b"answer"
-        assert it.census.open
+        assert it.limit.open
         await backend.send_eof()
         assert await client.receive_some() == b""
         await it.all_ended()
@@ -490,7 +490,7 @@ async def test_what_was_said_to_a_watcher_before_is_passed_on_at_once(
         with trio.fail_after(5):
             while not told:
                 await trio.lowlevel.checkpoint()
-        it.census.enter()
+        it.limit.add()
         it.relay.join(plain_near, plain_far, it.left, told[0], first)
         assert received_already(backend) == first + said
         await check_both_ways(it.stream(client), it.stream(backend))
@@ -581,7 +581,7 @@ async def test_an_end_before_comes_after_what_was_said_and_the_other_way_lives_o
             for _ in range(3):
                 await backend_end.send_all(b"answer")
                 assert await client_end.receive_some() == b"answer"
-            assert it.census.open
+            assert it.limit.open
             await backend_end.send_eof()
             assert await client_end.receive_some() == b""
             await it.all_ended()
@@ -672,7 +672,7 @@ async def test_both_are_reset_where_they_can_not_be_watched(
         monkeypatch.setattr(it.loop, "watch", fail)
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
             it.join_these(near, far)
-        assert not it.census.open
+        assert not it.limit.open
         assert it.loop.watchers() == []
         with pytest.raises(trio.BrokenResourceError):
             await it.stream(client).receive_some()

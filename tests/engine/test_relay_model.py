@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sniproxy.engine.census import Census
+from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
@@ -60,7 +60,7 @@ class Running:
         self.loop = EventLoop(self.faults.append)
         self.pipes = PipePool(limit=1)
         self.relay = Relay(self.loop, self.pipes)
-        self.census = Census()
+        self.limit = ConnectionLimit()
         self._token = trio.lowlevel.current_trio_token()
         self._end = trio.Event()
         async with trio.open_nursery() as nursery:
@@ -80,7 +80,7 @@ class Running:
 
         async def empty() -> None:
             with trio.fail_after(PATIENCE):
-                await self.census.empty()
+                await self.limit.wait_until_empty()
 
         trio.from_thread.run(empty, trio_token=self._token)
 
@@ -112,8 +112,8 @@ class Peers(RuleBasedStateMachine):
         running = self.running
 
         def join() -> None:
-            running.census.enter()
-            running.relay.join(*self.given, lambda *_: running.census.leave())
+            running.limit.add()
+            running.relay.join(*self.given, lambda *_: running.limit.remove())
 
         running.call(join)
 

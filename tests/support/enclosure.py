@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, ParamSpec, Self, TypeVar
 
-from sniproxy.engine import libc
+from sniproxy.service import libc
 from tests.support.daemon import PATIENCE, eventually
 
 P = ParamSpec("P")

@@ -83,7 +83,7 @@ _TRIES: dict[str, Callable[[], object]] = {
     "truncate": lambda: os.truncate(_FILE, 0),
     "list": lambda: os.listdir(_DIRECTORY),
     "rename": lambda: os.rename(_FILE, f"{_FILE}.old"),
-    "remove": lambda: os.unlink(f"{_DIRECTORY}/doomed"),
+    "remove": lambda: os.unlink(f"{_DIRECTORY}/pending"),
     "make_directory": lambda: os.mkdir(f"{_DIRECTORY}/directory"),
     "link": lambda: os.symlink("/", f"{_DIRECTORY}/link"),
     "proc": _open(os.O_RDONLY, "/proc/self/maps"),

@@ -6,13 +6,13 @@ from collections.abc import Callable
 import trio
 
 
-class Census:
-    """Counts connections in and out.
+class ConnectionLimit:
+    """Counts the open connections. Whoever accepts them keeps to the limit.
 
     Attributes:
         open: How many there are.
-        capacity: How many there may be; whoever lets them in sees to it.
-        on_room: Called, once, when the next one has left; None if nobody waits for that.
+        capacity: How many there may be.
+        on_room: Called, once, when the next connection has ended; None if nobody waits for that.
     """
 
     def __init__(self, capacity: int = sys.maxsize) -> None:
@@ -21,12 +21,12 @@ class Census:
         self.on_room: Callable[[], None] | None = None
         self._emptied: trio.Event | None = None
 
-    def enter(self) -> None:
-        """Count one in."""
+    def add(self) -> None:
+        """Count one more."""
         self.open += 1
 
-    def leave(self) -> None:
-        """Count one out."""
+    def remove(self) -> None:
+        """Count one less."""
         self.open -= 1
         if self.on_room is not None:
             on_room, self.on_room = self.on_room, None
@@ -34,8 +34,8 @@ class Census:
         if not self.open and self._emptied is not None:
             self._emptied.set()
 
-    async def empty(self) -> None:
-        """Wait until nobody is left."""
+    async def wait_until_empty(self) -> None:
+        """Wait until no connection is open."""
         while self.open:
             self._emptied = trio.Event()
             await self._emptied.wait()

@@ -9,7 +9,7 @@ import re
 import stat
 from typing import Final, NamedTuple
 
-from sniproxy.engine import libc
+from sniproxy.service import libc
 
 # linux/capability.h: sets of 64 capabilities.
 _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522

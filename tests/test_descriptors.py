@@ -2,8 +2,8 @@ import resource
 
 import pytest
 
-from sniproxy.engine.descriptors import raise_limit, share
 from sniproxy.engine.pipes import MOST_PIPES
+from sniproxy.service.descriptors import raise_limit, share
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import stat
 _STANDARD = (0, 1, 2)
 
 
-def fill_gaps() -> None:
+def open_missing() -> None:
     """Open /dev/null as standard output and error where they are closed.
 
     Else what is opened next would be taken for them.
@@ -30,7 +30,7 @@ def copies_of_input() -> list[int]:
     return [fd for fd in _STANDARD if _is_open(fd) and os.path.samestat(os.fstat(fd), status)]
 
 
-def let_go_of_input() -> None:
+def replace_copies_of_input() -> None:
     """Put /dev/null in place of `copies_of_input`.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import Final
 
 import trio
 
-from sniproxy.engine.notify import Counts, Notifier
+from sniproxy.service.notify import Counts, Notifier
 
 _DRAIN: Final = b"d"
 _END: Final = b"e"
@@ -30,21 +30,21 @@ _END: Final = b"e"
 _ORDERS: Final = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 # Seconds between two looks at what workers have counted, and at who is to be replaced.
-_LOOK: Final = 1.0
+_CHECK_EVERY: Final = 1.0
 
 # The same, until all have begun to serve; that takes milliseconds.
-_FIRST_LOOK: Final = 0.02
+_FIRST_CHECK_EVERY: Final = 0.02
 
 # Seconds between two of a worker's entries; several within a usual watchdog's time, and at least
-# `_BEATS` within any.
-_BEAT: Final = 0.5
-_BEATS: Final = 4
+# `_REPORTS_IN_WATCHDOG` within any.
+_REPORT_EVERY: Final = 0.5
+_REPORTS_IN_WATCHDOG: Final = 4
 
 # A worker that ended within as many seconds would, if replaced at once, keep a processor busy.
 _SHORT_LIFE: Final = 1.0
 
 
-class Board:
+class SharedCounts:
     """Memory that processes share, with an entry for each worker: its counts, and the time."""
 
     _FIELDS: Final = 4  # of eight bytes: open, served, refused, nanoseconds of CLOCK_MONOTONIC
@@ -83,13 +83,13 @@ class Worker:
         drain, end: Set when it is told to.
     """
 
-    def __init__(self, board: Board, index: int, orders: int, beat: float) -> None:
+    def __init__(self, shared: SharedCounts, index: int, orders: int, report_every: float) -> None:
         self.number = index + 1
         self.drain = trio.Event()
         self.end = trio.Event()
-        self._board = board
+        self._shared = shared
         self._orders = orders
-        self._beat = beat
+        self._report_every = report_every
 
     async def receive(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Receive orders until cancelled, or until there is nobody who could give any."""
@@ -113,10 +113,10 @@ class Worker:
         """Until cancelled, keep the entry up to date, from inside the loop that serves."""
         try:
             while True:
-                self._board.write(self.number - 1, counts())
-                await trio.sleep(self._beat)
+                self._shared.write(self.number - 1, counts())
+                await trio.sleep(self._report_every)
         finally:
-            self._board.write(self.number - 1, counts())
+            self._shared.write(self.number - 1, counts())
 
 
 class Workers:
@@ -135,13 +135,13 @@ class Workers:
         self._count = count
         self._notifier = notifier
         self._on_death = on_death
-        self._board = Board(count)
-        seconds = notifier.watchdog or _BEAT * _BEATS
-        self._beat = min(_BEAT, seconds / _BEATS)
-        self._look = min(_LOOK, seconds / 2)
+        self._shared = SharedCounts(count)
+        seconds = notifier.watchdog or _REPORT_EVERY * _REPORTS_IN_WATCHDOG
+        self._report_every = min(_REPORT_EVERY, seconds / _REPORTS_IN_WATCHDOG)
+        self._check_every = min(_CHECK_EVERY, seconds / 2)
         self._alive: dict[int, tuple[int, int, float]] = {}  # pid: index, pipe, birth
-        self._due = dict.fromkeys(range(count), 0.0)  # index: when it is to be started
-        self._past = Counts()  # of those who have ended
+        self._start_at = dict.fromkeys(range(count), 0.0)  # index: when it is to be started
+        self._counts_of_ended = Counts()  # of those who have ended
         self._ordered = b""
 
     def run(self, on_drain: Callable[[], None]) -> Worker | None:
@@ -167,30 +167,32 @@ class Workers:
         is_ready = False
         while self._alive or not self._ordered:
             now = time.monotonic()
-            for index in [each for each, due in self._due.items() if due <= now]:
+            for index in [each for each, due in self._start_at.items() if due <= now]:
                 try:
                     worker = self._start(index)
                 except OSError:
                     if not is_ready:
                         raise
-                    self._due[index] = now + _SHORT_LIFE
+                    self._start_at[index] = now + _SHORT_LIFE
                     continue
                 if worker is not None:
                     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                     return worker
-            if not is_ready and all(map(self._board.has_entry, range(self._count))):
+            if not is_ready and all(map(self._shared.has_entry, range(self._count))):
                 is_ready = True
                 self._notifier.ready()
             self._notify()
-            received = signal.sigtimedwait(wanted, self._look if is_ready else _FIRST_LOOK)
+            received = signal.sigtimedwait(
+                wanted, self._check_every if is_ready else _FIRST_CHECK_EVERY
+            )
             if received is None:
                 continue
             if received.si_signo == signal.SIGCHLD:
-                self._bury()
+                self._reap()
                 continue
             if not self._ordered:
                 self._notifier.stopping()
-                self._due.clear()
+                self._start_at.clear()
                 on_drain()
             is_last = self._ordered or received.si_signo == signal.SIGINT
             self._order(_END if is_last else _DRAIN)
@@ -211,10 +213,10 @@ class Workers:
                 os.close(other)
             os.close(writing)
             self._notifier.close()
-            return Worker(self._board, index, reading, self._beat)
+            return Worker(self._shared, index, reading, self._report_every)
         os.close(reading)
         self._alive[pid] = index, writing, time.monotonic()
-        del self._due[index]
+        del self._start_at[index]
         return None
 
     def _order(self, order: bytes) -> None:
@@ -223,7 +225,7 @@ class Workers:
             with contextlib.suppress(BrokenPipeError):  # it has just ended
                 os.write(pipe, order)
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """Take note of workers that have ended, and have them replaced."""
         while self._alive:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -233,17 +235,17 @@ class Workers:
                 continue  # a child of the program that has become this one by exec
             index, pipe, born = self._alive.pop(pid)
             os.close(pipe)
-            counts, _ = self._board.read(index)
-            self._past = self._past.plus(replace(counts, open=0))
-            self._board.clear(index)
+            counts, _ = self._shared.read(index)
+            self._counts_of_ended = self._counts_of_ended.plus(replace(counts, open=0))
+            self._shared.clear(index)
             if not self._ordered:
                 self._on_death(index + 1, pid, status)
                 now = time.monotonic()
-                self._due[index] = now + (_SHORT_LIFE if now - born < _SHORT_LIFE else 0)
+                self._start_at[index] = now + (_SHORT_LIFE if now - born < _SHORT_LIFE else 0)
 
     def _notify(self) -> None:
-        entries = [self._board.read(index) for index, _, _ in self._alive.values()]
-        total = self._past
+        entries = [self._shared.read(index) for index, _, _ in self._alive.values()]
+        total = self._counts_of_ended
         for counts, _ in entries:
             total = total.plus(counts)
         self._notifier.status(total)

@@ -17,7 +17,7 @@ import sys
 from socket import AF_UNIX
 from typing import Final, NamedTuple
 
-from sniproxy.engine import libc
+from sniproxy.service import libc
 
 _PR_SET_NO_NEW_PRIVS: Final = 38
 

@@ -1,0 +1,128 @@
+"""From the command line to the serving loop: what every program does on the way."""
+
+import contextlib
+import gc
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from syslog import LOG_ERR
+
+import trio
+
+from sniproxy.service import descriptors, privileges, standard
+from sniproxy.service.descriptors import Share
+from sniproxy.service.eventlog import EventLog
+from sniproxy.service.fatal import FatalError, UsageError, attempt
+from sniproxy.service.notify import Notifier
+from sniproxy.service.options import ServiceOptions
+from sniproxy.service.signals import Signals
+from sniproxy.service.syslogd import Syslog
+from sniproxy.service.workers import Worker, Workers
+
+
+def run_program(program: str, body: Callable[[Syslog | None], None]) -> int:
+    """Run `body`, and tell of the error that it ends with; return the exit code.
+
+    The body gets a connection to syslogd where standard error is no place for a log.
+    """
+    # Until we serve, SIGINT ends us as it ends any program, not by an exception somewhere.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # From inetd standard error is the socket. It is connected before the root directory changes.
+    syslogd = Syslog(program) if 2 in standard.copies_of_input() else None
+    try:
+        body(syslogd)
+    except FatalError as error:
+        _complain(program, f"fatal: {error}", syslogd)
+        return error.code
+    finally:
+        if syslogd is not None:
+            syslogd.close()
+    return 0
+
+
+def share_descriptors(options: ServiceOptions, most_pipes: int) -> Share:
+    """Raise the limit of descriptors; return what each process may have open.
+
+    Raises:
+        FatalError: that is not enough for one connection.
+    """
+    try:
+        share = descriptors.share(descriptors.raise_limit(), most_pipes)
+    except ValueError as error:
+        raise FatalError(f"unable to serve a connection: {error}") from None
+    if options.max_connections is not None:
+        each = options.max_connections // options.workers
+        share = share._replace(connections=min(share.connections, each))
+    return share
+
+
+def drop_privileges(options: ServiceOptions) -> None:
+    """Change the root directory and the user, if that is asked for.
+
+    Raises:
+        UsageError: there is no such user.
+        FatalError: a system call failed.
+    """
+    identity = None
+    if options.user is not None:
+        try:
+            identity = privileges.look_up(options.user)
+        except privileges.IdentityError as error:
+            message = f"unable to become the user {options.user!a}: {error}"
+            raise UsageError(message) from None
+    if options.chroot:
+        with attempt("make the working directory the root directory"):
+            privileges.enter_root()
+    if identity is not None:
+        with attempt(f"become the user {options.user!a}"):
+            privileges.become(identity)
+    if options.chroot or identity is not None:
+        with attempt("drop all capabilities"):
+            privileges.drop_capabilities()
+
+
+def run_service(
+    options: ServiceOptions,
+    log: EventLog,
+    notifier: Notifier,
+    serve: Callable[[Signals | Worker, Notifier | Worker], Awaitable[None]],
+    stop_listening: Callable[[], None],
+) -> None:
+    """Serve, in this process or in several, until asked to end.
+
+    Args:
+        options: how many processes there are.
+        log: where deaths of workers and bugs are told.
+        notifier: how to speak to the supervisor.
+        serve: called in each process that serves, with whom it takes orders from and whom it tells
+            how it fares.
+        stop_listening: closes the listening sockets of the first process among several.
+
+    Raises:
+        FatalError: serving ended with an error, which has been logged.
+    """
+    # What is here now stays: the collector need not look at it again.
+    gc.freeze()
+    orders: Signals | Worker = Signals()
+    supervisor: Notifier | Worker = notifier
+    if options.workers > 1:
+        with attempt("start the workers"):
+            worker = Workers(options.workers, notifier, log.worker_died).run(stop_listening)
+        if worker is None:
+            return
+        log.worker = worker.number
+        orders = supervisor = worker
+    try:
+        trio.run(serve, orders, supervisor)
+    except Exception as error:  # noqa: BLE001 - it is told in the log, and then in short
+        # A bug, or no descriptors are left by now.
+        log.bug(error)
+        raise FatalError("unable to serve: the lines before this one say why") from None
+
+
+def _complain(program: str, message: str, syslogd: Syslog | None) -> None:
+    if syslogd is not None:
+        syslogd.write(LOG_ERR, message)
+    else:
+        with contextlib.suppress(OSError):  # nobody is left to tell
+            os.write(2, f"{program}: {message}\n".encode(errors="backslashreplace"))
