@@ -38,7 +38,7 @@ async def serve(
     """
     loop = EventLoop(on_fault=log.bug)
     pipes = PipePool(share.pipes)
-    relay = Relay(loop, pipes)
+    relay = Relay(loop, pipes, log.bug, config.idle_seconds, config.half_closed_seconds)
     limit = ConnectionLimit(share.connections)
     # Two lifetimes. What serves must outlive those who are served.
     async with trio.open_nursery() as service:
@@ -55,7 +55,8 @@ async def serve(
                 on_exhausted=log.exhausted,
             )
             service.start_soon(listener.run)
-            service.start_soon(sessions.expire)
+            service.start_soon(sessions.run)
+            service.start_soon(relay.run)
             service.start_soon(notifier.run, sessions.counts)
             service.start_soon(log.run)
             notifier.ready()

@@ -1,38 +1,32 @@
 """One connection's story: look at the hello, find the host, join the two; or refuse.
 
-The story is told by methods that never wait, since the bytes of most hellos are there when we look.
-Those of the others wake us through the loop, up to the deadline. Two things take a trio task,
-because they take time and are rare: a backend whose backlog is full, and a refusal, which has to
-reach the client.
+The story is told by methods that never wait: the bytes of most hellos are there when we look.
+`HelloWait` waits for the rest of the others, and `Linger` keeps a refused client until the alert
+has arrived. One thing has a trio task, since it takes time and is rare: a full backlog.
 
 Clients come in batches. First the hello of each is read, and then, in the session's next turn, each
 is connected: one connect(2) right after the other. A backend that sleeps has to be woken, which
 takes the kernel longer than all the rest of connecting; one that is still busy with the connection
-before has not.
+before need not be woken.
 """
 
 import contextlib
-from _socket import (
-    MSG_DONTWAIT,
-    MSG_PEEK,
-    SHUT_WR,
-    SO_LINGER,
-    SO_RCVLOWAT,
-    SOL_SOCKET,
-    socket,
-)
-from collections.abc import Awaitable, Callable
+from _socket import MSG_DONTWAIT, SHUT_WR, SO_LINGER, SOL_SOCKET, socket
 from enum import StrEnum
-from functools import lru_cache, partial
-from select import EPOLLERR, EPOLLHUP, EPOLLRDHUP
+from functools import lru_cache
 
 import trio
 
 from sniproxy.config import Config
+from sniproxy.engine.deadlines import Deadlines
+from sniproxy.engine.ending import Ending
 from sniproxy.engine.limit import ConnectionLimit
+from sniproxy.engine.linger import Linger
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
-from sniproxy.engine.relay import LINGER_0, READ_EVENTS, Ending, Relay
+from sniproxy.engine.relay import Relay
+from sniproxy.engine.tcp import LINGER_0
+from sniproxy.hello_wait import HelloWait, peek
 from sniproxy.hosts import HostError, HostReason, HostsDirectory
 from sniproxy.log import Log
 from sniproxy.service.eventlog import show_address
@@ -42,23 +36,12 @@ from sniproxy.wire import (
     Alert,
     ClientHello,
     HelloError,
-    HelloReader,
     Reason,
     alert_record,
     proxy_v1_header,
     read_at_once,
 )
 from sniproxy_hostname import Hostname, InvalidHostname
-
-# What SO_RCVLOWAT is on a new socket.
-_ANY_BYTES = 1
-
-# Nearly every hello has fewer bytes than these: post-quantum key shares make it 1.8 KB. A longer
-# one is looked at a second time, with room for the longest.
-_USUAL_WIRE = 4096
-
-# Leave what is there in the socket, and never wait for more.
-_LOOK = MSG_PEEK | MSG_DONTWAIT
 
 # What was a name once is one for ever, and the same few are asked for all day; a refusal is not
 # kept. Names of 253 bytes would take 0.8 MB.
@@ -71,6 +54,7 @@ class SessionReason(StrEnum):
     CLIENT_CLOSED = "client_closed"
     DEADLINE = "deadline"
     CAPACITY = "capacity"  # others wait for its place, and it has not said what it wants
+    URGENT_DATA = "urgent_data"  # TLS has none: the hello would not be what it seems to be
 
 
 # How a connection ended: words for the log. The client is the near end.
@@ -78,6 +62,8 @@ _ENDINGS = {
     Ending.FINISHED: "finished",
     Ending.NEAR_RESET: "client_reset",
     Ending.FAR_RESET: "backend_reset",
+    Ending.IDLE: "idle",
+    Ending.HALF_CLOSED: "half_closed",
     Ending.CUT: "cut",
 }
 
@@ -126,48 +112,55 @@ class Sessions:
         self.log = log
         self.limit = limit
         self.nursery = nursery
-        # For what is read only to be thrown away.
-        self.buffer = bytearray(MAX_WIRE)
-        # Those who wait for the rest of their hello, the oldest first: a dict keeps the order.
-        self.waiting: dict[Session, None] = {}
+        # Clients whose hello has not come whole, and those who are hearing an alert.
+        self.waiting: Deadlines[HelloWait] = Deadlines(config.hello_seconds, log.bug)
+        self.alerted: Deadlines[Linger] = Deadlines(config.alert_seconds, log.bug)
         self.served = self.refused = 0
         self.is_cut = False  # whoever is still to be connected comes too late
-        self.refusing = 0  # of the open ones, those who have only to hear an alert
 
     def begin(self, client: socket, address: Address) -> None:
         """Begin the story of an accepted client."""
         self.limit.add()
         session = Session(self, client, address)
         try:
-            session.look()
+            session.begin()
         except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
             self.log.bug(error)
             session.abort()
 
     def make_room(self) -> bool:
-        """Turn away the client that has kept us waiting for its hello the longest, if any does.
+        """Let a client go for the sake of the next, if there is one who is not served.
 
-        So those who connect and say nothing can't lock out those who do.
+        So those who connect and say nothing, and those who are refused and stay, can't lock out
+        others. First the refused one who has had the most time to hear the alert goes; then the one
+        who has kept us waiting for the hello the longest.
         """
-        while (oldest := next(iter(self.waiting), None)) is not None:
+        if (refused := self.alerted.oldest()) is not None:
+            refused.expire()
+        while self.limit.open >= self.limit.capacity:
+            if (silent := self.waiting.oldest()) is None:
+                return False
             # Its hello may have come by now, and be one of the next events.
-            oldest.look()
-            if oldest in self.waiting:
-                oldest.give_way()
-            if self.limit.open < self.limit.capacity:
-                return True
-        return False
+            silent.look()
+            if silent in self.waiting:
+                silent.give_way()
+        return True
 
     def left(self, up: int, down: int, ending: Ending) -> None:
         """Count out one that was relayed."""
         self.limit.remove()
 
+    def heard(self, linger: Linger) -> None:
+        """Count out one that was refused."""
+        self.alerted.discard(linger)
+        self.limit.remove()
+
     def cut(self) -> int:
         """End whoever is left; return how many were served, or waiting for it."""
         self.is_cut = True
-        left = self.limit.open - self.refusing
+        left = self.limit.open - len(self.alerted)
         self.nursery.cancel_scope.cancel()
-        for session in list(self.waiting):
+        for session in self.waiting.items() + self.alerted.items():
             session.abort()
         self.relay.abort_all()
         return left
@@ -176,22 +169,11 @@ class Sessions:
         """Return how many there are, and were."""
         return Counts(self.limit.open, self.served, self.refused)
 
-    async def expire(self) -> None:
-        """Turn away, until cancelled, whoever has not sent a hello by the deadline."""
-        while True:
-            now = trio.current_time()
-            # If nobody waits: no deadline of those who come while we sleep is nearer than this.
-            next_deadline = now + self.config.hello_seconds
-            while (oldest := next(iter(self.waiting), None)) is not None:
-                if oldest.deadline > now:
-                    next_deadline = oldest.deadline
-                    break
-                try:
-                    oldest.expire()
-                except Exception as error:  # noqa: BLE001 - as in `begin`
-                    self.log.bug(error)
-                    oldest.abort()
-            await trio.sleep_until(next_deadline)
+    async def run(self) -> None:
+        """Let go, until cancelled, who has not sent a hello in time, or has heard an alert."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.waiting.run)
+            nursery.start_soon(self.alerted.run)
 
 
 class Session:
@@ -202,16 +184,12 @@ class Session:
         "began",
         "client",
         "deadline",
-        "events",
-        "hello",
         "host",
-        "mark",
+        "is_over",
         "name",
-        "over",
-        "refused",
         "shared",
         "size",
-        "watched",
+        "wait",
     )
 
     def __init__(self, shared: Sessions, client: socket, address: Address) -> None:
@@ -220,37 +198,39 @@ class Session:
         self.address = address
         self.began = trio.current_time() if shared.config.log_connections else 0.0
         self.deadline = 0.0  # known as soon as the session has to wait for anything
-        self.size = 0  # bytes of the stream that have been looked at
-        self.hello: HelloReader | None = None  # of a hello that did not come all at once
+        self.size = 0  # bytes that there were at the first look
+        self.wait: HelloWait | None = None  # for the rest of a hello that did not come all at once
         self.name: bytes | None = None
         self.host: Hostname | None = None
-        self.mark = _ANY_BYTES
-        self.watched = False
-        self.events = 0  # what the loop has told of the client so far
-        self.refused = False
-        self.over = False
+        self.is_over = False
 
-    def on_event(self, events: int) -> None:
-        """Look again, for more of the hello is there, or its end; or, in a turn, connect."""
-        if not events:
-            assert self.host is not None
-            if self.shared.is_cut:
-                self.abort()
-            elif not (self.over or self._connect(self.host)):
-                self._take_time(partial(self._connect_later, self.host))
-            return
-        self.events |= events
-        if self in self.shared.waiting:
-            self.look()
-
-    def look(self) -> None:
-        """Look at what the client has sent so far."""
+    def begin(self) -> None:
+        """Look at what the client has sent; wait for the rest if that is no whole hello."""
         try:
-            hello = self._peek()
-            if hello is None:
-                return
-            if self.watched:
-                self._stop_waiting()
+            data = peek(self.client)
+        except OSError:  # ECONNRESET
+            return self.close()
+        if data:
+            self.size = len(data)
+            try:
+                hello = read_at_once(data)
+            except HelloError as error:
+                return self.on_hello_error(error)
+            if hello is not None:
+                return self.on_hello(hello)
+        elif data is not None:
+            return self.close()  # not a word, as of a monitor that asks whether we are there
+        shared = self.shared
+        try:
+            self.wait = HelloWait(self, self.client, shared.loop, data)
+        except HelloError as error:
+            return self.on_hello_error(error)
+        self.deadline = shared.waiting.add(self.wait)
+
+    def on_hello(self, hello: ClientHello) -> None:
+        """Find out whom the client wants; connect in the next turn."""
+        self._stop_waiting()
+        try:
             self.name = hello.required_server_name()
             self.host = _hostname(self.name)
         except HelloError as error:
@@ -261,75 +241,13 @@ class Session:
         else:
             self.shared.loop.call_soon(self)
 
-    def _peek(self) -> ClientHello | None:
-        """Read what is new without taking it from the socket; return the hello if it is whole.
-
-        If it is not, the session waits for more, or is over.
-        """
-        try:
-            data = self.client.recv(_USUAL_WIRE, _LOOK)
-            if len(data) == _USUAL_WIRE:
-                data = self.client.recv(MAX_WIRE, _LOOK)
-        except BlockingIOError:
-            pass
-        except OSError:
-            # ECONNRESET
-            self.events |= EPOLLERR
-        else:
-            if not data:
-                self._leave()
-                return None
-            if len(data) > self.size:
-                new = data[self.size :] if self.size else data
-                self.size = len(data)
-                if self.hello is None:
-                    if (hello := read_at_once(new)) is not None:
-                        return hello
-                    self.hello = HelloReader()
-                if (hello := self.hello.feed(new)) is not None:
-                    return hello
-        if self.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
-            self._leave()
-        elif self.events and self.size < self.mark and self._is_too_small():
-            raise HelloError(
-                Alert.INTERNAL_ERROR, Reason.HELLO_TOO_LARGE, "the receive buffer is full"
-            )
-        else:
-            self._wait()
-        return None
-
-    def _is_too_small(self) -> bool:
-        """Tell whether the receive buffer is one that the rest of the hello will not fit into.
-
-        A full buffer makes a socket readable below its mark, but so does a shortage of memory
-        anywhere in the machine, which passes. Setting the mark makes the buffer grow; where it may
-        not, since somebody has fixed its size on the listener, the kernel lowers the mark to half
-        of it (tcp_set_rcvlowat in net/ipv4/tcp.c). Then there is no use in waiting.
-        """
-        return self.client.getsockopt(SOL_SOCKET, SO_RCVLOWAT) < self.mark
-
-    def _wait(self) -> None:
-        """Have the loop tell when the next verdict is possible, or the client has gone."""
-        shared = self.shared
-        if not self.watched:
-            self._set_deadline()
-            shared.waiting[self] = None
-            shared.loop.watch(self.client.fileno(), self, READ_EVENTS)
-            self.watched = True
-        self._set_mark(self.size + (self.hello.missing if self.hello else 1))
-
-    def _stop_waiting(self) -> None:
-        self.shared.waiting.pop(self, None)
-        self._set_mark(_ANY_BYTES)
-
-    def _set_mark(self, mark: int) -> None:
-        if mark != self.mark:
-            self.client.setsockopt(SOL_SOCKET, SO_RCVLOWAT, mark)
-            self.mark = mark
-
-    def _set_deadline(self) -> None:
-        if not self.deadline:
-            self.deadline = trio.current_time() + self.shared.config.hello_seconds
+    def on_event(self, events: int) -> None:
+        """Connect: those of this batch come one after the other."""
+        assert self.host is not None
+        if self.shared.is_cut:
+            self.abort()
+        elif not (self.is_over or self._connect(self.host)):
+            self.shared.nursery.start_soon(self._connect_later, self.host)
 
     def _connect(self, host: Hostname) -> bool:
         """Join the client to the backend of `host`, or refuse it; False if that must wait."""
@@ -342,12 +260,39 @@ class Session:
             self._refuse(error.reason, ALERTS[error.reason], str(error))
             return True
         header = self._proxy_header() if send_proxy_v1 else b""
-        events = self.events if self.watched else None
+        events = None if self.wait is None else self.wait.events
         on_end = self._log_end if shared.config.log_connections else shared.left
-        self.over = True
+        self.is_over = True
         shared.served += 1
         shared.relay.join(self.client, backend, on_end, events, header)
         return True
+
+    async def _connect_later(self, host: Hostname) -> None:
+        """Try again until the backend's backlog has room, or the deadline has passed."""
+        config = self.shared.config
+        pause = config.first_retry
+        deadline = self.deadline or trio.current_time() + config.hello_seconds
+        try:
+            while trio.current_time() + pause < deadline:
+                await trio.sleep(pause)
+                if self._connect(host):
+                    return
+                pause = min(2 * pause, config.last_retry)
+            busy = HostReason.BACKEND_BUSY
+            self._refuse(busy, ALERTS[busy], "its backlog was full until the deadline")
+        except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
+            self.shared.log.bug(error)
+            self.abort()
+        except trio.Cancelled:
+            self.abort()
+            raise
+
+    def _proxy_header(self) -> bytes:
+        try:
+            destination = self.client.getsockname()[:2]
+        except OSError:
+            destination = None
+        return proxy_v1_header(self.address[:2], destination)
 
     def _log_end(self, up: int, down: int, ending: Ending) -> None:
         """Write the line of a connection that has ended, and count it out."""
@@ -363,55 +308,44 @@ class Session:
         )
         shared.left(up, down, ending)
 
-    def _proxy_header(self) -> bytes:
-        try:
-            destination = self.client.getsockname()[:2]
-        except OSError:
-            destination = None
-        return proxy_v1_header(self.address[:2], destination)
+    # How it ends without a backend.
 
-    async def _connect_later(self, host: Hostname) -> None:
-        """Try again until the backend's backlog has room, or the deadline has passed."""
-        self._set_deadline()
-        config = self.shared.config
-        pause = config.first_retry
-        while trio.current_time() + pause < self.deadline:
-            await trio.sleep(pause)
-            if self._connect(host):
-                return
-            pause = min(2 * pause, config.last_retry)
-        busy = HostReason.BACKEND_BUSY
-        self._refuse(busy, ALERTS[busy], "its backlog was full until the deadline")
+    def on_hello_error(self, error: HelloError) -> None:
+        """Refuse the client: its bytes are no hello that can be read."""
+        self._refuse(error.reason, error.alert, str(error))
 
     def _refuse(self, reason: str, alert: Alert, detail: str) -> None:
         """Send `alert` and see to it that it arrives."""
         self._stop_waiting()
-        self._report(reason, alert, detail)
-        if self.watched:
-            self.shared.loop.unwatch(self.client.fileno())
-        self.shared.refusing += 1
-        self.refused = True
-        self._take_time(partial(self._deliver, alert))
-
-    async def _deliver(self, alert: Alert) -> None:
-        config = self.shared.config
-        left = self.size + config.alert_bytes
-        with trio.move_on_after(config.alert_seconds), contextlib.suppress(OSError):
+        client, shared = self.client, self.shared
+        self.is_over = True
+        try:
             # RFC 8446 §6.2: "Upon transmission or receipt of a fatal alert message, both parties
-            # MUST immediately close the connection." Our half, that is; the client's is read to its
-            # end, as closing a socket with unread bytes would reset it and take the alert along.
-            self.client.send(alert_record(alert), MSG_DONTWAIT)
-            self.client.shutdown(SHUT_WR)
-            while left > 0:
-                try:
-                    size = self.client.recv_into(self.shared.buffer, 0, MSG_DONTWAIT)
-                except BlockingIOError:
-                    await trio.lowlevel.wait_readable(self.client.fileno())
-                else:
-                    if not size:
-                        break
-                    left -= size
-        self.close()
+            # MUST immediately close the connection." Our half, that is; what the client still says
+            # is read to its end.
+            client.send(alert_record(alert), MSG_DONTWAIT)
+            client.shutdown(SHUT_WR)
+        except OSError:  # it has gone
+            self._report(reason, alert, detail)
+            shared.loop.close(client)
+            return shared.limit.remove()
+        self._report(reason, alert, detail)
+        most = self._size() + shared.config.alert_bytes
+        linger = Linger(shared.loop, client, shared.heard, most=most)
+        shared.alerted.add(linger)
+        linger.start(is_watched=self.wait is not None)
+
+    def on_urgent_data(self) -> None:
+        """Refuse the client: it has sent urgent data."""
+        self._report(SessionReason.URGENT_DATA, None)
+        self.abort()
+
+    def on_client_gone(self) -> None:
+        """End the session: the client has gone amid its hello, or before it."""
+        if self._size():
+            self._give_up(SessionReason.CLIENT_CLOSED)
+        else:
+            self.close()
 
     def expire(self) -> None:
         """End the session: its deadline has passed."""
@@ -421,34 +355,25 @@ class Session:
         """End the session: there is no room for those who say nothing."""
         self._give_up(SessionReason.CAPACITY)
 
-    def _leave(self) -> None:
-        """End the session: the client has gone."""
-        if self.size:
-            self._give_up(SessionReason.CLIENT_CLOSED)
-        else:
-            # Not a word, as of a monitor that asks whether we are there: nothing to report.
-            self.close()
-
     def _give_up(self, reason: str) -> None:
         """Close without an alert."""
         self._report(reason, None)
         with contextlib.suppress(OSError):
             # What is there is thrown away, so that the client sees an end and no reset.
-            self.client.recv_into(self.shared.buffer, 0, MSG_DONTWAIT)
+            self.client.recv(MAX_WIRE, MSG_DONTWAIT)
         self.close()
 
     def close(self) -> None:
         """End the session, if it has not ended; the client's bytes and ours are let through."""
-        if not self.over:
-            self.over = True
-            self.shared.waiting.pop(self, None)
-            self.shared.refusing -= self.refused
+        if not self.is_over:
+            self.is_over = True
+            self._stop_waiting()
             self.shared.loop.close(self.client)
             self.shared.limit.remove()
 
     def abort(self) -> None:
         """End the session, if it has not ended, with a reset."""
-        if not self.over:
+        if not self.is_over:
             self.client.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
             self.close()
 
@@ -462,16 +387,10 @@ class Session:
             detail=detail,
         )
 
-    def _take_time(self, story: Callable[[], Awaitable[None]]) -> None:
-        """Go on in a task of its own."""
-        self.shared.nursery.start_soon(self._guard, story)
+    def _size(self) -> int:
+        """Return how many bytes of the client have been looked at; they are still to be read."""
+        return self.size if self.wait is None else self.wait.size
 
-    async def _guard(self, story: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await story()
-        except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
-            self.shared.log.bug(error)
-            self.abort()
-        except trio.Cancelled:
-            self.abort()
-            raise
+    def _stop_waiting(self) -> None:
+        if self.wait is not None:
+            self.shared.waiting.discard(self.wait)

@@ -57,10 +57,11 @@ class Door:
         self.pipes = PipePool()
         self.limit = ConnectionLimit()
         self.hosts = HostsDirectory(directory_namer(hashed=False))
+        self.relay = Relay(self.loop, self.pipes, log.bug)
         self.sessions = Sessions(
             CONFIG,
             self.loop,
-            Relay(self.loop, self.pipes),
+            self.relay,
             self.hosts,
             log,
             self.limit,
@@ -74,7 +75,7 @@ class Door:
             self.sessions.make_room,
             log.exhausted,
         )
-        for task in self.loop.run, self.listener.run, self.sessions.expire:
+        for task in self.loop.run, self.listener.run, self.relay.run, self.sessions.run:
             service.start_soon(task)
 
     def take_in(self) -> socket.socket:

@@ -19,6 +19,7 @@ import trio
 
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.tcp import USER_TIMEOUT
 
 Address = tuple[str, int] | tuple[str, int, int, int]
 
@@ -62,12 +63,14 @@ _SHORTEST = struct.pack("@ll", 0, 1)
 
 # Keep-alive. A client that vanished, a phone that lost its network, is noticed after 60 + 6 x 10
 # seconds without an answer. Most home routers and mobile networks forget a silent connection after
-# some minutes; one probe a minute also keeps it alive there.
+# some minutes; one probe a minute also keeps it alive there. One that vanishes amid a download is
+# noticed after USER_TIMEOUT.
 _KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT),
 )
 
 

@@ -5,6 +5,10 @@ Everything that affects what a peer gets to see lives here. The laws:
 - What one peer sends reaches the other unchanged, or the other sees a reset.
 - The end of what one peer sends becomes the end of what the other receives, after all bytes
   before it. The opposite direction lives on.
+- The far end may close with bytes unread, as servers do that close first. Its last words are
+  delivered all the same, at the near end's pace, and then an end. What the near end still says is
+  read and thrown away, so that no reset overtakes them.
+- A near end that breaks off, with a reset, takes the far end along at once.
 - A connection holds no more than `_CHUNK` bytes and a pipe for each direction, and when nothing is
   under way neither: what can't be sent is not read, so back-pressure reaches the sender.
 
@@ -14,26 +18,31 @@ its sink takes none (it is `stalled` until EPOLLOUT), or it has had its turn. Re
 urgent data, too, which TLS does not know and a stream of bytes can't carry: it is answered with a
 reset.
 
-Two gears. Small traffic is copied through one buffer that all share: two calls for each message.
+Two ways. Small traffic is copied through one buffer that all share: two calls for each message.
 A source that fills the buffer again and again is spliced through a pipe instead, so that the bytes
 never enter this process.
 """
 
 import errno
 import os
-import struct
 from _socket import AF_UNIX, MSG_DONTWAIT, SHUT_WR, SO_LINGER, SO_SNDBUF, SOL_SOCKET, socket
 from collections.abc import Callable
-from enum import StrEnum
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 
+import trio
+
+from sniproxy.engine import tcp
+from sniproxy.engine.ending import Ending
+from sniproxy.engine.linger import LastWords
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import Pipe, PipePool
+from sniproxy.engine.tcp import LINGER_0
 
 READ_EVENTS = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
 _READ_WRITE_EVENTS = READ_EVENTS | EPOLLOUT
 _ENDING = EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR
 _MORE_THAN_DATA = EPOLLOUT | _ENDING
+_GONE = EPOLLPRI | EPOLLHUP | EPOLLERR
 
 # The shared buffer: four full TLS records (16 KiB), two of the largest pieces that a Unix socket
 # takes (32 KiB), and small enough to stay in the processor's cache between recv and send.
@@ -65,17 +74,13 @@ _SPLICE_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 # What splice(2) says where it is not to be had: these sockets can't, or a sandbox forbids it.
 _NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
-# struct linger {1, 0}: close(2) sends a reset and drops what was not sent, socket(7).
-LINGER_0 = struct.pack("ii", 1, 0)
+# Seconds between two looks at what has been moved. Connections that have a time limit are looked at
+# more often if that is short, so that none lives longer than a quarter above its limit.
+_SWEEP_EVERY = 10.0
+_SWEEPS_IN_LIMIT = 4
 
-
-class Ending(StrEnum):
-    """How a connection ended."""
-
-    FINISHED = "finished"  # both ends had said all they had to say
-    NEAR_RESET = "near_reset"  # the near end broke it off, or went away without reading all
-    FAR_RESET = "far_reset"
-    CUT = "cut"  # by us
+# Connections that are looked at before others have their turn: less than a millisecond.
+_SWEEP_BATCH = 1000
 
 
 # To find a member of an Enum, Python 3.11 runs a function written in Python. Once is enough.
@@ -87,13 +92,29 @@ OnEnd = Callable[[int, int, Ending], None]
 
 
 class Relay:
-    """All relayed connections of a process."""
+    """All relayed connections of a process.
 
-    def __init__(self, loop: EventLoop, pipes: PipePool) -> None:
+    Args:
+        idle_seconds: after so many seconds without a byte a connection is reset; 0 is never.
+        half_closed_seconds: the same for a connection one of whose directions has ended.
+        on_fault: called with every exception that nobody expected.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        pipes: PipePool,
+        on_fault: Callable[[Exception], None],
+        idle_seconds: float = 0.0,
+        half_closed_seconds: float = 0.0,
+    ) -> None:
         self.loop = loop
         self.pipes = pipes
         self.buffer = memoryview(bytearray(_CHUNK))
         self.can_splice = True
+        self.last_words = LastWords(loop, on_fault, half_closed_seconds)
+        self._idle_seconds = idle_seconds
+        self._half_closed_seconds = half_closed_seconds
 
     def join(
         self,
@@ -108,8 +129,8 @@ class Relay:
         The sockets belong to the relay from now on, whatever happens.
 
         Args:
-            near: the socket that is likely to have something to say already.
-            far: the other one, not watched by the loop.
+            near: a TCP socket, likely to have something to say already.
+            far: a Unix socket, not watched by the loop.
             on_end: called once, when both sockets have been given up, with the bytes that went
                 there and those that came back, and how it ended.
             near_events: what has happened to `near` so far, if the loop watches it already, for
@@ -120,8 +141,8 @@ class Relay:
         Raises:
             OSError: the kernel can't watch them (ENOMEM, ENOSPC); both are reset.
         """
-        up = _Flow(self, near, far, on_end, _NEAR_RESET)
-        down = _Flow(self, far, near, on_end, _FAR_RESET)
+        up = _Up(self, near, far, on_end)
+        down = _Down(self, far, near)
         up.back, down.back = down, up
         try:
             # Before anything else: a far end that has just been woken finds it when it looks.
@@ -141,11 +162,30 @@ class Relay:
             up.abort()
             raise
 
+    async def run(self) -> None:
+        """Look after connections on which nothing moves, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.last_words.run)
+            limits = [each for each in (self._idle_seconds, self._half_closed_seconds) if each]
+            pause = min([_SWEEP_EVERY, *(each / _SWEEPS_IN_LIMIT for each in limits)])
+            while True:
+                await trio.sleep(pause)
+                await self._sweep(pause)
+
+    async def _sweep(self, pause: float) -> None:
+        """Compare what every connection has moved with what it had moved the last time."""
+        for number, watcher in enumerate(self.loop.watchers()):
+            if isinstance(watcher, _Up):
+                watcher.sweep(pause, self._idle_seconds, self._half_closed_seconds)
+            if number % _SWEEP_BATCH == _SWEEP_BATCH - 1:
+                await trio.lowlevel.checkpoint()
+
     def abort_all(self) -> None:
         """Reset every connection."""
         for watcher in self.loop.watchers():
-            if isinstance(watcher, _Flow):
+            if isinstance(watcher, _Up):
                 watcher.abort()
+        self.last_words.abort_all()
 
 
 class _Flow:
@@ -157,29 +197,27 @@ class _Flow:
         "ended",
         "ending",
         "moved",
-        "on_end",
         "pending",
         "pipe",
         "piped",
         "relay",
-        "reset_ending",
         "sink",
         "source",
         "stalled",
+        "swept",
         "watched",
         "write_watched",
     )
 
-    def __init__(
-        self, relay: Relay, source: socket, sink: socket, on_end: OnEnd, reset_ending: Ending
-    ) -> None:
+    # The opposite direction; None once both sockets are given up.
+    back: "_Flow | None"
+
+    def __init__(self, relay: Relay, source: socket, sink: socket) -> None:
         self.relay = relay
         self.source = source
         self.sink = sink
-        self.on_end = on_end
-        self.reset_ending = reset_ending  # how it has ended if the source breaks it off
         self.moved = 0  # bytes that the sink has taken
-        self.back: _Flow | None = None  # the opposite direction; None once both sockets are closed
+        self.swept = -1  # what that was when it was looked at the last time
         self.credit = 0
         self.pending: bytes | None = None  # read, and not yet taken by the sink
         self.pipe: Pipe | None = None
@@ -188,7 +226,7 @@ class _Flow:
         # What stands behind the last byte of the source: an end (EPOLLRDHUP); and it will not read
         # either (EPOLLHUP), or has an error (EPOLLERR), which may come up behind its last bytes.
         self.ending = 0
-        self.ended = False  # the end has been passed on
+        self.ended = False  # the source has said all
         self.watched = False  # the source is in the loop
         self.write_watched = False  # EPOLLOUT is asked for on the *source*, for `back`'s sake
 
@@ -206,7 +244,7 @@ class _Flow:
             self.pump()
 
     def _note(self, events: int, back: "_Flow") -> bool:
-        """Take in what an event says besides that there is data; return whether to go on."""
+        """Take note of what an event says besides that there is data; return whether to go on."""
         if events & EPOLLOUT:
             if back.stalled:
                 back.stalled = False
@@ -214,35 +252,9 @@ class _Flow:
             if self.back is None or events == EPOLLOUT:
                 return False
         self.ending |= events & _ENDING
-        if events & EPOLLPRI or (self.ending & EPOLLERR and (self.ended or self.stalled)):
-            # No read will bring the error up soon, and it is not to wait.
-            self.abort(self.reset_ending)
-        elif self.ended and self.ending & EPOLLHUP:
-            self._finish()
+        if self.ending & _GONE:
+            self._source_gone(back)
         return self.back is not None
-
-    def abort(self, ending: Ending = Ending.CUT) -> None:
-        """Reset both peers, so that neither takes the cut for an end."""
-        if self.back is not None:
-            for sock in (self.source, self.sink):
-                # On a Unix socket this does nothing: such a peer sees an end, or ECONNRESET where
-                # it left us something unread.
-                sock.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
-            self._close(ending)
-
-    def send_first(self, first: bytes) -> None:
-        """Send `first` and what the source has said so far, for the sink to wake up once.
-
-        If that is not all, the loop tells when it is asked to watch the source.
-        """
-        try:
-            self.pending = first + self.source.recv(_CHUNK, MSG_DONTWAIT)
-        except BlockingIOError:
-            self.pending = first
-        except OSError:
-            return self.abort(self.reset_ending)
-        if self._send_pending() or self.pending:
-            self.moved -= len(first)
 
     def pump(self) -> None:
         """Move bytes until the source has none, the sink takes none, or the turn is over."""
@@ -260,7 +272,7 @@ class _Flow:
             except BlockingIOError:
                 return
             except OSError:
-                return self.abort(self.reset_ending)
+                return self._source_failed()
             if not size:
                 return self._end()
             try:
@@ -308,7 +320,8 @@ class _Flow:
                     break
                 except OSError as error:
                     if error.errno not in _NO_SPLICE:
-                        return self.abort(self.reset_ending)
+                        self.return_pipe(pipe)
+                        return self._source_failed()
                     self.relay.can_splice = False
                     self.relay.loop.call_soon(self)
                     break
@@ -354,9 +367,6 @@ class _Flow:
     def _stall(self) -> None:
         back = self.back
         assert back is not None
-        if self.ending & EPOLLERR:
-            # The source was reset, and that is not to wait for the sink.
-            return self.abort(self.reset_ending)
         self.stalled = True
         if not back.write_watched:
             # Asked for at the first stall only: a Unix socket tells with every read of its peer
@@ -364,60 +374,242 @@ class _Flow:
             back.write_watched = True
             if back.watched:
                 self.relay.loop.change(self.sink.fileno(), _READ_WRITE_EVENTS)
-
-    def _end(self) -> None:
-        """Pass on the end of the source."""
-        self.ended = True
-        back = self.back
-        assert back is not None
-        if back.ended or self.ending & EPOLLHUP:
-            return self._finish()
-        try:
-            self.sink.shutdown(SHUT_WR)
-        except OSError:  # ENOTCONN: reset meanwhile
-            self.abort(back.reset_ending)
-
-    def _finish(self) -> None:
-        """Close both sockets: all that was sent has arrived."""
-        back = self.back
-        assert back is not None
-        if back.pending is not None or back.piped:
-            # The source has gone away without reading what we hold for it.
-            self.abort(self.reset_ending)
-        else:
-            self._close(_FINISHED)
-
-    def _sink_failed(self) -> None:
-        """Tear down: the sink takes no more, and what was meant for it is lost."""
-        # It may have spoken before it went: one that refuses an upload says why in its last words.
-        # What can be passed on at once is.
-        self.stalled = True
-        self.pending = b""  # whatever it was: something is lost
-        back = self.back
-        assert back is not None
-        if not (back.stalled or back.ended):
-            back.ending |= EPOLLRDHUP
-            back.pump()
-        self.abort(back.reset_ending)
+        if self.ending & EPOLLERR:
+            self._source_gone(back)
 
     def return_pipe(self, pipe: Pipe) -> None:
         """Give the pipe back; bytes in it are lost."""
         if self.piped:
             self.relay.pipes.scrap(pipe)
+            self.piped = 0
         else:
             self.relay.pipes.give(pipe)
         self.pipe = None
 
-    def _close(self, ending: Ending) -> None:
+    # What is not the same for both ends. None of these is called when it is all over.
+
+    def abort(self, ending: Ending = Ending.CUT) -> None:
+        """Reset both peers, so that neither takes the cut for an end."""
+        raise NotImplementedError
+
+    def _source_gone(self, back: "_Flow") -> None:
+        """React to `ending`: the source has more to tell than that it will say no more."""
+        raise NotImplementedError
+
+    def _source_failed(self) -> None:
+        """React to an error of the source, behind its last byte."""
+        raise NotImplementedError
+
+    def _sink_failed(self) -> None:
+        """React to an error of the sink: it takes no more."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Pass on the end of the source."""
+        raise NotImplementedError
+
+
+class _Up(_Flow):
+    """What the near end says to the far one; and what concerns the connection as a whole."""
+
+    __slots__ = ("on_end", "quiet", "sink_gone")
+
+    back: "_Down | None"
+
+    def __init__(self, relay: Relay, source: socket, sink: socket, on_end: OnEnd) -> None:
+        super().__init__(relay, source, sink)
+        self.on_end = on_end
+        self.quiet = 0  # sweeps in a row that found nothing moved
+        # How it will have ended, once the far end reads no more. From then on what the near end
+        # says is thrown away, and `pending` is empty, but not None.
+        self.sink_gone: Ending | None = None
+
+    def abort(self, ending: Ending = Ending.CUT) -> None:
+        """Reset both peers, so that neither takes the cut for an end."""
+        if self.back is not None:
+            for sock in (self.source, self.sink):
+                # On a Unix socket this does nothing: such a peer sees an end, or ECONNRESET where
+                # it left us something unread.
+                sock.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
+            self.close(ending)
+
+    def close(self, ending: Ending) -> None:
+        """Close both sockets."""
         back = self.back
         assert back is not None
-        if self.pipe is not None:
-            self.return_pipe(self.pipe)
-        if back.pipe is not None:
-            back.return_pipe(back.pipe)
         self.relay.loop.close(self.source)
+        self.give_up_far(back)
+        self.on_end(self.moved, back.moved, ending)
+
+    def give_up_far(self, back: "_Down") -> None:
+        """Close the far socket, and give back what was needed to relay."""
+        for flow in self, back:
+            if flow.pipe is not None:
+                flow.return_pipe(flow.pipe)
         self.relay.loop.close(self.sink)
         # Without the cycle the memory is free at once, not when the collector comes round.
         self.back = back.back = None
-        up, down = (self, back) if self.reset_ending is _NEAR_RESET else (back, self)
-        self.on_end(up.moved, down.moved, ending)
+
+    def lose_sink(self, ending: Ending) -> None:
+        """From now on throw away what the near end says: the far end reads no more of it."""
+        back = self.back
+        assert back is not None
+        self.sink_gone = ending
+        self.pending = b""
+        if self.pipe is not None:
+            self.return_pipe(self.pipe)
+        self.stalled = False
+        if back.ended:
+            back.finish()
+        elif not self.ended:
+            self._discard()
+
+    def sweep(self, pause: float, idle_seconds: float, half_closed_seconds: float) -> None:
+        """End the connection if nothing was moved for too long; `pause` is since the last sweep."""
+        back = self.back
+        if back is None:
+            return
+        if self.moved != self.swept or back.moved != back.swept:
+            tcp.expect_answers(self.source, self.quiet * pause)
+            self.swept, back.swept = self.moved, back.moved
+            self.quiet = 0
+            return
+        self.quiet += 1
+        seconds = self.quiet * pause
+        is_half_closed = self.ended or back.ended or self.sink_gone is not None
+        if is_half_closed and 0 < half_closed_seconds <= seconds:
+            self.abort(Ending.HALF_CLOSED)
+        elif 0 < idle_seconds <= seconds:
+            self.abort(Ending.IDLE)
+        elif back.moved:
+            tcp.spare_slow_reader(self.source, seconds)
+
+    def send_first(self, first: bytes) -> None:
+        """Send `first` and what the source has said so far, for the sink to wake up once.
+
+        If that is not all, the loop tells when it is asked to watch the source.
+        """
+        try:
+            self.pending = first + self.source.recv(_CHUNK, MSG_DONTWAIT)
+        except BlockingIOError:
+            self.pending = first
+        except OSError:
+            return self.abort(_NEAR_RESET)
+        if self._send_pending() or self.stalled:
+            self.moved -= len(first)
+
+    def _send_pending(self) -> bool:
+        if self.sink_gone is not None:
+            self._discard()
+            return False
+        return super()._send_pending()
+
+    def _discard(self) -> None:
+        """Read what the near end says, and throw it away."""
+        discarded = 0
+        while discarded < _TURN:
+            try:
+                size = self.source.recv_into(self.relay.buffer, _CHUNK, MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                return self._source_failed()
+            if not size:
+                return self._end()
+            discarded += size
+        self.relay.loop.call_soon(self)
+
+    def _source_gone(self, back: _Flow) -> None:
+        # With EPOLLERR no read will bring the error up soon, where it is waiting for the sink. And
+        # a reset is not to wait.
+        if self.ending & EPOLLPRI or (self.ending & EPOLLERR and (self.ended or self.stalled)):
+            self.abort(_NEAR_RESET)
+        elif self.ended and self.ending & EPOLLHUP:
+            self._finish(back)
+
+    def _source_failed(self) -> None:
+        self.abort(_NEAR_RESET)
+
+    def _sink_failed(self) -> None:
+        self.lose_sink(_FAR_RESET)
+
+    def _end(self) -> None:
+        self.ended = True
+        back = self.back
+        assert back is not None
+        if self.sink_gone is not None:
+            return  # and the last words of the far end are still under way
+        if back.ended or self.ending & EPOLLHUP:
+            return self._finish(back)
+        try:
+            self.sink.shutdown(SHUT_WR)
+        except OSError:  # ENOTCONN: reset meanwhile
+            self.lose_sink(_FAR_RESET)
+
+    def _finish(self, back: _Flow) -> None:
+        """Close both sockets: both ends have said all."""
+        if back.pending is not None or back.piped:
+            # The near end has gone away without reading what we hold for it.
+            self.abort(_NEAR_RESET)
+        else:
+            self.close(_FINISHED)
+
+
+class _Down(_Flow):
+    """What the far end says to the near one."""
+
+    __slots__ = ()
+
+    back: _Up | None
+
+    def abort(self, ending: Ending = Ending.CUT) -> None:
+        """Reset both peers, so that neither takes the cut for an end."""
+        if self.back is not None:
+            self.back.abort(ending)
+
+    def finish(self) -> None:
+        """End the connection: the far end has said all, and it reads no more or has read all."""
+        up = self.back
+        assert up is not None
+        if up.sink_gone is None:
+            return up.close(_FINISHED)
+        ending = up.sink_gone
+        up.give_up_far(self)
+
+        def on_end(other: Ending | None) -> None:
+            up.on_end(up.moved, self.moved, other or ending)
+
+        self.relay.last_words.add(self.sink, on_end, is_watched=up.watched, peer_has_ended=up.ended)
+
+    def _source_gone(self, back: _Flow) -> None:
+        up = self.back
+        assert up is not None
+        if self.ending & EPOLLPRI:
+            self.abort(_FAR_RESET)
+        elif up.sink_gone is None and not up.ended:
+            is_lost = self.ending & EPOLLERR or up.pending is not None or up.piped
+            up.lose_sink(_FAR_RESET if is_lost else _FINISHED)
+
+    def _source_failed(self) -> None:
+        # ECONNRESET: it closed with bytes unread. unix(7) tells of that behind its last byte.
+        up = self.back
+        assert up is not None
+        if up.sink_gone is None:
+            up.lose_sink(_FAR_RESET)
+        if self.back is not None:
+            self._end()
+
+    def _sink_failed(self) -> None:
+        self.abort(_NEAR_RESET)
+
+    def _end(self) -> None:
+        self.ended = True
+        up = self.back
+        assert up is not None
+        if not up.ended:
+            try:
+                self.sink.shutdown(SHUT_WR)
+            except OSError:  # ENOTCONN: reset meanwhile
+                return self.abort(_NEAR_RESET)
+        if up.ended or up.sink_gone is not None:
+            self.finish()

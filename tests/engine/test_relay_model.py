@@ -59,12 +59,13 @@ class Running:
     async def _main(self) -> None:
         self.loop = EventLoop(self.faults.append)
         self.pipes = PipePool(limit=1)
-        self.relay = Relay(self.loop, self.pipes)
+        self.relay = Relay(self.loop, self.pipes, self.faults.append)
         self.limit = ConnectionLimit()
         self._token = trio.lowlevel.current_trio_token()
         self._end = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.loop.run)
+            nursery.start_soon(self.relay.run)
             self._started.set()
             await self._end.wait()
             nursery.cancel_scope.cancel()

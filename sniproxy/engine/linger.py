@@ -1,0 +1,239 @@
+"""Sockets that have had our last bytes and our end, kept until these have arrived.
+
+To close a TCP socket with bytes unread, or to receive any afterwards, sends a reset (RFC 9293
+§3.10.7.1 and RFC 2525 §2.17), and a reset can overtake what was sent before it. So what the peer
+still says is read and thrown away until it ends, too, or has had time enough.
+"""
+
+from _socket import MSG_DONTWAIT, SO_LINGER, SOL_SOCKET, socket
+from collections.abc import Callable
+from select import EPOLLERR, EPOLLET, EPOLLIN, EPOLLPRI, EPOLLRDHUP
+
+import trio
+
+from sniproxy.engine import tcp
+from sniproxy.engine.deadlines import Deadlines
+from sniproxy.engine.ending import Ending
+from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.tcp import LINGER_0
+
+_EVENTS = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
+
+# Bytes read at a time, and bytes after which others have their turn.
+_CHUNK = 1 << 16
+_TURN = 1 << 20
+
+# All that is read here goes nowhere.
+_buffer = bytearray(_CHUNK)
+
+# Seconds between two looks at what a peer has acknowledged: nothing announces that.
+_LOOK_EVERY = 0.25
+
+# Seconds after the peer has acknowledged our end until the socket is closed, whatever the peer
+# does. Its kernel has everything by then; but a reset makes some kernels throw away what the
+# program has not read yet, so it gets a moment. nginx takes as long (lingering_timeout).
+_AFTER_END = 5.0
+
+
+class Linger:
+    """One such socket. It belongs to this object from now on.
+
+    Args:
+        sock: a TCP socket whose sending half has been shut down.
+        on_end: called once, when the socket has been given up.
+        most: bytes that are read at the most; a peer that sends more is cut off. None: no limit.
+        until_acknowledged: whether the socket stays open, after the end of the peer, for as long as
+            the peer has not acknowledged all; who asks for that closes it then.
+
+    Attributes:
+        sock: the socket.
+        peer_has_ended: whether the peer has said all that it had to say.
+        ending: how it ended, if that was not by the peer's end or for lack of time.
+    """
+
+    __slots__ = (
+        "_is_over",
+        "_left",
+        "_loop",
+        "_on_end",
+        "ending",
+        "peer_has_ended",
+        "sock",
+        "until_acknowledged",
+    )
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        sock: socket,
+        on_end: Callable[["Linger"], None],
+        *,
+        most: int | None = None,
+        until_acknowledged: bool = False,
+    ) -> None:
+        self._loop = loop
+        self.sock = sock
+        self._on_end = on_end
+        self._left = most
+        self.until_acknowledged = until_acknowledged
+        self.peer_has_ended = False
+        self.ending: Ending | None = None
+        self._is_over = False
+
+    def start(self, *, is_watched: bool) -> None:
+        """Throw away what is there, and have the loop tell of more.
+
+        Args:
+            is_watched: whether the loop watches the socket already, for reading.
+
+        Raises:
+            OSError: the kernel can't watch it (ENOMEM, ENOSPC); it is reset.
+        """
+        if is_watched:
+            self._loop.set_watcher(self.sock.fileno(), self)
+            self.on_event(0)  # what was told to another watcher is not told again
+        else:
+            try:
+                self._loop.watch(self.sock.fileno(), self, _EVENTS)
+            except OSError:
+                self.abort()
+                raise
+
+    def on_event(self, events: int) -> None:
+        """Throw away what the peer has said."""
+        if self._is_over or self.peer_has_ended:
+            if events & EPOLLERR:
+                self._close(Ending.NEAR_RESET)
+            return
+        size = 0
+        while size < _TURN:
+            try:
+                received = self.sock.recv_into(_buffer, _CHUNK, MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:  # ECONNRESET
+                return self._close(Ending.NEAR_RESET)
+            if not received:
+                self.peer_has_ended = True
+                if not self.until_acknowledged or not tcp.unacknowledged(self.sock):
+                    self.close()
+                return
+            size += received
+            if self._left is not None:
+                self._left -= received
+                if self._left <= 0:
+                    return self.close()
+        self._loop.call_soon(self)
+
+    def expire(self) -> None:
+        """Close the socket: the peer has had time enough."""
+        # What is there is thrown away, so that the peer sees an end and no reset.
+        self.on_event(0)
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket, if that has not been done."""
+        self._close(None)
+
+    def abort(self, ending: Ending = Ending.CUT) -> None:
+        """Close the socket with a reset, if it has not been closed."""
+        if not self._is_over:
+            self.sock.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
+            self._close(ending)
+
+    def _close(self, ending: Ending | None) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self.ending = ending
+            self._loop.close(self.sock)
+            self._on_end(self)
+
+
+class LastWords:
+    """Peers on their way to the end of what was said to them, each at its own pace.
+
+    Args:
+        on_fault: called with every exception that nobody expected.
+        no_progress_seconds: how long a peer may leave what there is for it unread; 0 is for ever.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        on_fault: Callable[[Exception], None],
+        no_progress_seconds: float = 0.0,
+    ) -> None:
+        self._loop = loop
+        self._no_progress_seconds = no_progress_seconds
+        # For whom bytes are under way: how many when they were looked at, and since when as many.
+        self._sending: dict[Linger, tuple[int, float]] = {}
+        self._added = trio.lowlevel.ParkingLot()
+        # Who has received all, and does not end.
+        self._received: Deadlines[Linger] = Deadlines(_AFTER_END, on_fault)
+
+    def add(
+        self,
+        sock: socket,
+        on_end: Callable[[Ending | None], None],
+        *,
+        is_watched: bool,
+        peer_has_ended: bool,
+    ) -> None:
+        """Keep `sock` until the peer has received all.
+
+        Args:
+            sock: a TCP socket whose sending half has been shut down; owned from now on.
+            on_end: called once, when it has been given up, with how it ended, if not as it should.
+            is_watched: whether the loop watches it already, for reading.
+            peer_has_ended: whether the end of what the peer says has been read.
+        """
+
+        def forget(linger: Linger) -> None:
+            has_received = self._sending.pop(linger, None) is None
+            self._received.discard(linger)
+            on_end(None if has_received else linger.ending)
+
+        linger = Linger(self._loop, sock, forget, until_acknowledged=True)
+        linger.peer_has_ended = peer_has_ended
+        if peer_has_ended and not tcp.unacknowledged(sock):
+            return linger.close()
+        self._sending[linger] = -1, trio.current_time()
+        if self._added:
+            self._added.unpark()
+        linger.start(is_watched=is_watched)
+
+    async def run(self) -> None:
+        """Close the sockets of those who have received all, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._received.run)
+            while True:
+                if not self._sending:
+                    await self._added.park()
+                for linger in list(self._sending):
+                    self._look_after(linger)
+                await trio.sleep(_LOOK_EVERY)
+
+    def abort_all(self) -> None:
+        """Reset those who have not received all; close the others."""
+        for linger in list(self._sending):
+            linger.abort()
+        for linger in self._received.items():
+            linger.close()
+
+    def _look_after(self, linger: Linger) -> None:
+        now = trio.current_time()
+        before, since = self._sending[linger]
+        left = tcp.unacknowledged(linger.sock)
+        if not left:
+            if linger.peer_has_ended:
+                return linger.close()
+            del self._sending[linger]
+            linger.until_acknowledged = False
+            self._received.add(linger)
+        elif left != before:
+            self._sending[linger] = left, now
+            tcp.expect_answers(linger.sock, now - since)
+        elif 0 < self._no_progress_seconds <= now - since:
+            linger.abort(Ending.HALF_CLOSED)
+        else:
+            tcp.spare_slow_reader(linger.sock, now - since)
