@@ -535,6 +535,7 @@ class _Up(_Flow):
 
     def _end(self) -> None:
         self.ended = True
+        self.swept = -1  # an end is something that was moved
         back = self.back
         assert back is not None
         if self.sink_gone is not None:
@@ -604,6 +605,7 @@ class _Down(_Flow):
 
     def _end(self) -> None:
         self.ended = True
+        self.swept = -1  # as above
         up = self.back
         assert up is not None
         if not up.ended:

@@ -10,19 +10,17 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 import trio
 from trio.testing import check_half_closeable_stream, trio_test
 
 from sniproxy.engine.ending import Ending
-from sniproxy.engine.limit import ConnectionLimit
-from sniproxy.engine.loop import EventLoop, Watcher
+from sniproxy.engine.loop import Watcher
 from sniproxy.engine.pipes import PipePool
-from sniproxy.engine.relay import READ_EVENTS, Relay
+from sniproxy.engine.relay import READ_EVENTS
 from sniproxy.engine.stream import relay_streams
+from tests.support.relays import bench, stream
 from tests.support.sockets import Noise, plain, reset, tcp_pair, unix_pair
 
 # More than all buffers between two ends can hold.
@@ -30,67 +28,6 @@ MUCH = 16 << 20
 
 # struct linger {1, 0}: closing sends a reset.
 RESET = struct.pack("ii", 1, 0)
-
-
-class Bench:
-    """A relay in a running loop, and what became of its connections."""
-
-    def __init__(self) -> None:
-        self.faults: list[Exception] = []
-        self.loop = EventLoop(self.faults.append)
-        self.pipes = PipePool()
-        self.relay = Relay(self.loop, self.pipes, self.faults.append)
-        self.limit = ConnectionLimit()
-        self.endings: list[tuple[int, int, Ending]] = []
-        self._ends: list[trio.SocketStream] = []
-
-    def join(self, unix_buffers: int | None = None) -> tuple[trio.SocketStream, trio.SocketStream]:
-        """Return the two ends of a new connection: the client's, and the backend's."""
-        client, near = tcp_pair()
-        backend, far = unix_pair()
-        if unix_buffers is not None:
-            for end in (backend, far):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, unix_buffers)
-        far.setblocking(False)
-        self.join_these(near, far)
-        return self.stream(client), self.stream(backend)
-
-    def join_these(self, near: socket.socket, far: socket.socket, first: bytes = b"") -> None:
-        self.limit.add()
-        self.relay.join(plain(near), plain(far), self.left, first=first)
-
-    def left(self, up: int, down: int, ending: Ending) -> None:
-        self.endings.append((up, down, ending))
-        self.limit.remove()
-
-    def stream(self, end: socket.socket) -> trio.SocketStream:
-        self._ends.append(stream(end))
-        return self._ends[-1]
-
-    async def close(self) -> None:
-        self.relay.abort_all()
-        self.loop.shut()
-        self.pipes.close()
-        for end in self._ends:
-            await end.aclose()
-        assert self.faults == []
-
-    async def all_ended(self) -> None:
-        with trio.fail_after(5):
-            await self.limit.wait_until_empty()
-
-
-@asynccontextmanager
-async def bench() -> AsyncIterator[Bench]:
-    it = Bench()
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(it.loop.run)
-            nursery.start_soon(it.relay.run)
-            yield it
-            nursery.cancel_scope.cancel()
-    finally:
-        await it.close()
 
 
 def say(client: socket.socket, near: socket.socket, data: bytes) -> None:
@@ -122,10 +59,6 @@ def received_already(sock: socket.socket) -> bytes:
         while chunk := sock.recv(1 << 16, socket.MSG_DONTWAIT):
             received += chunk
     return bytes(received)
-
-
-def stream(sock: socket.socket) -> trio.SocketStream:
-    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
 
 async def send_noise(end: trio.SocketStream, size: int, seed: bytes) -> None:

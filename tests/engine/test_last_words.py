@@ -1,0 +1,321 @@
+"""A far end that closes with bytes unread: what it has written before arrives, all of it."""
+
+import socket
+import struct
+
+import pytest
+import trio
+from trio.testing import MockClock, trio_test
+
+from sniproxy.engine import linger, relay, tcp
+from sniproxy.engine.ending import Ending
+from tests.support.relays import Bench, bench
+from tests.support.sockets import Noise, tcp_pair, unix_pair
+
+UNREAD = b"seventeen bytes.."
+RESET = struct.pack("ii", 1, 0)
+
+
+@pytest.fixture
+def clock() -> MockClock:
+    # The threshold, in real seconds, is what sockets on this machine may need to answer.
+    return MockClock(autojump_threshold=0.05)
+
+
+async def say_and_close(backend: trio.SocketStream, size: int) -> None:
+    """Wait for what the client has sent, do not read it, answer, and close."""
+    await backend.socket.recv(1, socket.MSG_PEEK)
+    for block in Noise().blocks(size):
+        await backend.send_all(block)
+    await backend.aclose()
+
+
+async def read_slowly(client: trio.SocketStream, *, talks: bool) -> bytes:
+    """Read to the end, with pauses; say something in each of them, if `talks`."""
+    received = bytearray()
+    while chunk := await client.receive_some(100_000):
+        received += chunk
+        await trio.sleep(0.002)
+        if talks:
+            await client.send_all(b"and one more thing" * 50)
+    return bytes(received)
+
+
+@pytest.mark.parametrize(("talks", "half_closed"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("size", [0, 1000, 300_000, 8_000_000])
+@trio_test
+async def test_all_of_it_arrives_and_then_the_end(
+    size: int, talks: bool, half_closed: bool
+) -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(UNREAD)
+        if half_closed:
+            await client.send_eof()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(say_and_close, backend, size)
+            received = await read_slowly(client, talks=talks)
+        assert received == b"".join(Noise().blocks(size))
+        await client.aclose()
+        await it.all_ended()
+        [(up, down, ending)] = it.endings
+        assert (down, ending) == (size, Ending.FAR_RESET)
+        assert up >= len(UNREAD)
+
+
+@pytest.mark.parametrize("half_closed", [False, True])
+@trio_test
+async def test_the_connection_counts_until_all_has_arrived(half_closed: bool) -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(UNREAD)
+        if half_closed:
+            await client.send_eof()
+        await say_and_close(backend, 2_000_000)  # all of it fits into the buffers on the way
+        await trio.sleep(0.3)
+        assert it.limit.open == 1
+        await read_slowly(client, talks=False)
+        await client.aclose()
+        await it.all_ended()
+
+
+@trio_test
+async def test_who_has_received_all_and_stays_is_let_go(clock: MockClock) -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(UNREAD)
+        await say_and_close(backend, 100_000)
+        began = trio.current_time()
+        assert len(await read_slowly(client, talks=False)) == 100_000
+        await it.limit.wait_until_empty()
+        assert trio.current_time() - began == pytest.approx(linger._AFTER_END, abs=0.5)
+        assert it.loop.watchers() == []
+
+
+@trio_test
+async def test_who_has_received_all_and_talks_on_is_let_go(clock: MockClock) -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(UNREAD)
+        await say_and_close(backend, 0)
+        began = trio.current_time()
+        with pytest.raises(trio.BrokenResourceError):
+            while True:
+                await client.send_all(b"and one more thing")
+                await trio.sleep(0.5)
+        assert trio.current_time() - began == pytest.approx(linger._AFTER_END, abs=1.5)
+        await it.all_ended()
+
+
+@trio_test
+async def test_who_breaks_off_meanwhile_is_gone_at_once() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(UNREAD)
+        await say_and_close(backend, 1_000_000)
+        await trio.sleep(0.1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        await client.aclose()
+        await it.all_ended()
+        assert [ending for _, _, ending in it.endings] == [Ending.NEAR_RESET]
+
+
+@trio_test
+async def test_those_on_their_way_are_cut_with_the_others() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(UNREAD)
+        await say_and_close(backend, 1_000_000)
+        await trio.sleep(0.1)
+        it.relay.abort_all()
+        await it.all_ended()
+        assert [ending for _, _, ending in it.endings] == [Ending.CUT]
+        with pytest.raises(trio.BrokenResourceError):
+            await read_slowly(client, talks=False)
+
+
+@trio_test
+async def test_an_upload_that_nobody_reads_is_thrown_away() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        async with trio.open_nursery() as nursery:
+
+            async def upload() -> None:
+                await client.send_all(bytes(64 << 20))
+                await client.aclose()
+
+            nursery.start_soon(upload)
+            await backend.receive_some()
+            await backend.send_all(b"too large")
+            await backend.aclose()
+            assert await client.receive_some() == b"too large"
+            assert await client.receive_some() == b""
+        await it.all_ended()
+        assert [ending for _, _, ending in it.endings] == [Ending.FAR_RESET]
+
+
+@trio_test
+async def test_a_backend_that_reads_no_more_may_go_on_talking() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        backend.socket.shutdown(socket.SHUT_RD)
+        for _ in range(3):
+            await client.send_all(b"nobody reads this")
+            await backend.send_all(b"news")
+            assert await client.receive_some() == b"news"
+        await backend.send_eof()
+        assert await client.receive_some() == b""
+        await client.aclose()
+        await it.all_ended()
+
+
+@trio_test
+async def test_pipes_are_given_back() -> None:
+    async with bench() as it:
+        it.pipes._left = 2
+        for _ in range(5):
+            client, backend = it.join()
+            async with trio.open_nursery() as nursery:
+
+                async def upload(client: trio.SocketStream = client) -> None:
+                    await client.send_all(bytes(4 << 20))
+
+                nursery.start_soon(upload)
+                await backend.receive_some()
+                await trio.sleep(0.02)  # by now the pipe is full
+                await say_and_close(backend, 1_000_000)
+                await read_slowly(client, talks=False)
+            await client.aclose()
+            await it.all_ended()
+        assert it.pipes._left + len(it.pipes._spare) == 2
+
+
+# --- clients that live, and do not read
+
+
+async def fill(it: Bench) -> tuple[trio.SocketStream, bytes]:
+    """Return a client with a short TCP_USER_TIMEOUT that has not read what there is for it."""
+    client, near = tcp_pair()
+    backend, far = unix_pair()
+    # tcp(7): milliseconds.
+    near.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000)
+    far.setblocking(False)
+    it.join_these(near, far)
+    sent = 0
+    end = it.stream(backend)
+    with trio.move_on_after(0.2):
+        while True:
+            sent += await end.socket.send(bytes(10_000))
+    return it.stream(client), bytes(sent)
+
+
+@pytest.mark.parametrize("has_closed", [False, True])
+@trio_test
+async def test_a_client_that_pauses_is_not_taken_for_gone(
+    monkeypatch: pytest.MonkeyPatch, has_closed: bool
+) -> None:
+    monkeypatch.setattr(relay, "_SWEEP_EVERY", 0.1)
+    monkeypatch.setattr(tcp, "_ASK_AFTER", 0.3)
+    async with bench() as it:
+        client, sent = await fill(it)
+        if has_closed:
+            await it._ends[0].aclose()
+        await trio.sleep(2)
+        received = bytearray()
+        with trio.move_on_after(0.5):
+            while chunk := await client.receive_some():
+                received += chunk
+        assert received == sent
+
+
+@trio_test
+async def test_the_timeout_is_back_when_the_client_reads_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relay, "_SWEEP_EVERY", 0.1)
+    monkeypatch.setattr(tcp, "_ASK_AFTER", 0.3)
+    async with bench() as it:
+        client, sent = await fill(it)
+        near = next(each for each in it.loop.watchers() if isinstance(each, relay._Up)).source
+        await trio.sleep(0.7)
+        assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
+        received = 0
+        while received < len(sent):
+            received += len(await client.receive_some())
+        await it._ends[0].send_all(b"x")
+        await trio.sleep(0.3)
+        assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == tcp.USER_TIMEOUT
+
+
+# --- time limits
+
+
+@trio_test
+async def test_an_idle_connection_is_reset(clock: MockClock) -> None:
+    async with bench(idle_seconds=60) as it:
+        client, backend = it.join()
+        began = trio.current_time()
+        for _ in range(5):
+            await trio.sleep(50)
+            await client.send_all(b"x")
+            assert await backend.receive_some() == b"x"
+        await it.limit.wait_until_empty()
+        assert 250 + 60 <= trio.current_time() - began <= 250 + 60 * 5 / 4
+        assert it.endings == [(5, 0, Ending.IDLE)]
+        with pytest.raises(trio.BrokenResourceError):
+            await client.receive_some()
+
+
+@trio_test
+async def test_bytes_in_either_direction_are_no_idleness(clock: MockClock) -> None:
+    async with bench(idle_seconds=60) as it:
+        client, backend = it.join()
+        for _ in range(5):
+            await trio.sleep(50)
+            await backend.send_all(b"x")
+            assert await client.receive_some() == b"x"
+        assert it.endings == []
+
+
+@pytest.mark.parametrize("near_first", [False, True])
+@trio_test
+async def test_a_half_closed_connection_has_a_limit_of_its_own(
+    clock: MockClock, near_first: bool
+) -> None:
+    async with bench(half_closed_seconds=100) as it:
+        client, backend = it.join()
+        ended, going_on = (client, backend) if near_first else (backend, client)
+        await trio.sleep(200)
+        assert it.limit.open == 1
+        await ended.send_eof()
+        assert await going_on.receive_some() == b""
+        for _ in range(5):
+            await trio.sleep(90)
+            await going_on.send_all(b"x")
+            assert await ended.receive_some() == b"x"
+        began = trio.current_time()
+        await it.limit.wait_until_empty()
+        assert 100 <= trio.current_time() - began <= 100 * 5 / 4
+        assert [ending for _, _, ending in it.endings] == [Ending.HALF_CLOSED]
+
+
+@trio_test
+async def test_last_words_that_nobody_reads_have_the_same_limit(clock: MockClock) -> None:
+    async with bench(half_closed_seconds=100) as it:
+        client, backend = it.join()
+        await client.send_all(UNREAD)
+        await say_and_close(backend, 1_000_000)
+        began = trio.current_time()
+        await it.limit.wait_until_empty()
+        assert 100 <= trio.current_time() - began <= 100 * 5 / 4
+        assert [ending for _, _, ending in it.endings] == [Ending.HALF_CLOSED]
+
+
+@trio_test
+async def test_without_limits_nothing_ends(clock: MockClock) -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_eof()
+        assert await backend.receive_some() == b""
+        await trio.sleep(500)
+        assert it.limit.open == 1
