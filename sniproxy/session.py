@@ -88,6 +88,10 @@ ALERTS: dict[HostReason, Alert] = {
 }
 
 
+# Reasons that say nothing of a host: whatever name a client makes up may have them.
+_NO_HOST = frozenset({HostReason.NO_SUCH_HOST, HostReason.NAME_TOO_LONG})
+
+
 class Sessions:
     """Everything that sessions share, and how many there are.
 
@@ -257,7 +261,8 @@ class Session:
         except HostError as error:
             if error.reason is HostReason.BACKEND_BUSY:
                 return False
-            self._refuse(error.reason, ALERTS[error.reason], str(error))
+            is_host = error.reason not in _NO_HOST
+            self._refuse(error.reason, ALERTS[error.reason], str(error), is_host=is_host)
             return True
         header = self._proxy_header() if send_proxy_v1 else b""
         events = None if self.wait is None else self.wait.events
@@ -279,7 +284,8 @@ class Session:
                     return
                 pause = min(2 * pause, config.last_retry)
             busy = HostReason.BACKEND_BUSY
-            self._refuse(busy, ALERTS[busy], "its backlog was full until the deadline")
+            detail = "its backlog was full until the deadline"
+            self._refuse(busy, ALERTS[busy], detail, is_host=True)
         except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
             self.shared.log.bug(error)
             self.abort()
@@ -314,7 +320,7 @@ class Session:
         """Refuse the client: its bytes are no hello that can be read."""
         self._refuse(error.reason, error.alert, str(error))
 
-    def _refuse(self, reason: str, alert: Alert, detail: str) -> None:
+    def _refuse(self, reason: str, alert: Alert, detail: str, *, is_host: bool = False) -> None:
         """Send `alert` and see to it that it arrives."""
         self._stop_waiting()
         client, shared = self.client, self.shared
@@ -326,10 +332,10 @@ class Session:
             client.send(alert_record(alert), MSG_DONTWAIT)
             client.shutdown(SHUT_WR)
         except OSError:  # it has gone
-            self._report(reason, alert, detail)
+            self._report(reason, alert, detail, is_host=is_host)
             shared.loop.close(client)
             return shared.limit.remove()
-        self._report(reason, alert, detail)
+        self._report(reason, alert, detail, is_host=is_host)
         most = self._size() + shared.config.alert_bytes
         linger = Linger(shared.loop, client, shared.heard, most=most)
         shared.alerted.add(linger)
@@ -377,7 +383,14 @@ class Session:
             self.client.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
             self.close()
 
-    def _report(self, reason: str, alert: Alert | None, detail: str | None = None) -> None:
+    def _report(
+        self,
+        reason: str,
+        alert: Alert | None,
+        detail: str | None = None,
+        *,
+        is_host: bool = False,
+    ) -> None:
         self.shared.refused += 1
         self.shared.log.refusal(
             reason,
@@ -385,6 +398,7 @@ class Session:
             name=self.name,
             alert=alert,
             detail=detail,
+            is_host=is_host,
         )
 
     def _size(self) -> int:

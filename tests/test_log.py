@@ -4,6 +4,7 @@ import os
 import re
 import select
 import socket
+import tracemalloc
 from contextlib import closing
 from pathlib import Path
 from syslog import LOG_INFO, LOG_WARNING
@@ -163,38 +164,185 @@ def clock() -> MockClock:
     return MockClock(autojump_threshold=0)
 
 
-def refuse(log: Log, reason: str, times: int) -> None:
+def refuse(
+    log: Log,
+    reason: str = "no_such_host",
+    client: str = "192.0.2.1:1",
+    name: str = "a.example",
+    times: int = 1,
+    *,
+    is_host: bool = False,
+) -> None:
     for _ in range(times):
-        log.refusal(reason, "192.0.2.1:1", b"a.example", Alert.UNRECOGNIZED_NAME, None)
+        alert = Alert.UNRECOGNIZED_NAME
+        log.refusal(reason, client, name.encode(), alert, None, is_host=is_host)
+
+
+class Lines:
+    """What was written since the last call."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self._capfd = capfd
+
+    def __call__(self) -> list[str]:
+        return self._capfd.readouterr().err.splitlines()
+
+
+@pytest.fixture
+def lines(capfd: pytest.CaptureFixture[str]) -> Lines:
+    return Lines(capfd)
+
+
+@pytest.fixture
+def now() -> list[float]:
+    return [1000.0]
+
+
+@pytest.fixture
+def log(now: list[float]) -> Log:
+    return Log(clock=lambda: now[0])
 
 
 @trio_test
 async def test_of_one_kind_few_are_written_and_the_rest_is_counted(
-    clock: MockClock, capfd: pytest.CaptureFixture[str]
+    clock: MockClock, lines: Lines
 ) -> None:
-    def lines() -> list[str]:
-        return capfd.readouterr().err.splitlines()
-
-    log = Log()
+    log = Log(clock=trio.current_time)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(log.run)
-        refuse(log, "no_such_host", 23)
-        refuse(log, "deadline", 1)
+        refuse(log, "no_such_host", times=23)
         # Another kind has its own limit.
+        refuse(log, "deadline")
         assert len(lines()) == 21
-        await trio.sleep(11)
-        assert lines() == ["sniproxy: suppressed reason=no_such_host count=3"]
-        # Who goes on is only counted, once in ten seconds.
-        refuse(log, "no_such_host", 5)
-        await trio.sleep(10)
-        assert lines() == ["sniproxy: suppressed reason=no_such_host count=5"]
+        await trio.sleep(9)
+        refuse(log)
+        await trio.sleep(2)
+        assert lines() == ["sniproxy: suppressed reason=no_such_host count=4"]
+        # Who goes on has a line in ten seconds.
+        refuse(log, times=5)
+        assert len(lines()) == 1
+        await trio.sleep(9.5)
+        assert lines() == ["sniproxy: suppressed reason=no_such_host count=4"]
         # After ten seconds of silence everything is said again.
-        await trio.sleep(10)
-        refuse(log, "no_such_host", 21)
+        await trio.sleep(1)
+        refuse(log, times=21)
         assert len(lines()) == 20
         nursery.cancel_scope.cancel()
     # And nothing is forgotten in the end.
     assert lines() == ["sniproxy: suppressed reason=no_such_host count=1"]
+
+
+def test_silence_is_counted_from_the_last_refusal(log: Log, lines: Lines, now: list[float]) -> None:
+    """So no trickle keeps a kind limited, and no clock that ticks for all ends it early."""
+    refuse(log, times=30)
+    lines()
+    for _ in range(5):
+        now[0] += 9.9
+        refuse(log, client="192.0.2.2:1")
+    assert len(lines()) == 3  # every other one: the last was named less than ten seconds ago
+    now[0] += 10
+    refuse(log, times=30)
+    assert len(lines()) == 20
+
+
+def test_the_noise_of_one_host_does_not_hide_another(
+    log: Log, lines: Lines, now: list[float]
+) -> None:
+    told = 0
+    refuse(log, "not_listening", name="a.example", is_host=True, times=21)
+    for _ in range(10):
+        for _ in range(11):
+            now[0] += 1
+            refuse(log, "not_listening", name="a.example", is_host=True, times=100)
+        lines()
+        refuse(log, "not_listening", name="b.example", is_host=True)
+        told += len(lines())
+    assert told == 10
+
+
+def test_a_noisy_host_is_told_of_again(log: Log, lines: Lines, now: list[float]) -> None:
+    for _ in range(100):
+        refuse(log, "not_listening", is_host=True, times=10)
+        now[0] += 1
+    written = lines()
+    assert 20 + 8 <= len(written) <= 20 + 10
+
+
+def test_another_reason_of_the_same_client_and_host_is_told_of(log: Log, lines: Lines) -> None:
+    refuse(log, "not_listening", is_host=True, times=1000)
+    lines()
+    refuse(log, "wrong_owner", is_host=True)
+    assert len(lines()) == 1
+
+
+def test_each_of_forty_clients_is_named(log: Log, lines: Lines) -> None:
+    for number in range(40):
+        refuse(log, client=f"192.0.2.{number}:1", times=1 + number % 2)
+    text = "\n".join(lines())
+    assert all(f"client=192.0.2.{number}:1" in text for number in range(40))
+
+
+def test_a_client_is_an_address_and_not_a_port(log: Log, lines: Lines) -> None:
+    for port in range(1, 3001):
+        refuse(log, client=f"192.0.2.1:{port}")
+    assert len(lines()) == 20
+
+
+def test_a_customer_with_an_ipv6_network_is_one_client(log: Log, lines: Lines) -> None:
+    for number in range(3000):
+        refuse(log, client=f"[2001:db8::{number:x}]:1")
+    assert len(lines()) == 20
+    refuse(log, client="[2001:db8:0:1::1]:1")
+    assert len(lines()) == 1
+
+
+def test_3000_refusals_of_one_client_are_few_lines_whatever_it_does(
+    log: Log, lines: Lines, now: list[float]
+) -> None:
+    for number in range(3000):
+        now[0] += 0.02
+        refuse(log, f"reason_{number % 5}", name=f"name{number}.example")
+    assert len(lines()) < 600
+
+
+def test_a_scan_leaves_memory_and_lines_bounded_and_hides_no_host(
+    log: Log, lines: Lines, now: list[float]
+) -> None:
+    refuse(log, "wrong_owner", name="host.example", client="198.51.100.1:1", is_host=True)
+    lines()
+    tracemalloc.start()
+    try:
+        written = told = 0
+        for second in range(60):
+            for number in range(second * 2000, (second + 1) * 2000):
+                client = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:1"
+                refuse(log, client=client, name=f"n{number}.example")
+                refuse(
+                    log,
+                    "name_too_long",
+                    client=f"[2001:db8:{number >> 16:x}:{number & 65535:x}::]:1",
+                )
+            written += len(lines())
+            if second % 10 == 9:
+                now[0] += 1
+                refuse(
+                    log, "wrong_owner", name="host.example", client="198.51.100.1:1", is_host=True
+                )
+                told += len(lines())
+            else:
+                now[0] += 1
+        current, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert current < 1 << 20
+    assert written <= 7 * 256 + 2 * 20
+    assert told == 6
+
+
+def test_names_that_are_no_hosts_do_not_count_as_hosts(log: Log, lines: Lines) -> None:
+    for number in range(3000):
+        refuse(log, name=f"n{number}.example")
+    assert len(lines()) == 20
 
 
 def test_bugs_and_exhaustion_are_limited_too(capfd: pytest.CaptureFixture[str]) -> None:

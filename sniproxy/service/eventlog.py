@@ -2,8 +2,8 @@
 
 Lines go to standard error, or to syslog where standard error is no place for them (inetd makes it
 the listening socket). A line that can't be written now is dropped: no full disk, and no reader that
-has fallen behind, may stop the service. And whoever provokes lines on purpose, by a scan for names,
-gets few: after a burst each kind is only counted.
+has fallen behind, may stop the service. Nor does anybody fill the disk who provokes lines on
+purpose, by a scan for names: of each kind the first lines are written, and the rest is counted.
 """
 
 import contextlib
@@ -11,30 +11,21 @@ import os
 import select
 import signal
 import syslog
+import time
 import traceback
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 
 import trio
 
+from sniproxy.service.linelimit import Burst
 from sniproxy.service.syslogd import Syslog
 
 # Characters of a value that are worth a line: any hostname, and what else a client may call one.
 _LONGEST_VALUE = 300
 
-# Lines of one kind that are written at once, and the seconds between two counts of those that were
-# not. What goes wrong once is all there, and a scan makes six lines a minute.
-_BURST = 20
+# Seconds between two counts of the lines that were not written.
 _COUNT_EVERY = 10.0
-
-
-class _LineLimit:
-    """What may still be written of one kind, and how much was not."""
-
-    __slots__ = ("left", "suppressed")
-
-    def __init__(self) -> None:
-        self.left = _BURST
-        self.suppressed = 0
 
 
 class EventLog:
@@ -44,6 +35,7 @@ class EventLog:
         program: its name, the first word of each line.
         syslogd: where to write instead of standard error.
         environment: JOURNAL_STREAM is looked for, systemd.exec(5).
+        clock: the time that limits go by, in seconds.
 
     Attributes:
         worker: The number of the process among several, for every line; None if it is alone.
@@ -54,13 +46,16 @@ class EventLog:
         program: str,
         syslogd: Syslog | None = None,
         environment: Mapping[str, str] = os.environ,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._program = program
         self.worker: int | None = None
         self._syslogd = syslogd
         # The journal reads a priority in front of a line, sd-daemon(3); a file is to have none.
         self._to_journal = environment.get("JOURNAL_STREAM") == _device_and_inode(2)
-        self._limits: dict[str, _LineLimit] = {}
+        self._clock = clock
+        self._bursts: defaultdict[str, Burst] = defaultdict(Burst)
+        self._suppressed: Counter[str] = Counter()  # lines that were not written, of each kind
         # Not O_NONBLOCK: that would be shared with whoever else writes there.
         self._writable = select.poll()
         self._writable.register(2, select.POLLOUT)
@@ -98,22 +93,20 @@ class EventLog:
         finally:
             self._count()
 
-    def admit(self, kind: str) -> bool:
-        """Tell whether one more line of that kind may be written; count it if not."""
-        limit = self._limits.setdefault(kind, _LineLimit())
-        if limit.left:
-            limit.left -= 1
+    def admit(self, kind: str, *, is_due: bool = False) -> bool:
+        """Tell whether one more line of that kind may be written; count it if not.
+
+        With `is_due` it may, whatever the limit of its kind says.
+        """
+        if self._bursts[kind].admit(self._clock()) or is_due:
             return True
-        limit.suppressed += 1
+        self._suppressed[kind] += 1
         return False
 
     def _count(self) -> None:
-        for kind, limit in self._limits.items():
-            if limit.suppressed:
-                self.event("suppressed", reason=kind, count=limit.suppressed)
-                limit.suppressed = 0
-            else:
-                limit.left = _BURST
+        for kind, count in self._suppressed.items():
+            self.event("suppressed", reason=kind, count=count)
+        self._suppressed.clear()
 
     def _write(self, priority: int, line: str) -> None:
         if self._syslogd is not None:
