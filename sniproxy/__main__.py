@@ -1,7 +1,11 @@
 """The SNI router's command line, and its start."""
 
+# First of all: until it is loaded, process 1 loses signals.
+
 import errno
+import os
 import sys
+from _socket import socket
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,7 +15,7 @@ from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.hosts import HostsDirectory
 from sniproxy.log import Log
 from sniproxy.serve import serve
-from sniproxy.service import sandbox, standard
+from sniproxy.service import listen_fds, sandbox, standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser
@@ -31,7 +35,8 @@ NAME/send-proxy-v1 makes its connections begin with a PROXY protocol header.
 SIGHUP stops accepting and ends when the last connection has ended, or after
 ten seconds.
 """
-_HOW_TO_CALL = "sniproxy-listen :443 sniproxy"
+_EXAMPLE = "sniproxy-listen :443 sniproxy"
+_HOW_TO_CALL = f"{_EXAMPLE} (in a systemd unit: StandardInput=socket)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _config(argv: Sequence[str] | None) -> Config | None:
     """Return what the options ask for; None if there is nothing to serve."""
-    parser = OptionParser("sniproxy", _DESCRIPTION, f"cd /srv/hosts && {_HOW_TO_CALL}")
+    parser = OptionParser("sniproxy", _DESCRIPTION, f"cd /srv/hosts && {_EXAMPLE}")
     parser.add_argument(
         "--hashed",
         action="store_true",
@@ -77,23 +82,38 @@ def _config(argv: Sequence[str] | None) -> Config | None:
     )
 
 
-def _run(config: Config, syslogd: Syslog | None) -> None:
+def _take_socket() -> socket:
+    """Return the listening socket, of which no other descriptor stays open behind our back."""
+    passed = listen_fds.take()
+    if len(passed) > 1:
+        raise UsageError(
+            f"unable to accept connections: LISTEN_FDS passes {len(passed)} sockets; start one "
+            "copy for each socket"
+        )
+    descriptor, where = (passed[0], "LISTEN_FDS") if passed else (0, "standard input")
     try:
         standard.open_missing()
-        listening = take_listening_socket(0)
+        listening = take_listening_socket(descriptor)
+        if passed:
+            os.close(descriptor)
     except NotListeningError as error:
         raise UsageError(
-            "unable to accept connections: standard input must be a listening TCP socket, but "
+            f"unable to accept connections: {where} must be a listening TCP socket, but "
             f"{error}; pass one like this: {_HOW_TO_CALL}",
         ) from None
     except OSError as error:
-        raise FatalError.of("use the socket on standard input", error) from error
+        raise FatalError.of(f"use the socket of {where}", error) from error
+    return listening
+
+
+def _run(config: Config, syslogd: Syslog | None) -> None:
+    listening = _take_socket()
     # All that is needed later is opened now: there may be no way to it in another root directory,
     # for another user, or in the sandbox.
     with attempt("start"):
         standard.replace_copies_of_input()
         log = Log(syslogd)
-    share = share_descriptors(config, MOST_PIPES)
+    share = share_descriptors(config, MOST_PIPES, log)
     try:
         namer = directory_namer(config.hashed)
     except ImportError as error:

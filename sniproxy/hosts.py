@@ -45,6 +45,15 @@ class HostReason(StrEnum):
     BACKEND_FAILED = "backend_failed"
 
 
+class HostsState(StrEnum):
+    """Whether the hosts directory that is open is still the one at its path: words for the log."""
+
+    IN_PLACE = "in_place"
+    MOVED = "moved"  # nothing is at its path
+    REPLACED = "replaced"  # another directory is there, or is mounted over it
+    REMOVED = "removed"
+
+
 # What chdir(2) and connect(2) say when the host is not there, or not there for us.
 _NO_DIRECTORY = {
     errno.ENOENT: HostReason.NO_SUCH_HOST,
@@ -80,6 +89,9 @@ class HostsDirectory:
         directory_name: what the directory of a host is called.
         check_owner: whether a listener has to be one that the directory's owner may speak for.
 
+    Attributes:
+        path: Where it was at the start, seen from the root directory; None if that is not known.
+
     Raises:
         OSError: the working directory can't be searched.
     """
@@ -100,6 +112,25 @@ class HostsDirectory:
             self.close()
             raise
         self._away = False
+        try:
+            self.path: str | None = os.getcwd()
+        except OSError:  # EACCES: a directory above it can't be searched
+            self.path = None
+
+    def state(self) -> HostsState:
+        """Tell whether it is still at its path, as far as this process can see that."""
+        here = os.fstat(self._fd)
+        if not here.st_nlink:
+            return HostsState.REMOVED
+        if self.path is None:
+            return HostsState.IN_PLACE
+        try:
+            there = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return HostsState.MOVED
+        except OSError:  # EACCES: after a change of the user, for one
+            return HostsState.IN_PLACE
+        return HostsState.IN_PLACE if os.path.samestat(here, there) else HostsState.REPLACED
 
     def close(self) -> None:
         """Close the descriptor of the directory."""

@@ -1,6 +1,7 @@
 """Everything put together: listener, sessions, relay, drain."""
 
 from _socket import socket
+from syslog import LOG_INFO, LOG_WARNING
 
 import trio
 
@@ -10,7 +11,7 @@ from sniproxy.engine.listener import Listener
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
-from sniproxy.hosts import HostsDirectory
+from sniproxy.hosts import HostsDirectory, HostsState
 from sniproxy.log import Log
 from sniproxy.service.descriptors import Share
 from sniproxy.service.drain import drain
@@ -19,6 +20,10 @@ from sniproxy.service.notify import Notifier
 from sniproxy.service.signals import Signals
 from sniproxy.service.workers import Worker
 from sniproxy.session import Sessions
+
+# Seconds between two looks at the hosts directory: an administrator who has moved it is to hear of
+# that within ten.
+_WATCH_EVERY = 5.0
 
 
 async def serve(
@@ -60,8 +65,10 @@ async def serve(
             service.start_soon(notifier.run, sessions.counts)
             service.start_soon(log.run)
             notifier.ready()
+            service.start_soon(watch_hosts, hosts, log)
+            orders.on_status = lambda: log.status(sessions.counts())
             address = show_address(listening.getsockname())
-            log.event("listening", address=address, capacity=limit.capacity)
+            log.event("listening", address=address, capacity=limit.capacity, hosts=hosts.path)
 
             await orders.drain.wait()
             listener.close()
@@ -73,3 +80,17 @@ async def serve(
     log.event("drained", served=sessions.served, refused=sessions.refused, cut=cut)
     loop.shut()
     pipes.close()
+
+
+async def watch_hosts(hosts: HostsDirectory, log: Log) -> None:
+    """Say, until cancelled, when the hosts directory is no longer where it was, or is again.
+
+    Connections find their hosts in the directory that is open, wherever it is.
+    """
+    known = hosts.state()
+    while True:
+        await trio.sleep(_WATCH_EVERY)
+        if (state := hosts.state()) != known:
+            known = state
+            priority = LOG_INFO if state is HostsState.IN_PLACE else LOG_WARNING
+            log.event("hosts_directory", priority, path=hosts.path, state=state)

@@ -128,7 +128,8 @@ def test_standard_input_is_no_listening_tcp_socket(
     with standard_input(tmp_path) as fd:
         line = only_line(run(stdin=fd), code=100)
     assert f"it is {called};" in line
-    assert line.endswith("pass one like this: sniproxy-listen :443 sniproxy")
+    assert "pass one like this: sniproxy-listen :443 sniproxy " in line
+    assert line.endswith("(in a systemd unit: StandardInput=socket)")
 
 
 def test_standard_input_is_closed() -> None:
@@ -141,6 +142,11 @@ def test_standard_input_is_closed() -> None:
 @pytest.mark.parametrize("option", ["--unknown", "--hash", "-x", "argument", "--workers"])
 def test_an_unknown_option_is_refused(option: str) -> None:
     assert option in only_line(run(option), code=100)
+
+
+def test_an_unknown_option_is_called_just_that() -> None:
+    assert "unknown option '--worker' (see sniproxy --help)" in only_line(run("--worker"), code=100)
+    assert "unknown argument 'worker'" in only_line(run("worker"), code=100)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +165,41 @@ def test_a_number_of_connections_that_is_none_is_refused(number: str) -> None:
     line = only_line(run(f"--max-connections={number}"), code=100)
     assert "--max-connections" in line
     assert "from 1 to 999999999" in line
+
+
+@pytest.mark.parametrize("option", ["--drain", "--idle-timeout", "--half-closed-timeout"])
+@pytest.mark.parametrize("seconds", ["-1", "x", "1e3", "", " 2", "1.", ".5", "inf", "1000000000"])
+def test_seconds_that_are_none_are_refused(option: str, seconds: str) -> None:
+    line = only_line(run(f"{option}={seconds}"), code=100)
+    assert option in line
+    assert "is not a number of seconds from 0 to " in line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--drain=0", "--idle-timeout=0.5", "--half-closed-timeout=31536000"],
+        ["--drain=86400", "--workers=4", "--max-connections=4", "--log=connections"],
+        [f"--user={os.getuid() or 65534}:65534", "--chroot", "--hashed"],
+    ],
+)
+def test_options_can_be_checked(options: list[str], tmp_path: Path) -> None:
+    """Without a socket, and in a directory that is no hosts directory."""
+    result = run("--check-options", *options, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--worker=4", "unknown option '--worker=4'"),
+        ("--drain=86401", "not a number of seconds from 0 to 86400"),
+        ("--user=nobody-of-that-name", "there is no user"),
+        ("--user=root", "root would keep its privileges"),
+    ],
+)
+def test_options_that_are_wrong_do_not_pass_the_check(option: str, complaint: str) -> None:
+    assert complaint in only_line(run("--check-options", option), code=100)
 
 
 def test_fewer_connections_than_workers_are_refused() -> None:
@@ -197,6 +238,85 @@ def test_help_and_version_need_no_socket() -> None:
     result = run("--version")
     assert result.stdout == f"sniproxy {sniproxy.__version__}\n"
     assert (result.returncode, result.stderr) == (0, "")
+
+
+# --- LISTEN_FDS, as of systemd without StandardInput=socket
+
+# Becomes the daemon with LISTEN_PID its own, and descriptor 3 what was standard input.
+AS_LISTEN_FDS = ("sh", "-c", 'export LISTEN_PID=$$; exec 3<&0 "$@" </dev/null', "sh")
+TWO_SOCKETS = ("sh", "-c", 'export LISTEN_PID=$$; exec 3<&0 4<&0 "$@" </dev/null', "sh")
+
+
+def test_a_socket_may_come_by_listen_fds(hosts: Path) -> None:
+    backend = Greeter(host_directory(hosts, "a.example") / "tls-socket", b"word")
+    with backend, start_daemon(hosts, under=AS_LISTEN_FDS, env={"LISTEN_FDS": "1"}) as daemon:
+        assert ask(daemon, "a.example") == b"word"
+        daemon.signal(signal.SIGHUP)
+        assert daemon.wait() == 0
+        with pytest.raises(ConnectionRefusedError):
+            daemon.connect()
+
+
+def test_a_drain_closes_the_port_of_listen_fds_while_somebody_is_served(hosts: Path) -> None:
+    with (
+        RawBackend(host_directory(hosts, "a.example") / "tls-socket") as backend,
+        start_daemon(hosts, under=AS_LISTEN_FDS, env={"LISTEN_FDS": "1"}) as daemon,
+        daemon.connect() as client,
+    ):
+        client.sendall(hellos.hello_bytes("a.example"))
+        with backend.accept():
+            daemon.signal(signal.SIGHUP)
+            daemon.wait_for_log("draining")
+            with pytest.raises(ConnectionRefusedError):
+                daemon.connect()
+
+
+def test_listen_fds_of_another_process_are_not_for_us(hosts: Path) -> None:
+    with start_daemon(hosts, env={"LISTEN_FDS": "1", "LISTEN_PID": "1"}) as daemon:
+        assert ask(daemon, "a.example").startswith(b"\x15")
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x", "", "1" * 5000])
+def test_listen_fds_that_are_no_number_are_none(hosts: Path, count: str) -> None:
+    under = ("sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh")
+    with start_daemon(hosts, under=under, env={"LISTEN_FDS": count}) as daemon:
+        assert ask(daemon, "a.example").startswith(b"\x15")
+
+
+def test_more_sockets_than_one_are_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        environment = os.environ | {"LISTEN_FDS": "2"}
+        result = run(stdin=listening.fileno(), under=TWO_SOCKETS, env=environment)
+    line = only_line(result, code=100)
+    assert "LISTEN_FDS passes 2 sockets; start one copy for each socket" in line
+
+
+def test_a_socket_of_listen_fds_that_does_not_listen() -> None:
+    with socket.socket() as sock:
+        environment = os.environ | {"LISTEN_FDS": "1"}
+        result = run(stdin=sock.fileno(), under=AS_LISTEN_FDS, env=environment)
+    line = only_line(result, code=100)
+    assert "LISTEN_FDS must be a listening TCP socket, but it is a TCP socket that does not" in line
+
+
+def test_more_connections_than_there_can_be_are_warned_of(hosts: Path) -> None:
+    with start_daemon(hosts, "--max-connections", "10000000", "--workers", "2") as daemon:
+        line = daemon.wait_for_log("capacity")
+        given = int(line.partition("given=")[2].split()[0])
+        assert "asked=10000000" in line
+        assert "RLIMIT_NOFILE" in line
+        assert f"capacity={given // 2}" in daemon.wait_for_log("listening")
+
+
+def test_enough_connections_are_no_warning(hosts: Path) -> None:
+    with start_daemon(hosts, "--max-connections", "10") as daemon:
+        assert "capacity=10" in daemon.wait_for_log("listening")
+        assert not any(line.startswith("sniproxy: capacity ") for line in daemon.log())
+
+
+def test_it_says_which_directory_it_serves(hosts: Path) -> None:
+    with start_daemon(hosts) as daemon:
+        assert f"hosts={hosts}" in daemon.wait_for_log("listening")
 
 
 def test_the_hosts_directory_is_gone(hosts: Path) -> None:

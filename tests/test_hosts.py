@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
+from trio.testing import MockClock, trio_test
 
-from sniproxy.hosts import HostError, HostReason, HostsDirectory
+from sniproxy.hosts import HostError, HostReason, HostsDirectory, HostsState
+from sniproxy.log import Log
+from sniproxy.serve import watch_hosts
 from sniproxy_hostname import Hostname, directory_namer
 from tests.support.backends import host_directory, listen_unix
 
@@ -25,6 +29,81 @@ def directory(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostsDir
     yield directory
     assert Path.cwd() == hosts
     directory.close()
+
+
+# --- whether it is still where it was
+
+
+@pytest.fixture
+def clock() -> MockClock:
+    return MockClock(autojump_threshold=0)
+
+
+@pytest.fixture
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostsDirectory]:
+    """A hosts directory that may be moved: the working directory of another path."""
+    (tmp_path / "apart").mkdir()
+    monkeypatch.chdir(tmp_path / "apart")
+    directory = HostsDirectory(directory_namer(hashed=False))
+    yield directory
+    directory.close()
+    os.chdir("/")
+
+
+def test_a_directory_is_in_place(apart: HostsDirectory, tmp_path: Path) -> None:
+    assert apart.path == str(tmp_path / "apart")
+    (tmp_path / "apart/new.example").mkdir()
+    assert apart.state() is HostsState.IN_PLACE
+
+
+def test_a_directory_is_moved_replaced_and_back(apart: HostsDirectory, tmp_path: Path) -> None:
+    (tmp_path / "apart").rename(tmp_path / "old")
+    assert apart.state() is HostsState.MOVED
+    (tmp_path / "apart").mkdir()
+    assert apart.state() is HostsState.REPLACED
+    (tmp_path / "apart").rmdir()
+    (tmp_path / "apart").touch()
+    assert apart.state() is HostsState.REPLACED
+    (tmp_path / "apart").unlink()
+    (tmp_path / "old").rename(tmp_path / "apart")
+    assert apart.state() is HostsState.IN_PLACE
+
+
+def test_a_directory_is_removed(apart: HostsDirectory, tmp_path: Path) -> None:
+    (tmp_path / "apart").rmdir()
+    assert apart.state() is HostsState.REMOVED
+
+
+@needs_root
+def test_where_it_cannot_be_looked_for_it_is_taken_to_be_in_place(
+    apart: HostsDirectory, tmp_path: Path
+) -> None:
+    (tmp_path / "apart").rename(tmp_path / "old")
+    tmp_path.chmod(0o700)
+    os.seteuid(TENANT)
+    try:
+        assert apart.state() is HostsState.IN_PLACE
+    finally:
+        os.seteuid(0)
+
+
+@trio_test
+async def test_the_log_tells_of_it_once(
+    clock: MockClock, apart: HostsDirectory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = Log()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch_hosts, apart, log)
+        await trio.sleep(20)
+        assert capfd.readouterr().err == ""
+        (tmp_path / "apart").rename(tmp_path / "old")
+        await trio.sleep(20)
+        told = f"hosts_directory path={tmp_path}/apart state="
+        assert capfd.readouterr().err == f"sniproxy: {told}moved\n"
+        (tmp_path / "old").rename(tmp_path / "apart")
+        await trio.sleep(20)
+        assert capfd.readouterr().err == f"sniproxy: {told}in_place\n"
+        nursery.cancel_scope.cancel()
 
 
 def listen_at(path: Path) -> socket.socket:

@@ -206,6 +206,77 @@ async def test_a_refused_client_that_floods_is_let_go_at_once(clock: MockClock) 
         assert trio.current_time() - began < CONFIG.alert_seconds
 
 
+@pytest.mark.parametrize(
+    "said", [b"x", hellos.hello_bytes("nobody.example"), hellos.hello_bytes("-.example")]
+)
+@trio_test
+async def test_an_alert_leaves_in_the_step_that_decides(said: bytes) -> None:
+    """Before any other task has a turn; and then the end."""
+    async with door() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        client, accepted = tcp_pair()
+        client.settimeout(PATIENCE)
+        with client:
+            client.sendall(said)
+            assert accepted.recv(1, socket.MSG_PEEK)
+            it.sessions.begin(plain(accepted), client.getsockname())
+            for session in list(it.loop._runnable):
+                session.on_event(0)
+            it.loop._runnable.clear()
+            assert client.recv(100, socket.MSG_DONTWAIT)[:5] == bytes([21, 3, 3, 0, 2])
+            assert client.recv(100, socket.MSG_DONTWAIT) == b""
+            assert len(it.sessions.alerted) == 1
+
+
+@trio_test
+async def test_who_only_has_to_hear_an_alert_gives_way_first(backend: socket.socket) -> None:
+    async with door() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        silent, accepted = tcp_pair()
+        it.sessions.begin(plain(accepted), silent.getsockname())
+        refused = []
+        for _ in range(3):
+            client, accepted = tcp_pair()
+            client.sendall(b"x")
+            assert accepted.recv(1, socket.MSG_PEEK)
+            it.sessions.begin(plain(accepted), client.getsockname())
+            refused.append(client)
+        assert it.limit.open == 4
+        it.limit.capacity = 4
+        for left in 3, 2, 1:
+            assert it.sessions.make_room()
+            assert it.limit.open == left
+            it.limit.capacity = left
+            assert len(it.sessions.waiting) == 1
+        for client in refused:  # each has heard its alert and then the end, not a reset
+            client.settimeout(PATIENCE)
+            assert await trio.to_thread.run_sync(receive_all, client) == b"\x15\3\3\0\2\2\n"
+        # Only then those who say nothing.
+        assert it.sessions.make_room()
+        assert it.limit.open == 0
+        for client in (silent, *refused):
+            client.close()
+
+
+@pytest.mark.parametrize("pieces", [[], [HELLO[:10]], [HELLO[:5], HELLO[5:40]]])
+@trio_test
+async def test_urgent_data_amid_a_hello_is_a_reset_at_once(
+    clock: MockClock, pieces: list[bytes]
+) -> None:
+    async with door() as it, await it.connect() as client:
+        began = trio.current_time()
+        for piece in pieces:
+            await client.send_all(piece)
+            await trio.sleep(0.1)
+        await client.socket.send(b"!", socket.MSG_OOB)
+        with pytest.raises(trio.BrokenResourceError):
+            await client.receive_some()
+        assert trio.current_time() - began < 1
+        await it.limit.wait_until_empty()
+        assert "reason=urgent_data" in it.log.lines[-1]
+        assert it.sessions.refused == 1
+
+
 @trio_test
 async def test_a_full_backlog_is_waited_for(clock: MockClock, hosts: Path) -> None:
     with listen_unix(host_directory(hosts, NAME) / "tls-socket", backlog=0) as backend:

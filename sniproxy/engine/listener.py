@@ -5,6 +5,7 @@ anything else make sure of what it is, because the usual mistake is to start the
 a terminal.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -17,11 +18,14 @@ from select import EPOLLEXCLUSIVE, EPOLLIN
 
 import trio
 
+from sniproxy.engine import tcp
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop
-from sniproxy.engine.tcp import USER_TIMEOUT
 
 Address = tuple[str, int] | tuple[str, int, int, int]
+
+# Multipath TCP, RFC 8684; linux/in.h. systemd.socket(5) has SocketProtocol=mptcp.
+_IPPROTO_MPTCP = 262
 
 # Connections accepted before those that are being served have their turn: the cost of some fifty
 # round trips through the relay.
@@ -64,13 +68,12 @@ _SHORTEST = struct.pack("@ll", 0, 1)
 # Keep-alive. A client that vanished, a phone that lost its network, is noticed after 60 + 6 x 10
 # seconds without an answer. Most home routers and mobile networks forget a silent connection after
 # some minutes; one probe a minute also keeps it alive there. One that vanishes amid a download is
-# noticed after USER_TIMEOUT.
+# noticed after tcp.USER_TIMEOUT.
 _KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT),
 )
 
 
@@ -110,6 +113,9 @@ def take_listening_socket(fd: int) -> Socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for level, option, value in _KEEP_ALIVE:
             listener.setsockopt(level, option, value)
+        # Linux has it for TCP alone, as of 6.18. Multipath TCP knows by itself when a path is dead.
+        if _protocol(listener) == socket.IPPROTO_TCP:
+            tcp.set_user_timeout(listener)
     except BaseException:
         listener.close()
         raise
@@ -129,15 +135,19 @@ def _kind_of_file(fd: int, mode: int) -> str:
     return "not a socket"
 
 
+def _protocol(sock: Socket) -> int:
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
+
+
 def _kind_of_socket(sock: Socket) -> str | None:
     """Say what `sock` is, if it is no listening TCP socket."""
     if sock.family == socket.AF_UNIX:
         return "a Unix socket"
     if sock.type == socket.SOCK_DGRAM:
         return "a UDP socket"
-    if (
-        sock.family not in (socket.AF_INET, socket.AF_INET6)
-        or sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) != socket.IPPROTO_TCP
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or _protocol(sock) not in (
+        socket.IPPROTO_TCP,
+        _IPPROTO_MPTCP,
     ):
         return "not a TCP socket"
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -170,6 +180,8 @@ class Listener:
         self._loop = loop
         self._socket: Socket | None = sock
         self._family = sock.family
+        # What `take_listening_socket` could not set for those who do not speak Multipath TCP.
+        self._sets_user_timeout = _protocol(sock) == _IPPROTO_MPTCP
         self._limit = limit
         self._on_accept = on_accept
         self._on_full = on_full
@@ -238,7 +250,11 @@ class Listener:
                     self._pause.set()
                 return
             self._exhausted = False
-            self._on_accept(Socket(self._family, socket.SOCK_STREAM, 0, fd), address)
+            client = Socket(self._family, socket.SOCK_STREAM, 0, fd)
+            if self._sets_user_timeout:
+                with contextlib.suppress(OSError):
+                    tcp.set_user_timeout(client)
+            self._on_accept(client, address)
 
     def _report(self, error: OSError) -> None:
         if not self._exhausted:

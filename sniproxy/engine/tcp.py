@@ -22,6 +22,11 @@ LINGER_0 = struct.pack("ii", 1, 0)
 _UNACKED = struct.Struct("@24xI")
 
 
+def set_user_timeout(sock: socket) -> None:
+    """Set `USER_TIMEOUT`; accepted sockets inherit what is set on a listening one."""
+    sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT)
+
+
 def unacknowledged(sock: socket) -> int:
     """Return how many bytes, sent or still to be sent, the peer has not acknowledged.
 
@@ -55,7 +60,7 @@ def expect_answers(sock: socket, seconds: float) -> None:
     """Undo `spare_slow_reader`: there is progress again, after that many seconds without."""
     if seconds >= _ASK_AFTER:
         with contextlib.suppress(OSError):
-            sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT)
+            set_user_timeout(sock)
 
 
 def _in_flight(sock: socket) -> int:

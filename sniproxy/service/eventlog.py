@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 import trio
 
 from sniproxy.service.linelimit import Burst
+from sniproxy.service.notify import Counts
 from sniproxy.service.syslogd import Syslog
 
 # Characters of a value that are worth a line: any hostname, and what else a client may call one.
@@ -76,6 +77,10 @@ class EventLog:
         code = os.waitstatus_to_exitcode(status)
         cause = f"exit code {code}" if code >= 0 else _signal_name(-code)
         self.event("worker_died", syslog.LOG_ERR, worker=worker, pid=pid, cause=cause)
+
+    def status(self, counts: Counts) -> None:
+        """Say how many connections there are, and were."""
+        self.event("status", open=counts.open, served=counts.served, refused=counts.refused)
 
     def bug(self, error: BaseException) -> None:
         """Write the traceback of an exception that nobody expected."""

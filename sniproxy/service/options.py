@@ -8,6 +8,7 @@ from functools import partial
 from typing import NoReturn
 
 from sniproxy import __version__
+from sniproxy.service import privileges
 from sniproxy.service.fatal import UsageError, print_out
 
 # More than any machine has processors. Each takes some ten megabytes.
@@ -162,6 +163,9 @@ class OptionParser(argparse.ArgumentParser):
                 f"--max-connections {options.max_connections} is less than one for each of "
                 f"{options.workers} workers"
             )
+        if options.check_options:
+            look_up_user(options.user)
+            return None
         return options
 
     def error(self, message: str) -> NoReturn:
@@ -171,6 +175,21 @@ class OptionParser(argparse.ArgumentParser):
             UsageError: always.
         """
         raise UsageError(f"unable to understand the options: {message}")
+
+
+def look_up_user(user: str | None) -> privileges.Identity | None:
+    """Return whom the option --user means; None if it was not given.
+
+    Raises:
+        UsageError: there is no such user or group.
+    """
+    if user is None:
+        return None
+    try:
+        return privileges.look_up(user)
+    except privileges.IdentityError as error:
+        message = f"unable to become the user {user!a}: {error}"
+        raise UsageError(message) from None
 
 
 def _number(text: str, least: int, most: int) -> int:

@@ -5,17 +5,17 @@ import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from syslog import LOG_ERR
+from syslog import LOG_ERR, LOG_WARNING
 
 import trio
 
 from sniproxy.service import descriptors, privileges, standard
 from sniproxy.service.descriptors import Share
 from sniproxy.service.eventlog import EventLog
-from sniproxy.service.fatal import FatalError, UsageError, attempt
+from sniproxy.service.fatal import FatalError, attempt
 from sniproxy.service.notify import Notifier
-from sniproxy.service.options import ServiceOptions
-from sniproxy.service.signals import Signals
+from sniproxy.service.options import ServiceOptions, look_up_user
+from sniproxy.service.signals import Signals, ignore_habits
 from sniproxy.service.syslogd import Syslog
 from sniproxy.service.workers import Worker, Workers
 
@@ -27,6 +27,7 @@ def run_program(program: str, body: Callable[[Syslog | None], None]) -> int:
     """
     # Until we serve, SIGINT ends us as it ends any program, not by an exception somewhere.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ignore_habits()
     # From inetd standard error is the socket. It is connected before the root directory changes.
     syslogd = Syslog(program) if 2 in standard.copies_of_input() else None
     try:
@@ -40,8 +41,10 @@ def run_program(program: str, body: Callable[[Syslog | None], None]) -> int:
     return 0
 
 
-def share_descriptors(options: ServiceOptions, most_pipes: int) -> Share:
+def share_descriptors(options: ServiceOptions, most_pipes: int, log: EventLog) -> Share:
     """Raise the limit of descriptors; return what each process may have open.
+
+    More connections than there can be are not refused, but the log says so.
 
     Raises:
         FatalError: that is not enough for one connection.
@@ -52,6 +55,14 @@ def share_descriptors(options: ServiceOptions, most_pipes: int) -> Share:
         raise FatalError(f"unable to serve a connection: {error}") from None
     if options.max_connections is not None:
         each = options.max_connections // options.workers
+        if each > share.connections:
+            log.event(
+                "capacity",
+                LOG_WARNING,
+                asked=options.max_connections,
+                given=share.connections * options.workers,
+                detail="RLIMIT_NOFILE (LimitNOFILE= in systemd) suffices for no more",
+            )
         share = share._replace(connections=min(share.connections, each))
     return share
 
@@ -63,13 +74,7 @@ def drop_privileges(options: ServiceOptions) -> None:
         UsageError: there is no such user.
         FatalError: a system call failed.
     """
-    identity = None
-    if options.user is not None:
-        try:
-            identity = privileges.look_up(options.user)
-        except privileges.IdentityError as error:
-            message = f"unable to become the user {options.user!a}: {error}"
-            raise UsageError(message) from None
+    identity = look_up_user(options.user)
     if options.chroot:
         with attempt("make the working directory the root directory"):
             privileges.enter_root()
@@ -107,7 +112,8 @@ def run_service(
     supervisor: Notifier | Worker = notifier
     if options.workers > 1:
         with attempt("start the workers"):
-            worker = Workers(options.workers, notifier, log.worker_died).run(stop_listening)
+            workers = Workers(options.workers, notifier, log.worker_died, log.status)
+            worker = workers.run(stop_listening)
         if worker is None:
             return
         log.worker = worker.number

@@ -87,6 +87,7 @@ class Worker:
         self.number = index + 1
         self.drain = trio.Event()
         self.end = trio.Event()
+        self.on_status: Callable[[], None] = lambda: None  # the first process is asked
         self._shared = shared
         self._orders = orders
         self._report_every = report_every
@@ -127,14 +128,20 @@ class Workers:
         notifier: how to speak to the supervisor; owned from now on.
         on_death: called with the number, the process id and the wait status of a worker that ended
             without having been told to.
+        on_status: called with what all have counted, when SIGUSR1 asks for it.
     """
 
     def __init__(
-        self, count: int, notifier: Notifier, on_death: Callable[[int, int, int], None]
+        self,
+        count: int,
+        notifier: Notifier,
+        on_death: Callable[[int, int, int], None],
+        on_status: Callable[[Counts], None],
     ) -> None:
         self._count = count
         self._notifier = notifier
         self._on_death = on_death
+        self._on_status = on_status
         self._shared = SharedCounts(count)
         seconds = notifier.watchdog or _REPORT_EVERY * _REPORTS_IN_WATCHDOG
         self._report_every = min(_REPORT_EVERY, seconds / _REPORTS_IN_WATCHDOG)
@@ -159,7 +166,7 @@ class Workers:
         """
         # Blocked, so that none is lost between two looks. Ignored as well, which workers inherit;
         # and a blocked signal is kept even so. But not SIGCHLD: who ignores it is not told.
-        wanted = {*_ORDERS, signal.SIGCHLD}
+        wanted = {*_ORDERS, signal.SIGCHLD, signal.SIGUSR1}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
         for order in _ORDERS:
             signal.signal(order, signal.SIG_IGN)
@@ -189,6 +196,9 @@ class Workers:
                 continue
             if received.si_signo == signal.SIGCHLD:
                 self._reap()
+                continue
+            if received.si_signo == signal.SIGUSR1:
+                self._on_status(self._counts())
                 continue
             if not self._ordered:
                 self._notifier.stopping()
@@ -244,12 +254,16 @@ class Workers:
                 self._start_at[index] = now + (_SHORT_LIFE if now - born < _SHORT_LIFE else 0)
 
     def _notify(self) -> None:
-        entries = [self._shared.read(index) for index, _, _ in self._alive.values()]
-        total = self._counts_of_ended
-        for counts, _ in entries:
-            total = total.plus(counts)
-        self._notifier.status(total)
+        self._notifier.status(self._counts())
         # A worker that is stuck is the supervisor's business, as one process alone would be.
         watchdog = self._notifier.watchdog
-        if watchdog and all(age < watchdog / 2 for _, age in entries):
+        ages = (self._shared.read(index)[1] for index, _, _ in self._alive.values())
+        if watchdog and all(age < watchdog / 2 for age in ages):
             self._notifier.keep_alive()
+
+    def _counts(self) -> Counts:
+        """Return what all workers have counted, those that have ended included."""
+        total = self._counts_of_ended
+        for index, _, _ in self._alive.values():
+            total = total.plus(self._shared.read(index)[0])
+        return total
