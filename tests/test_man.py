@@ -17,7 +17,7 @@ from sniproxy import session
 from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.hosts import HostReason
 from sniproxy.log import Log
-from sniproxy.service import descriptors, workers
+from sniproxy.service import descriptors, signals, workers
 from sniproxy.session import ALERTS, SessionReason
 from sniproxy.wire import MAX_WIRE, Alert, HelloError, HelloReader, Reason
 from sniproxy.wire.hello import MAX_HANDSHAKE
@@ -47,7 +47,7 @@ OF_PROGRAMS = {"OPTIONS", "SIGNALS", "ENVIRONMENT", "EXIT STATUS"}
 # openbsd-inetd, acl and b3sum have them.
 OTHERS = {
     *["b3sum 1", "accept 2", "getrlimit 2", "listen 2", "prctl 2", "seccomp 2"],
-    *["sd_notify 3", "syslog 3"],
+    *["sd_listen_fds 3", "sd_notify 3", "syslog 3"],
     *["acl 5", "group 5", "nsswitch.conf 5", "passwd 5", "systemd.exec 5", "systemd.socket 5"],
     *["ip 7", "ipv6 7", "landlock 7", "path_resolution 7", "symlink 7", "tcp 7", "unix 7"],
     "inetd 8",
@@ -299,14 +299,15 @@ def test_every_variable_is_there() -> None:
         for name in names
         if name
     }
-    assert found == {
-        head.removeprefix("Ev ") for head in items(section("sniproxy.8", "ENVIRONMENT"))
-    }
+    found |= {"LISTEN_FDS", "LISTEN_PID"}  # taken out by a loop
+    heads = items(section("sniproxy.8", "ENVIRONMENT"))
+    assert found == {name for head in heads for name in re.findall(r"[A-Z]\w+", head[3:])}
 
 
 def test_every_signal_is_there() -> None:
-    described = re.findall(r"SIG[A-Z]+", " ".join(items(section("sniproxy.8", "SIGNALS"))))
-    assert described == [signal.name for signal in workers._ORDERS]
+    described = re.findall(r"SIG[A-Z0-9]+", " ".join(items(section("sniproxy.8", "SIGNALS"))))
+    known = [*workers._ORDERS, *signals._IGNORED]
+    assert described == [each.name for each in known]
 
 
 def test_the_numbers_are_right() -> None:
