@@ -250,7 +250,7 @@ def _check_readable(refusal: str) -> None:
 
 LOWER: Final = b"abcdefghijklmnopqrstuvwxyz"
 DIGITS: Final = b"0123456789"
-LDH: Final = frozenset(LOWER + DIGITS + b"-.")
+ALLOWED: Final = frozenset(LOWER + DIGITS + b"-_.")
 
 
 def check_hostname(wire: bytes) -> None:
@@ -282,8 +282,8 @@ def _obeys_every_rule(wire: bytes) -> bool:
     return (
         1 <= len(name) <= 253
         and all(1 <= len(label) <= 63 for label in labels)
-        and all(byte in LOWER + LOWER.upper() + DIGITS + b"-." for byte in name)
-        and not any(label[:1] == b"-" or label[-1:] == b"-" for label in labels)
+        and all(byte in LOWER + LOWER.upper() + DIGITS + b"-_." for byte in name)
+        and not any(label[:1] in (b"-", b"_") or label[-1:] in (b"-", b"_") for label in labels)
         and not all(byte in DIGITS for byte in labels[-1])
     )
 
@@ -318,7 +318,7 @@ def check_typed(text: str) -> None:
     assert from_unicode(name) == name, "is not a fixed point"
     assert from_unicode(shown) == name, "typed as it is shown, it is another name"
     ascii_parts = [c for c in unicodedata.normalize("NFD", shown) if c.isascii()]
-    assert LDH.issuperset("".join(ascii_parts).encode()), "in parts, it breaks STD3 rules"
+    assert ALLOWED.issuperset("".join(ascii_parts).encode()), "in parts, it breaks STD3 rules"
     assert from_unicode(name.upper() + ".") == name, "capitals or a dot make a difference"
     try:
         strict = idna.encode(text, uts46=True, std3_rules=True).decode().removesuffix(".")

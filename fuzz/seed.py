@@ -94,6 +94,8 @@ HOSTNAME = {
     "nul": "a\0b",
     "newline": "a\n",
     "underscore": "a_b.example",
+    "underscore-first": "_dmarc.example",
+    "underscore-last": "a_.example",
     "wildcard": "*.example.com",
     "hyphen-first": "-a.example",
     "hyphen-last": "a-.example",

@@ -1,7 +1,7 @@
 """Wire bytes → `Hostname`. Nothing else makes one, so having one is proof.
 
 A `Hostname` is in canonical form, and it is one safe path component: its characters are
-a to z, 0 to 9, `-` and `.`; it neither begins nor ends with a dot, and no two dots meet.
+a to z, 0 to 9, `-`, `_` and `.`; it neither begins nor ends with `.` or `_`, and no two dots meet.
 So it holds no slash and no NUL, it is not empty, not `.` and not `..`, and it is shorter than
 NAME_MAX, 255. Whoever takes a `Hostname` needs no check of their own.
 
@@ -18,10 +18,13 @@ LONGEST_LABEL = 63
 LONGEST_NAME = 253
 
 # RFC 952: "The last character must not be a minus sign or period." RFC 1123 §2.1 lets the first
-# one be "either a letter or a digit". No label contains a dot, so there is one way to match, and a
-# name that fails is retried within one label at a time. (Possessive repeats would say so, but in
-# Python up to 3.11.4 they go wrong beside lookarounds.)
-_LABEL = rb"(?!-)[a-z0-9-]{1,%d}(?<!-)" % LONGEST_LABEL
+# one be "either a letter or a digit". The underscore is in neither, but browsers ask for names that
+# have one inside a label. At its begin it would be a name such as _dmarc, which is no host's.
+#
+# No label contains a dot, so there is one way to match, and a name that fails is retried within one
+# label at a time. (Possessive repeats would say so, but in Python up to 3.11.4 they go wrong beside
+# lookarounds.)
+_LABEL = rb"(?![-_])[a-z0-9_-]{1,%d}(?<![-_])" % LONGEST_LABEL
 _is_hostname = re.compile(rb"(?:%b\.)*(?![0-9]+\Z)%b" % (_LABEL, _LABEL)).fullmatch
 
 
@@ -65,14 +68,15 @@ def _what_is_wrong(name: bytes) -> str:
 def _what_is_wrong_with_label(label: bytes) -> str | None:
     if not label:
         return "a label is empty: the name begins with a dot, or two dots meet"
-    if stranger := re.search(rb"[^a-z0-9-]", label):
+    if stranger := re.search(rb"[^a-z0-9_-]", label):
         # Latin-1 gives every byte a character, and !a makes it fit for any terminal.
-        return f"{stranger[0].decode('latin-1')!a} is none of a-z, 0-9 and the hyphen"
+        return f"{stranger[0].decode('latin-1')!a} is not allowed in a hostname"
     shown = label.decode("ascii")
     if len(label) > LONGEST_LABEL:
         return f"the label '{shown}' is {len(label)} bytes long, and {LONGEST_LABEL} is the most"
-    if label.startswith(b"-"):
-        return f"the label '{shown}' begins with a hyphen"
-    if label.endswith(b"-"):
-        return f"the label '{shown}' ends with a hyphen"
+    for character, called in (b"-", "a hyphen"), (b"_", "an underscore"):
+        if label.startswith(character):
+            return f"the label '{shown}' begins with {called}"
+        if label.endswith(character):
+            return f"the label '{shown}' ends with {called}"
     return None

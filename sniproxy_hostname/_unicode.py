@@ -3,10 +3,12 @@
 The parameters are those of non-transitional processing, and each has its place below:
 
 - UseSTD3ASCIIRules, in `Hostname`: Punycode keeps ASCII characters as they are, so a name's bytes
-  are letters, digits and hyphens if and only if every ASCII character typed or mapped to was;
-- CheckHyphens is narrower than its name: no label begins or ends with a hyphen, in Unicode or
-  in ASCII. Hyphens in the third and fourth place pass, for there are hosts such as `r3---sn-abc`
-  that browsers ask for and the daemon routes; only `xn--` there has a meaning, and is checked;
+  are letters, digits and hyphens if and only if every ASCII character typed or mapped to was. The
+  underscore is let pass as well, as browsers do, who ask for it;
+- CheckHyphens is narrower than its name: no label begins or ends with a hyphen (or an underscore),
+  in Unicode or in ASCII. Hyphens in the third and fourth place pass, for there are hosts such as
+  `r3---sn-abc` that browsers ask for and the daemon routes; only `xn--` there has a meaning, and is
+  checked;
 - CheckJoiners and CheckBidi, by the idna package.
 
 `idna.encode()` is not used: it is strict IDNA 2008, which has no emoji. A name that needs a
@@ -92,8 +94,8 @@ def _check_validity(label: str) -> None:
     # Valid characters map to themselves, and mapping ends in NFC: this is two criteria in one.
     if idna.uts46_remap(label, std3_rules=False) != label:
         raise InvalidHostname(f"the label {label!a} is not in its mapped and normalised form")
-    if label.startswith("-") or label.endswith("-"):
-        raise InvalidHostname(f"the label {label!a} begins or ends with a hyphen")
+    if label[0] in "-_" or label[-1] in "-_":
+        raise InvalidHostname(f"the label {label!a} begins or ends with - or _")
     if label.startswith(_ACE_PREFIX):
         raise InvalidHostname(f"the label {label!a} was decoded, and begins with xn-- again")
     idna.check_initial_combiner(label)

@@ -189,7 +189,7 @@ def test_no_option_is_named_that_does_not_exist(page: str) -> None:
     [
         ("sniproxy.8", ["--version", "--no-such-option", "--version >/dev/full"]),
         ("sniproxy-listen.8", ["--version", "--no-such-option", "--version >/dev/full"]),
-        ("sniproxy-hostname.1", ["a.example", "a_b", "--no-such-option", "a.example >/dev/full"]),
+        ("sniproxy-hostname.1", ["a.example", "_b", "--no-such-option", "a.example >/dev/full"]),
     ],
 )
 def test_every_exit_code_is_there(page: str, command_lines: list[str]) -> None:

@@ -124,11 +124,11 @@ _SSL2_HELLO = (
 )  # type, version, lengths of ciphers, session id and challenge; one cipher, of three bytes
 
 WE_REFUSE = {
-    "an underscore": _name(
-        "a_b.example",
-        "Hostnames are letters, digits and hyphens (RFC 952, RFC 1123 section 2.1). Underscores "
-        "belong to names of DNS records that are not hosts, and no public authority may issue a "
-        "certificate for one (CA/Browser Forum ballot SC12).",
+    "an underscore at the edge": _name(
+        "_dmarc.example",
+        "Hostnames are letters, digits and hyphens (RFC 952, RFC 1123 section 2.1). Browsers ask "
+        "for names with an underscore inside a label all the same; with one at its begin it is the "
+        "name of a DNS record that is no host.",
     ),
     "not ASCII": _name(
         "bücher.example",
@@ -245,14 +245,16 @@ def fault_of_name(name: bytes) -> str | None:
     name = name.removesuffix(b".")
     labels = name.split(b".")
     strangers = {chr(byte) for byte in name if not (chr(byte).isascii() and chr(byte).isalnum())}
-    strangers -= set("-.")
+    strangers -= set("-_.")
     faults = {
         "not ASCII": any(ord(stranger) > 127 for stranger in strangers),
-        "an underscore": strangers == {"_"},
         "a colon": ":" in strangers,
         "a byte of no hostname": bool(strangers),
         "an empty label": b"" in labels,
         "a hyphen at the edge": any(label[:1] == b"-" or label[-1:] == b"-" for label in labels),
+        "an underscore at the edge": any(
+            label[:1] == b"_" or label[-1:] == b"_" for label in labels
+        ),
         "a long label": max(map(len, labels)) > 63,
         "a long name": len(name) > 253,
         "a number at the end": labels[-1].isdigit(),

@@ -59,10 +59,10 @@ def test_hashed(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None
     ("name", "reason"),
     [
         ("..", "a label is empty: the name begins with a dot, or two dots meet"),
-        ("a/b", "'/' is none of a-z, 0-9 and the hyphen"),
-        ("a_b.example", "'_' is none of a-z, 0-9 and the hyphen"),
-        ("*.example.com", "'*' is none of a-z, 0-9 and the hyphen"),
-        ("[::1]", "'[' is none of a-z, 0-9 and the hyphen"),
+        ("a/b", "'/' is not allowed in a hostname"),
+        ("_b.example", "the label '_b' begins with an underscore"),
+        ("*.example.com", "'*' is not allowed in a hostname"),
+        ("[::1]", "'[' is not allowed in a hostname"),
         ("-a.example", "the label '-a' begins with a hyphen"),
         ("--a.example", "the label '--a' begins with a hyphen"),
         ("-x", "the label '-x' begins with a hyphen"),
@@ -76,10 +76,10 @@ def test_a_refused_name(name: str, reason: str, capfd: pytest.CaptureFixture[str
 
 
 def test_one_refused_name_stops_them_all_and_each_is_told() -> None:
-    done = command("example.com", "a_b", "example.org", "--", "-a.example")
+    done = command("example.com", "_b", "example.org", "--", "-a.example")
     assert (done.returncode, done.stdout) == (1, b"")
     first, second = done.stderr.decode().splitlines()
-    assert first == "sniproxy-hostname: 'a_b': '_' is none of a-z, 0-9 and the hyphen"
+    assert first == "sniproxy-hostname: '_b': the label '_b' begins with an underscore"
     assert second == "sniproxy-hostname: '-a.example': the label '-a' begins with a hyphen"
 
 
@@ -268,7 +268,7 @@ def test_a_closed_standard_input_is_reported() -> None:
     assert done.stderr == message + b"Bad file descriptor\n"
 
 
-@pytest.mark.parametrize(("argument", "code"), [("a_b", 1), ("--what", 100)])
+@pytest.mark.parametrize(("argument", "code"), [("_b", 1), ("--what", 100)])
 def test_the_exit_code_stands_where_no_message_can_be_written(argument: str, code: int) -> None:
     with open("/dev/full", "wb") as full:
         done = command(argument, stderr=full.fileno())
