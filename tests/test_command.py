@@ -19,6 +19,7 @@ from tests.support.backends import RawBackend, host_directory
 from tests.support.daemon import COVERAGE, start_daemon
 from tests.support.greeting import Greeter, ask
 from tests.support.sockets import receive_all, receive_exactly
+from tests.support.supervisor import Supervisor
 
 PROGRAM = [sys.executable, "-P", "-m", "sniproxy"]
 
@@ -223,6 +224,12 @@ def test_a_mistake_has_its_exit_code_even_if_nobody_hears_of_it() -> None:
         result = subprocess.run([*PROGRAM, "--help"], stdout=full, stderr=subprocess.PIPE)
     assert result.returncode == 111
     assert result.stderr.startswith(b"sniproxy: fatal: unable to write standard output")
+
+
+def test_the_supervisor_is_told_of_a_mistake(supervisor: Supervisor) -> None:
+    """systemctl status shows it, even where the journal does not know whose line it was."""
+    line = only_line(run("--worker", env=os.environ | supervisor.environment), code=100)
+    assert supervisor.hear("STATUS=") == "STATUS=" + line.removeprefix("sniproxy: fatal: ")
 
 
 def test_a_mistake_of_several_lines_is_told_in_one() -> None:

@@ -71,6 +71,10 @@ class Notifier:
         """Say that the drain has begun."""
         self._say("STOPPING=1")
 
+    def failed(self, message: str) -> None:
+        """Say why the service ends; systemctl status shows it until the next start."""
+        self._say(f"STATUS={message}")
+
     def status(self, counts: Counts) -> None:
         """Say what goes on: once in a second at the most, and only what is new."""
         now = time.monotonic()

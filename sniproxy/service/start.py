@@ -34,6 +34,9 @@ def run_program(program: str, body: Callable[[Syslog | None], None]) -> int:
         body(syslogd)
     except FatalError as error:
         _complain(program, f"fatal: {error}", syslogd)
+        notifier = Notifier()
+        notifier.failed(str(error))
+        notifier.close()
         return error.code
     finally:
         if syslogd is not None:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -486,18 +487,33 @@ def test_the_watchdog_bites(machine: Machine) -> None:
         assert "Watchdog timeout" in log
 
 
-def test_called_wrongly_it_is_not_started_again(machine: Machine) -> None:
+def test_called_wrongly_it_is_tried_again_until_it_is_mended(machine: Machine) -> None:
     wrong = ("ExecStart=", "ExecStart=/opt/sniproxy/bin/sniproxy --verbose")
-    with changed(machine, *wrong, starts=False):
-        assert (state(machine), show(machine, "SubState")) == ("failed", "failed")
-        assert show(machine, "ExecMainStatus") == "100"
-        assert show(machine, "NRestarts") == "0"
+    with changed(machine, *wrong, starts=False), started(machine, *PYTHON, CLIENTS) as clients:
+        began = time.monotonic()
         priority, line = wait_for_log(machine, "fatal:")
-        assert "unable to understand the options: '--verbose'" in line
+        assert "unable to understand the options: unknown option '--verbose'" in line
         assert priority == 3
-        # Clients make systemd try, until it has enough of it.
-        try_to_fetch(machine, "one")
-        eventually(lambda: state(machine, "sniproxy.socket") == "failed")
+        # More starts than systemd allows by default, each for clients that wait.
+        eventually(lambda: int(show(machine, "NRestarts")) >= 6, patience=30)
+        # It does not spin: no more than one in RestartSec.
+        assert int(show(machine, "NRestarts")) <= (time.monotonic() - began) / 2 + 2
+        assert state(machine, "sniproxy.socket") == "active"
+
+        def status_says_why() -> bool:  # of the last start, once it has failed
+            status = machine.run("systemctl", "status", SERVICE, check=False).stdout
+            reason = "Status: \"unable to understand the options: unknown option '--verbose'"
+            return "auto-restart" in status and reason in status
+
+        eventually(status_says_why)
+        # Mended: nobody starts anything.
+        machine.run("rm", f"{SYSTEM}/sniproxy.service.d/override.conf")
+        machine.run("systemctl", "daemon-reload")
+        lines = heard(clients.stdout, 20)
+        assert set(lines) == {page("one").strip()}
+        assert state(machine) == "active"
+        # What `changed` takes away in the end.
+        machine.write(f"{SYSTEM}/sniproxy.service.d/override.conf", "")
 
 
 # --- Confined ------------------------------------------------------------------------------------

@@ -176,9 +176,9 @@ class Daemon:
             raise
 
 
-def eventually(condition: Callable[[], object]) -> None:
-    """Wait for a state that nothing announces."""
-    deadline = time.monotonic() + PATIENCE
+def eventually(condition: Callable[[], object], patience: float = PATIENCE) -> None:
+    """Wait for a state that nothing announces, `patience` seconds at the most."""
+    deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline, "it never comes true"
         time.sleep(_GLANCE)
