@@ -71,38 +71,39 @@ class HelloWait:
     The loop tells this object of the client until the relay takes over.
 
     Args:
-        data: what the client has said so far, not a whole hello; None for nothing.
+        reader: has been fed with what the client has said so far, and found no whole hello.
 
     Attributes:
-        size: Bytes that have been looked at.
         events: What the loop has told of the client so far.
 
     Raises:
-        HelloError: the bytes so far can't become a hello.
         OSError: the kernel can't watch the client (ENOMEM, ENOSPC).
     """
 
-    __slots__ = ("_client", "_loop", "_mark", "_reader", "_session", "events", "is_over", "size")
+    __slots__ = ("_client", "_is_over", "_mark", "_reader", "_session", "events")
 
-    def __init__(self, session: Waiter, client: socket, loop: EventLoop, data: bytes | None):
+    def __init__(
+        self, session: Waiter, client: socket, loop: EventLoop, reader: HelloReader
+    ) -> None:
         self._session = session
         self._client = client
-        self._loop = loop
-        self._reader = HelloReader()
+        self._reader = reader
         self._mark = _ANY_BYTES
-        self.size = 0
         self.events = 0
-        self.is_over = False
-        if data:
-            self.size = len(data)
-            self._reader.feed(data)
-        self._set_mark(self.size + self._reader.missing)
+        self._is_over = False
+        # Before it is watched, or the loop would tell at once of what is there already.
+        self._set_mark(reader.size + reader.missing)
         loop.watch(client.fileno(), self, READ_EVENTS)
+
+    @property
+    def size(self) -> int:
+        """How many bytes have been looked at."""
+        return self._reader.size
 
     def on_event(self, events: int) -> None:
         """Look again, for there is more of the hello, or its end."""
         self.events |= events
-        if not self.is_over:
+        if not self._is_over:
             self.look()
 
     def look(self) -> None:
@@ -129,18 +130,17 @@ class HelloWait:
         except OSError:  # ECONNRESET
             self.events |= EPOLLERR
             return None
-        if data is not None and len(data) > self.size:
-            new = data[self.size :]
-            self.size = len(data)
-            if (hello := self._reader.feed(new)) is not None:
+        size = self._reader.size
+        if data is not None and len(data) > size:
+            if (hello := self._reader.feed(data[size:])) is not None:
                 return hello
         elif data == b"":
             self.events |= EPOLLRDHUP
-        elif self.events and self.size < self._mark and self._is_too_small():
+        elif self.events and size < self._mark and self._is_too_small():
             raise HelloError(
                 Alert.INTERNAL_ERROR, Reason.HELLO_TOO_LARGE, "the receive buffer is full"
             )
-        self._set_mark(self.size + self._reader.missing)
+        self._set_mark(self._reader.size + self._reader.missing)
         return None
 
     def _is_too_small(self) -> bool:
@@ -167,7 +167,7 @@ class HelloWait:
 
     def stop(self) -> None:
         """Wait no more; the socket is as it was."""
-        self.is_over = True
+        self._is_over = True
         self._set_mark(_ANY_BYTES)
 
     def _set_mark(self, mark: int) -> None:

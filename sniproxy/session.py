@@ -36,6 +36,7 @@ from sniproxy.wire import (
     Alert,
     ClientHello,
     HelloError,
+    HelloReader,
     Reason,
     alert_record,
     proxy_v1_header,
@@ -214,10 +215,13 @@ class Session:
             data = peek(self.client)
         except OSError:  # ECONNRESET
             return self.close()
+        reader = None
         if data:
             self.size = len(data)
             try:
-                hello = read_at_once(data)
+                if (hello := read_at_once(data)) is None:
+                    reader = HelloReader()
+                    hello = reader.feed(data)
             except HelloError as error:
                 return self.on_hello_error(error)
             if hello is not None:
@@ -225,10 +229,7 @@ class Session:
         elif data is not None:
             return self.close()  # not a word, as of a monitor that asks whether we are there
         shared = self.shared
-        try:
-            self.wait = HelloWait(self, self.client, shared.loop, data)
-        except HelloError as error:
-            return self.on_hello_error(error)
+        self.wait = HelloWait(self, self.client, shared.loop, reader or HelloReader())
         self.deadline = shared.waiting.add(self.wait)
 
     def on_hello(self, hello: ClientHello) -> None:
@@ -325,6 +326,8 @@ class Session:
         self._stop_waiting()
         client, shared = self.client, self.shared
         self.is_over = True
+        # First, so that whoever has heard the alert finds the line.
+        self._report(reason, alert, detail, is_host=is_host)
         try:
             # RFC 8446 §6.2: "Upon transmission or receipt of a fatal alert message, both parties
             # MUST immediately close the connection." Our half, that is; what the client still says
@@ -332,10 +335,8 @@ class Session:
             client.send(alert_record(alert), MSG_DONTWAIT)
             client.shutdown(SHUT_WR)
         except OSError:  # it has gone
-            self._report(reason, alert, detail, is_host=is_host)
             shared.loop.close(client)
             return shared.limit.remove()
-        self._report(reason, alert, detail, is_host=is_host)
         most = self._size() + shared.config.alert_bytes
         linger = Linger(shared.loop, client, shared.heard, most=most)
         shared.alerted.add(linger)

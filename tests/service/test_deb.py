@@ -32,11 +32,21 @@ CURL = ("curl", "--silent", "--show-error", "--fail", "--output", "/dev/null", "
 CLIENT = (
     "sh",
     "-c",
-    'while [ ! -e /run/enough ]; do "$@" && echo fetched || echo failed; done >>/run/fetches',
+    'while [ ! -e /run/enough ]; do "$@" || echo failed 0; done >>/run/fetches',
     "sh",
     *CURL,
+    *("--write-out", "fetched %{time_total}\n"),
     *("--cacert", CERTIFICATE, "--resolve", f"{NAME}:443:127.0.0.1", f"https://{NAME}/"),
 )
+
+# Connects, again and again, and says nothing.
+SILENT_CLIENT = """
+import socket
+while True:
+    with socket.create_connection(("127.0.0.1", 443), 30) as client:
+        print("connected", flush=True)
+        client.recv(1)
+"""
 
 # Where notes are made when anything is installed or runs.
 NOTES = r"/(dev|proc|root|run|sys|tmp|var/(cache|log|tmp)|var/lib/(dpkg|systemd))(/.*)?"
@@ -93,6 +103,13 @@ def installed(machine: Machine, files_before: set[str], package: Path) -> Machin
 @pytest.fixture(scope="module")
 def serving(installed: Machine) -> Iterator[Machine]:
     """The machine, with a host, and the port open."""
+    with host(installed):
+        yield installed
+
+
+@contextmanager
+def host(installed: Machine) -> Iterator[None]:
+    """Make a host, and open the port."""
     installed.run(
         *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
         *("-noenc", "-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}"),
@@ -110,7 +127,7 @@ def serving(installed: Machine) -> Iterator[Machine]:
         # The service as well, so that there is more to forget. Only the socket is started.
         installed.run("systemctl", "enable", "sniproxy.service")
         installed.run("systemctl", "start", "sniproxy.socket")
-        yield installed
+        yield
 
 
 @contextmanager
@@ -146,8 +163,12 @@ def is_enabled(machine: Machine) -> str:
 
 def main_pid(machine: Machine) -> str:
     """Return the process id of the service; 0 if it does not run."""
-    show = ("show", "--property=MainPID", "--value", "sniproxy.service")
-    return machine.run("systemctl", *show).stdout.strip()
+    return show("MainPID", machine)
+
+
+def show(what: str, machine: Machine, unit: str = "sniproxy.service") -> str:
+    """Return a property of a unit."""
+    return machine.run("systemctl", "show", f"--property={what}", "--value", unit).stdout.strip()
 
 
 def listeners(machine: Machine) -> int:
@@ -292,6 +313,18 @@ def test_hashed_names(serving: Machine) -> None:
         fetch(serving, 8443)
 
 
+def test_it_serves_on_debian_13_as_well(package: Path) -> None:
+    """With another Python, and another systemd."""
+    with Machine(["adduser"], suite="trixie") as machine:
+        done = install(machine, package)
+        assert (done.returncode, done.stderr) == (0, "")
+        hashed = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85\n"
+        assert machine.run("sniproxy-hostname", "--hashed", "abc").stdout == hashed
+        with host(machine):
+            fetch(machine)
+            assert main_pid(machine) != "0"
+
+
 # --- A newer one, and the end: what the tests above need is gone after these ----------------------
 
 
@@ -304,7 +337,14 @@ def test_an_upgrade_refuses_nobody(serving: Machine, package: Path, tmp_path: Pa
     subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, newer], check=True)
     fetch(serving)
     old = main_pid(serving)
-    with started(serving, *CLIENT), started(serving, *CLIENT) as client:
+    with (
+        started(serving, *CLIENT),
+        started(serving, *CLIENT) as client,
+        # The old version has to wait for this one, for all of the ten seconds.
+        started(serving, "python3", "-c", SILENT_CLIENT) as silent,
+    ):
+        assert silent.stdout is not None
+        assert silent.stdout.readline() == "connected\n"
         eventually(lambda: len(fetches(serving)) > 20)
         done = install(serving, newer)
         so_far = len(fetches(serving))
@@ -312,7 +352,10 @@ def test_an_upgrade_refuses_nobody(serving: Machine, package: Path, tmp_path: Pa
         serving.run("touch", "/run/enough")
         client.wait(PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
-    assert set(fetches(serving)) == {"fetched"}
+    # Nobody was refused, and nobody had to wait for the drain.
+    assert {line.split()[0] for line in fetches(serving)} == {"fetched"}
+    assert max(float(line.split()[1]) for line in fetches(serving)) < 5
+    eventually(lambda: show("ActiveState", serving, "sniproxy@upgrade.service") == "inactive", 30)
     assert main_pid(serving) not in {old, "0"}
     assert serving.run("sniproxy", "--version").stdout == f"sniproxy {NEXT_VERSION}\n"
 

@@ -31,6 +31,7 @@ from typing import Final, Self
 
 from tests.support.daemon import PATIENCE, eventually
 
+# Debian 12. Debian 13 is called trixie.
 _SUITE: Final = "bookworm"
 
 # What every machine has, beside the smallest system.
@@ -106,14 +107,15 @@ class Machine:
     Args:
         packages: What it is to have of Debian, beside systemd, Python, curl and openssl. Each list
             has a tree of its own, to be made the first time.
+        suite: Which Debian it is.
 
     Attributes:
         leader: The process id, out here, of the machine's first process.
         root: The machine's files, seen from out here. An absolute link in there leads to our own.
     """
 
-    def __init__(self, packages: Sequence[str] = ()) -> None:
-        self._tree = _tree(sorted({*_PACKAGES, *packages}))
+    def __init__(self, packages: Sequence[str] = (), suite: str = _SUITE) -> None:
+        self._tree = _tree(suite, sorted({*_PACKAGES, *packages}))
         self._name = f"{_PREFIX}{os.getpid()}-{next(_numbers)}"
         self._ends = contextlib.ExitStack()
         self.leader = 0
@@ -383,17 +385,17 @@ def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def _tree(packages: Sequence[str]) -> Path:
+def _tree(suite: str, packages: Sequence[str]) -> Path:
     """Return a Debian system with these packages, made if need be."""
     mirror = _mirror()
     assert mirror is not None
-    with _kept(f"{_SUITE}-{_digest(packages)}") as (place, new):
+    with _kept(f"{suite}-{_digest(packages)}") as (place, new):
         if new is not None:
-            _debootstrap(new, packages, mirror)
+            _debootstrap(new, suite, packages, mirror)
     return place
 
 
-def _debootstrap(tree: Path, packages: Sequence[str], mirror: str) -> None:
+def _debootstrap(tree: Path, suite: str, packages: Sequence[str], mirror: str) -> None:
     settings = {
         "http_proxy": _apt_setting("Acquire::http::Proxy"),
         "https_proxy": _apt_setting("Acquire::https::Proxy"),
@@ -404,7 +406,7 @@ def _debootstrap(tree: Path, packages: Sequence[str], mirror: str) -> None:
         wgetrc.writelines(f"{key} = {value}\n" for key, value in settings.items() if value)
         wgetrc.flush()
         include = f"--include={','.join(packages)}"
-        bootstrap = ("debootstrap", "--variant=minbase", include, _SUITE, str(tree), mirror)
+        bootstrap = ("debootstrap", "--variant=minbase", include, suite, str(tree), mirror)
         _run_apart(bootstrap, _DEBOOTSTRAP, WGETRC=wgetrc.name)
     # A third of the size.
     for useless in "var/cache/apt", "var/lib/apt/lists":
