@@ -84,6 +84,20 @@ def onefile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def test_it_says_how_to_make_the_other_programs(tmp_path: Path) -> None:
+    place = tmp_path / "with space"
+    place.mkdir()
+    built = build(place / "sniproxy")
+    if built.returncode == 111 and "CI" not in os.environ:
+        pytest.skip(f"pip could not get the packages: {built.stderr.splitlines()[-1]}")
+    commands = [line for line in built.stdout.splitlines() if not line.startswith("onefile: ")]
+    assert len(commands) == 2
+    subprocess.run(["sh", "-euc", "\n".join(commands)], check=True, timeout=PATIENCE)
+    for name in "sniproxy-listen", "sniproxy-hostname":
+        told = run(place / name, "--version", env=path(place, PYTHONS[0])).stdout
+        assert told == f"{name} {sniproxy.__version__}\n"
+
+
 @pytest.fixture
 def installed(onefile: Path, tmp_path: Path) -> Path:
     """A directory where it is installed under its three names."""
