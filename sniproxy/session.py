@@ -142,14 +142,15 @@ class Sessions:
         """
         if (refused := self.alerted.oldest()) is not None:
             refused.expire()
-        while self.limit.open >= self.limit.capacity:
-            if (silent := self.waiting.oldest()) is None:
-                return False
+            return True
+        while (silent := self.waiting.oldest()) is not None:
             # Its hello may have come by now, and be one of the next events.
             silent.look()
             if silent in self.waiting:
                 silent.give_way()
-        return True
+            if self.limit.open < self.limit.capacity:
+                return True
+        return False
 
     def left(self, up: int, down: int, ending: Ending) -> None:
         """Count out one that was relayed."""

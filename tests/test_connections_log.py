@@ -74,7 +74,8 @@ def test_a_backend_that_goes_without_reading(daemon: Daemon, backend: RawBackend
         client.sendall(b"unread")
         connection.recv(1, socket.MSG_PEEK)
         connection.close()
-        assert line(daemon)["ending"] == "backend_reset"
+        assert client.recv(1) == b""
+    assert line(daemon)["ending"] == "backend_reset"
 
 
 def test_one_that_is_cut(daemon: Daemon, backend: RawBackend) -> None:

@@ -96,7 +96,7 @@ def test_a_reset_by_the_client_reaches_the_backend_at_once(
             connection.sendall(b"x")
 
 
-def test_a_backend_that_breaks_off_is_a_reset_for_the_client(
+def test_a_backend_that_closes_with_bytes_unread_is_an_end_for_the_client(
     daemon: Daemon, backend: RawBackend
 ) -> None:
     client, connection = joined(daemon, backend, HELLO)
@@ -104,8 +104,7 @@ def test_a_backend_that_breaks_off_is_a_reset_for_the_client(
         client.sendall(b"unread")
         connection.recv(1, socket.MSG_PEEK)
         connection.close()
-        with pytest.raises(ConnectionResetError):
-            client.recv(1)
+        assert client.recv(1) == b""
 
 
 def test_who_waits_costs_others_nothing(daemon: Daemon, backend: RawBackend) -> None:
@@ -126,7 +125,10 @@ def test_a_vanished_client_is_noticed(daemon: Daemon, backend: RawBackend) -> No
     client, connection = joined(daemon, backend, HELLO)
     with client, connection:
         port = client.getsockname()[1]
-        timers = Path("/proc/net/tcp").read_text().splitlines()
-        [line] = [line for line in timers if line.split()[2].endswith(f":{port:04X}")]
-        keep_alive = "02:"  # proc(5): the kind of timer that is pending
-        assert line.split()[5].startswith(keep_alive)
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        # proc(5): the state, and the kind of timer that is pending. Another connection may have had
+        # the same port, and be in TIME_WAIT.
+        established, keep_alive = "01", "02:"
+        ours = [row for row in rows if row[2].endswith(f":{port:04X}") and row[3] == established]
+        [timer] = [row[5] for row in ours if row[1].endswith(f":{daemon.address[1]:04X}")]
+        assert timer.startswith(keep_alive)

@@ -1,5 +1,7 @@
 """What takes time: deadlines, alerts on their way, full backlogs. On a clock that does not wait."""
 
+import _socket
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -11,7 +13,7 @@ from trio.testing import MockClock, trio_test
 
 from sniproxy.config import Config
 from sniproxy.engine.limit import ConnectionLimit
-from sniproxy.engine.listener import Listener, take_listening_socket
+from sniproxy.engine.listener import Address, Listener, take_listening_socket
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
@@ -439,6 +441,74 @@ async def test_all_of_a_batch_are_served_and_each_has_its_own_story(
         with trio.fail_after(PATIENCE):
             await it.limit.wait_until_empty()
         assert (it.sessions.served, it.sessions.refused) == (len(clients), len(others))
+
+
+async def has_served(it: Door, number: int) -> None:
+    with trio.fail_after(PATIENCE):
+        while it.sessions.served < number:  # noqa: ASYNC110 - it has no event of its own
+            await trio.sleep(0.001)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("ends_first", [False, True])
+@trio_test
+async def test_no_more_descriptors_are_open_than_there_are_places(
+    backend: socket.socket, monkeypatch: pytest.MonkeyPatch, ends_first: bool
+) -> None:
+    """The worst that one batch of events can be: all end, and as many come, with their hello."""
+    places = 10
+    async with door() as it:
+        it.limit.capacity = places
+        peaks: list[int] = []
+        connect, begin = it.hosts.connect, it.sessions.begin
+
+        def counting_connect(host: Hostname) -> tuple[_socket.socket, bool]:
+            found = connect(host)
+            peaks.append(descriptors())
+            return found
+
+        def counting_begin(client: _socket.socket, address: Address) -> None:
+            peaks.append(descriptors())
+            begin(client, address)
+
+        monkeypatch.setattr(it.hosts, "connect", counting_connect)
+        monkeypatch.setattr(it.listener, "_on_accept", counting_begin)
+
+        def come() -> list[socket.socket]:
+            clients = []
+            for _ in range(places):
+                client = socket.create_connection(it.listening.getsockname(), PATIENCE)
+                client.sendall(HELLO)
+                clients.append(client)
+            return clients
+
+        clients, served = come(), places
+        for _ in range(5):
+            await has_served(it, served)
+            connections = [backend.accept()[0] for _ in range(places)]
+            # From here to the next await, nothing is noticed.
+            leaving = [*clients, *connections]
+            if ends_first:
+                for sock in leaving:
+                    sock.close()
+                clients = come()
+            else:
+                clients = come()
+                for sock in leaving:
+                    sock.close()
+            peaks.clear()
+            most = descriptors()
+            served += places
+            await has_served(it, served)
+            assert len(peaks) == 2 * places
+            assert max(peaks) <= most
+        for _ in range(places):
+            backend.accept()[0].close()
+        for client in clients:
+            client.close()
 
 
 @trio_test

@@ -31,6 +31,8 @@ def test_a_hello_that_drips_gains_no_time(daemon: Daemon, backend: RawBackend) -
                 assert client.recv(1) == b""
             except TimeoutError:
                 continue
+            except ConnectionResetError:
+                pass  # this byte came at the very moment
             break
         assert 9 < time.monotonic() - began < 12
     assert "refused" in daemon.wait_for_log("reason=deadline")
