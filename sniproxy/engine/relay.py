@@ -437,8 +437,8 @@ class _Up(_Flow):
         """Close both sockets."""
         back = self.back
         assert back is not None
-        self.relay.loop.close(self.source)
         self.give_up_far(back)
+        self.relay.loop.close(self.source)
         self.on_end(self.moved, back.moved, ending)
 
     def give_up_far(self, back: "_Down") -> None:
