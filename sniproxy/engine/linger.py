@@ -164,6 +164,7 @@ class LastWords:
         no_progress_seconds: float = 0.0,
     ) -> None:
         self._loop = loop
+        self._on_fault = on_fault
         self._no_progress_seconds = no_progress_seconds
         # For whom bytes are under way: how many when they were looked at, and since when as many.
         self._sending: dict[Linger, tuple[int, float]] = {}
@@ -210,7 +211,11 @@ class LastWords:
                 if not self._sending:
                     await self._added.park()
                 for linger in list(self._sending):
-                    self._look_after(linger)
+                    try:
+                        self._look_after(linger)
+                    except Exception as error:  # noqa: BLE001 - it ends one connection alone
+                        self._on_fault(error)
+                        linger.abort()
                 await trio.sleep(_LOOK_EVERY)
 
     def abort_all(self) -> None:

@@ -113,6 +113,7 @@ class Relay:
         self.buffer = memoryview(bytearray(_CHUNK))
         self.can_splice = True
         self.last_words = LastWords(loop, on_fault, half_closed_seconds)
+        self._on_fault = on_fault
         self._idle_seconds = idle_seconds
         self._half_closed_seconds = half_closed_seconds
 
@@ -176,7 +177,11 @@ class Relay:
         """Compare what every connection has moved with what it had moved the last time."""
         for number, watcher in enumerate(self.loop.watchers()):
             if isinstance(watcher, _Up):
-                watcher.sweep(pause, self._idle_seconds, self._half_closed_seconds)
+                try:
+                    watcher.sweep(pause, self._idle_seconds, self._half_closed_seconds)
+                except Exception as error:  # noqa: BLE001 - it ends one connection alone
+                    self._on_fault(error)
+                    watcher.abort()
             if number % _SWEEP_BATCH == _SWEEP_BATCH - 1:
                 await trio.lowlevel.checkpoint()
 
