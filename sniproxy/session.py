@@ -235,7 +235,8 @@ class Session:
 
     def on_hello(self, hello: ClientHello) -> None:
         """Find out whom the client wants; connect in the next turn."""
-        self._stop_waiting()
+        if self.wait is not None:
+            self.shared.waiting.discard(self.wait)
         try:
             self.name = hello.required_server_name()
             self.host = _hostname(self.name)
@@ -324,9 +325,10 @@ class Session:
 
     def _refuse(self, reason: str, alert: Alert, detail: str, *, is_host: bool = False) -> None:
         """Send `alert` and see to it that it arrives."""
-        self._stop_waiting()
         client, shared = self.client, self.shared
         self.is_over = True
+        if self.wait is not None:
+            shared.waiting.discard(self.wait)
         # First, so that whoever has heard the alert finds the line.
         self._report(reason, alert, detail, is_host=is_host)
         try:
@@ -375,7 +377,8 @@ class Session:
         """End the session, if it has not ended; the client's bytes and ours are let through."""
         if not self.is_over:
             self.is_over = True
-            self._stop_waiting()
+            if self.wait is not None:
+                self.shared.waiting.discard(self.wait)
             self.shared.loop.close(self.client)
             self.shared.limit.remove()
 
@@ -406,7 +409,3 @@ class Session:
     def _size(self) -> int:
         """Return how many bytes of the client have been looked at; they are still to be read."""
         return self.size if self.wait is None else self.wait.size
-
-    def _stop_waiting(self) -> None:
-        if self.wait is not None:
-            self.shared.waiting.discard(self.wait)

@@ -39,7 +39,6 @@ from sniproxy.engine.pipes import Pipe, PipePool
 from sniproxy.engine.tcp import LINGER_0
 
 READ_EVENTS = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
-_READ_WRITE_EVENTS = READ_EVENTS | EPOLLOUT
 _ENDING = EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR
 _MORE_THAN_DATA = EPOLLOUT | _ENDING
 _GONE = EPOLLPRI | EPOLLHUP | EPOLLERR
@@ -142,8 +141,8 @@ class Relay:
         Raises:
             OSError: the kernel can't watch them (ENOMEM, ENOSPC); both are reset.
         """
-        up = _Up(self, near, far, on_end)
-        down = _Down(self, far, near)
+        up = _Flow(self, near, far, on_end)
+        down = _Flow(self, far, near, None)
         up.back, down.back = down, up
         try:
             # Before anything else: a far end that has just been woken finds it when it looks.
@@ -153,11 +152,11 @@ class Relay:
                 up.pump()
             if near_events is not None and up.back is not None:
                 self.loop.set_watcher(near.fileno(), up)
-                up.watched = True
+                up.asked = READ_EVENTS
                 up.on_event(near_events)
             if up.back is not None:  # else it is over already
                 down.watch()
-                if not up.watched:
+                if not up.asked & EPOLLIN:
                     up.watch()
         except BaseException:
             up.abort()
@@ -176,7 +175,7 @@ class Relay:
     async def _sweep(self, pause: float) -> None:
         """Compare what every connection has moved with what it had moved the last time."""
         for number, watcher in enumerate(self.loop.watchers()):
-            if isinstance(watcher, _Up):
+            if isinstance(watcher, _Flow) and watcher.on_end is not None:
                 try:
                     watcher.sweep(pause, self._idle_seconds, self._half_closed_seconds)
                 except Exception as error:  # noqa: BLE001 - it ends one connection alone
@@ -188,43 +187,50 @@ class Relay:
     def abort_all(self) -> None:
         """Reset every connection."""
         for watcher in self.loop.watchers():
-            if isinstance(watcher, _Up):
+            if isinstance(watcher, _Flow):
                 watcher.abort()
         self.last_words.abort_all()
 
 
 class _Flow:
-    """One direction: the bytes that `source` sends and `sink` receives."""
+    """One direction: the bytes that `source` sends and `sink` receives.
+
+    That from the near end is the one that knows `on_end`, and what concerns both. They are of one
+    class all the same: for two, Python would have to find out at each step which of them it is.
+    """
 
     __slots__ = (
+        "asked",
         "back",
         "credit",
         "ended",
         "ending",
         "moved",
+        "on_end",
         "pending",
         "pipe",
         "piped",
+        "quiet",
         "relay",
         "sink",
         "source",
         "stalled",
         "swept",
-        "watched",
-        "write_watched",
     )
 
-    # The opposite direction; None once both sockets are given up.
-    back: "_Flow | None"
-
-    def __init__(self, relay: Relay, source: socket, sink: socket) -> None:
+    def __init__(self, relay: Relay, source: socket, sink: socket, on_end: OnEnd | None) -> None:
         self.relay = relay
         self.source = source
         self.sink = sink
+        self.on_end = on_end  # None if the source is the far end
+        self.back: _Flow | None = None  # the opposite direction; None once it is all over
         self.moved = 0  # bytes that the sink has taken
         self.swept = -1  # what that was when it was looked at the last time
+        self.quiet = 0  # sweeps in a row that found nothing moved in both directions
         self.credit = 0
-        self.pending: bytes | None = None  # read, and not yet taken by the sink
+        # Read, and not yet taken by the sink. Or, once the far end reads no more, how it will have
+        # ended: from then on what the near end says is thrown away.
+        self.pending: bytes | Ending | None = None
         self.pipe: Pipe | None = None
         self.piped = 0  # bytes in the pipe
         self.stalled = False  # the sink takes nothing until EPOLLOUT
@@ -232,14 +238,14 @@ class _Flow:
         # either (EPOLLHUP), or has an error (EPOLLERR), which may come up behind its last bytes.
         self.ending = 0
         self.ended = False  # the source has said all
-        self.watched = False  # the source is in the loop
-        self.write_watched = False  # EPOLLOUT is asked for on the *source*, for `back`'s sake
+        # What the loop is to tell of the source: EPOLLIN and so on, once it is watched, and
+        # EPOLLOUT for `back`'s sake.
+        self.asked = 0
 
     def watch(self) -> None:
         """Have the loop tell what happens to the source, and what is there already."""
-        self.watched = True
-        events = _READ_WRITE_EVENTS if self.write_watched else READ_EVENTS
-        self.relay.loop.watch(self.source.fileno(), self, events)
+        self.asked |= READ_EVENTS
+        self.relay.loop.watch(self.source.fileno(), self, self.asked)
 
     def on_event(self, events: int) -> None:
         """React to what happened to the source; 0 is another turn."""
@@ -353,17 +359,20 @@ class _Flow:
 
     def _send_pending(self) -> bool:
         """Send what was read and not taken; return whether all of it went."""
-        assert self.pending is not None
+        pending = self.pending
+        if not isinstance(pending, bytes):
+            self._discard()
+            return False
         try:
-            sent = self.sink.send(self.pending, MSG_DONTWAIT)
+            sent = self.sink.send(pending, MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
             self._sink_failed()
             return False
         self.moved += sent
-        if sent < len(self.pending):
-            self.pending = self.pending[sent:]
+        if sent < len(pending):
+            self.pending = pending[sent:]
             self._stall()
             return False
         self.pending = None
@@ -373,12 +382,12 @@ class _Flow:
         back = self.back
         assert back is not None
         self.stalled = True
-        if not back.write_watched:
+        if not back.asked & EPOLLOUT:
             # Asked for at the first stall only: a Unix socket tells with every read of its peer
             # that it is writable, and most connections never want to know.
-            back.write_watched = True
-            if back.watched:
-                self.relay.loop.change(self.sink.fileno(), _READ_WRITE_EVENTS)
+            back.asked |= EPOLLOUT
+            if back.asked & EPOLLIN:
+                self.relay.loop.change(self.sink.fileno(), back.asked)
         if self.ending & EPOLLERR:
             self._source_gone(back)
 
@@ -390,104 +399,6 @@ class _Flow:
         else:
             self.relay.pipes.give(pipe)
         self.pipe = None
-
-    # What is not the same for both ends. None of these is called when it is all over.
-
-    def abort(self, ending: Ending = Ending.CUT) -> None:
-        """Reset both peers, so that neither takes the cut for an end."""
-        raise NotImplementedError
-
-    def _source_gone(self, back: "_Flow") -> None:
-        """React to `ending`: the source has more to tell than that it will say no more."""
-        raise NotImplementedError
-
-    def _source_failed(self) -> None:
-        """React to an error of the source, behind its last byte."""
-        raise NotImplementedError
-
-    def _sink_failed(self) -> None:
-        """React to an error of the sink: it takes no more."""
-        raise NotImplementedError
-
-    def _end(self) -> None:
-        """Pass on the end of the source."""
-        raise NotImplementedError
-
-
-class _Up(_Flow):
-    """What the near end says to the far one; and what concerns the connection as a whole."""
-
-    __slots__ = ("on_end", "quiet", "sink_gone")
-
-    back: "_Down | None"
-
-    def __init__(self, relay: Relay, source: socket, sink: socket, on_end: OnEnd) -> None:
-        super().__init__(relay, source, sink)
-        self.on_end = on_end
-        self.quiet = 0  # sweeps in a row that found nothing moved
-        # How it will have ended, once the far end reads no more. From then on what the near end
-        # says is thrown away, and `pending` is empty, but not None.
-        self.sink_gone: Ending | None = None
-
-    def abort(self, ending: Ending = Ending.CUT) -> None:
-        """Reset both peers, so that neither takes the cut for an end."""
-        if self.back is not None:
-            for sock in (self.source, self.sink):
-                # On a Unix socket this does nothing: such a peer sees an end, or ECONNRESET where
-                # it left us something unread.
-                sock.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
-            self.close(ending)
-
-    def close(self, ending: Ending) -> None:
-        """Close both sockets."""
-        back = self.back
-        assert back is not None
-        self.give_up_far(back)
-        self.relay.loop.close(self.source)
-        self.on_end(self.moved, back.moved, ending)
-
-    def give_up_far(self, back: "_Down") -> None:
-        """Close the far socket, and give back what was needed to relay."""
-        for flow in self, back:
-            if flow.pipe is not None:
-                flow.return_pipe(flow.pipe)
-        self.relay.loop.close(self.sink)
-        # Without the cycle the memory is free at once, not when the collector comes round.
-        self.back = back.back = None
-
-    def lose_sink(self, ending: Ending) -> None:
-        """From now on throw away what the near end says: the far end reads no more of it."""
-        back = self.back
-        assert back is not None
-        self.sink_gone = ending
-        self.pending = b""
-        if self.pipe is not None:
-            self.return_pipe(self.pipe)
-        self.stalled = False
-        if back.ended:
-            back.finish()
-        elif not self.ended:
-            self._discard()
-
-    def sweep(self, pause: float, idle_seconds: float, half_closed_seconds: float) -> None:
-        """End the connection if nothing was moved for too long; `pause` is since the last sweep."""
-        back = self.back
-        if back is None:
-            return
-        if self.moved != self.swept or back.moved != back.swept:
-            tcp.expect_answers(self.source, self.quiet * pause)
-            self.swept, back.swept = self.moved, back.moved
-            self.quiet = 0
-            return
-        self.quiet += 1
-        seconds = self.quiet * pause
-        is_half_closed = self.ended or back.ended or self.sink_gone is not None
-        if is_half_closed and 0 < half_closed_seconds <= seconds:
-            self.abort(Ending.HALF_CLOSED)
-        elif 0 < idle_seconds <= seconds:
-            self.abort(Ending.IDLE)
-        elif back.moved:
-            tcp.spare_slow_reader(self.source, seconds)
 
     def send_first(self, first: bytes) -> None:
         """Send `first` and what the source has said so far, for the sink to wake up once.
@@ -503,11 +414,60 @@ class _Up(_Flow):
         if self._send_pending() or self.stalled:
             self.moved -= len(first)
 
-    def _send_pending(self) -> bool:
-        if self.sink_gone is not None:
+    # How it ends. The two ends differ: a client that breaks off wants no answer, and a backend that
+    # does has often given one.
+
+    def _source_gone(self, back: "_Flow") -> None:
+        """React to `ending`: the source is gone, or about to be, and not only silent."""
+        if self.ending & EPOLLPRI:
+            self.abort(_FAR_RESET if self.on_end is None else _NEAR_RESET)
+        elif self.on_end is None:
+            if self.ending & EPOLLERR or back.pending is not None or back.piped:
+                back.lose_sink(_FAR_RESET)
+            elif not back.ended:
+                back.lose_sink(_FINISHED)
+        elif self.ending & EPOLLERR and (self.ended or self.stalled):
+            # No read will bring the error up soon, and a reset is not to wait for the far end.
+            self.abort(_NEAR_RESET)
+        elif self.ended and self.ending & EPOLLHUP:
+            self._finish()
+
+    def _source_failed(self) -> None:
+        """React to an error of the source, behind its last byte."""
+        back = self.back
+        assert back is not None
+        if self.on_end is not None:
+            return self.abort(_NEAR_RESET)
+        # ECONNRESET: it has closed with bytes unread, unix(7).
+        back.lose_sink(_FAR_RESET)
+        if self.back is not None:
+            self._end()
+
+    def _sink_failed(self) -> None:
+        """React to an error of the sink: it takes no more."""
+        if self.on_end is None:
+            self.abort(_NEAR_RESET)
+        else:
+            self.lose_sink(_FAR_RESET)
+
+    def lose_sink(self, ending: Ending) -> None:
+        """From now on throw away what the near end says, since the far end reads no more of it.
+
+        Args:
+            ending: how the connection will have ended, when the far end has said its last words.
+        """
+        if isinstance(self.pending, Ending):
+            return  # that is known
+        self.pending = ending
+        if self.pipe is not None:
+            self.return_pipe(self.pipe)
+        self.stalled = False
+        back = self.back
+        assert back is not None
+        if back.ended:
+            self._finish()
+        elif not self.ended:
             self._discard()
-            return False
-        return super()._send_pending()
 
     def _discard(self) -> None:
         """Read what the near end says, and throw it away."""
@@ -518,105 +478,98 @@ class _Up(_Flow):
             except BlockingIOError:
                 return
             except OSError:
-                return self._source_failed()
+                return self.abort(_NEAR_RESET)
             if not size:
-                return self._end()
+                self.ended = True
+                return
             discarded += size
         self.relay.loop.call_soon(self)
 
-    def _source_gone(self, back: _Flow) -> None:
-        # With EPOLLERR no read will bring the error up soon, where it is waiting for the sink. And
-        # a reset is not to wait.
-        if self.ending & EPOLLPRI or (self.ending & EPOLLERR and (self.ended or self.stalled)):
-            self.abort(_NEAR_RESET)
-        elif self.ended and self.ending & EPOLLHUP:
-            self._finish(back)
-
-    def _source_failed(self) -> None:
-        self.abort(_NEAR_RESET)
-
-    def _sink_failed(self) -> None:
-        self.lose_sink(_FAR_RESET)
-
     def _end(self) -> None:
+        """Pass on the end of the source."""
         self.ended = True
         self.swept = -1  # an end is something that was moved
         back = self.back
         assert back is not None
-        if self.sink_gone is not None:
-            return  # and the last words of the far end are still under way
-        if back.ended or self.ending & EPOLLHUP:
-            return self._finish(back)
+        if back.ended or (self.on_end is not None and self.ending & EPOLLHUP):
+            return self._finish()
         try:
             self.sink.shutdown(SHUT_WR)
         except OSError:  # ENOTCONN: reset meanwhile
-            self.lose_sink(_FAR_RESET)
+            return self._sink_failed()
+        if back.pending is not None and isinstance(back.pending, Ending):
+            self._finish()
 
-    def _finish(self, back: _Flow) -> None:
-        """Close both sockets: both ends have said all."""
-        if back.pending is not None or back.piped:
-            # The near end has gone away without reading what we hold for it.
-            self.abort(_NEAR_RESET)
+    def _finish(self) -> None:
+        """End the connection: both directions have ended, or the far end is gone."""
+        back = self.back
+        assert back is not None
+        up, down = (self, back) if self.on_end is not None else (back, self)
+        if up.pending is None and down.pending is None and not down.piped:
+            up.close(_FINISHED)
+        elif isinstance(up.pending, Ending):
+            up.deliver_last_words(down, up.pending)
         else:
-            self.close(_FINISHED)
+            # The near end has gone away without reading what we hold for it.
+            up.abort(_NEAR_RESET)
 
-
-class _Down(_Flow):
-    """What the far end says to the near one."""
-
-    __slots__ = ()
-
-    back: _Up | None
+    def deliver_last_words(self, back: "_Flow", ending: Ending) -> None:
+        """Close the far socket, and keep the near one until its peer has received all."""
+        on_end, up, down = self.on_end, self.moved, back.moved
+        assert on_end is not None
+        self._give_up_far(back)
+        self.relay.last_words.add(
+            self.source,
+            lambda other: on_end(up, down, other or ending),
+            is_watched=bool(self.asked & EPOLLIN),
+            peer_has_ended=self.ended,
+        )
 
     def abort(self, ending: Ending = Ending.CUT) -> None:
         """Reset both peers, so that neither takes the cut for an end."""
-        if self.back is not None:
-            self.back.abort(ending)
+        back = self.back
+        if back is not None:
+            for sock in (self.source, self.sink):
+                # On a Unix socket this does nothing: such a peer sees an end, or ECONNRESET where
+                # it left us something unread.
+                sock.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
+            (self if self.on_end is not None else back).close(ending)
 
-    def finish(self) -> None:
-        """End the connection: the far end has said all, and it reads no more or has read all."""
-        up = self.back
-        assert up is not None
-        if up.sink_gone is None:
-            return up.close(_FINISHED)
-        ending = up.sink_gone
-        up.give_up_far(self)
+    def close(self, ending: Ending) -> None:
+        """Close both sockets."""
+        back, on_end = self.back, self.on_end
+        assert back is not None
+        assert on_end is not None
+        self._give_up_far(back)
+        self.relay.loop.close(self.source)
+        on_end(self.moved, back.moved, ending)
 
-        def on_end(other: Ending | None) -> None:
-            up.on_end(up.moved, self.moved, other or ending)
+    def _give_up_far(self, back: "_Flow") -> None:
+        """Close the far socket, and give back what was needed to relay."""
+        if self.pipe is not None:
+            self.return_pipe(self.pipe)
+        if back.pipe is not None:
+            back.return_pipe(back.pipe)
+        self.relay.loop.close(self.sink)
+        # Without the cycle the memory is free at once, not when the collector comes round.
+        self.back = back.back = None
 
-        self.relay.last_words.add(self.sink, on_end, is_watched=up.watched, peer_has_ended=up.ended)
-
-    def _source_gone(self, back: _Flow) -> None:
-        up = self.back
-        assert up is not None
-        if self.ending & EPOLLPRI:
-            self.abort(_FAR_RESET)
-        elif up.sink_gone is None and not up.ended:
-            is_lost = self.ending & EPOLLERR or up.pending is not None or up.piped
-            up.lose_sink(_FAR_RESET if is_lost else _FINISHED)
-
-    def _source_failed(self) -> None:
-        # ECONNRESET: it closed with bytes unread. unix(7) tells of that behind its last byte.
-        up = self.back
-        assert up is not None
-        if up.sink_gone is None:
-            up.lose_sink(_FAR_RESET)
-        if self.back is not None:
-            self._end()
-
-    def _sink_failed(self) -> None:
-        self.abort(_NEAR_RESET)
-
-    def _end(self) -> None:
-        self.ended = True
-        self.swept = -1  # as above
-        up = self.back
-        assert up is not None
-        if not up.ended:
-            try:
-                self.sink.shutdown(SHUT_WR)
-            except OSError:  # ENOTCONN: reset meanwhile
-                return self.abort(_NEAR_RESET)
-        if up.ended or up.sink_gone is not None:
-            self.finish()
+    def sweep(self, pause: float, idle_seconds: float, half_closed_seconds: float) -> None:
+        """End the connection if nothing was moved for too long; `pause` is since the last sweep."""
+        back = self.back
+        if back is None:
+            return
+        if self.moved != self.swept or back.moved != back.swept:
+            tcp.expect_answers(self.source, self.quiet * pause)
+            self.swept, back.swept = self.moved, back.moved
+            self.quiet = 0
+            return
+        self.quiet += 1
+        seconds = self.quiet * pause
+        is_half_closed = self.ended or back.ended or isinstance(self.pending, Ending)
+        if is_half_closed and 0 < half_closed_seconds <= seconds:
+            self.abort(Ending.HALF_CLOSED)
+        elif 0 < idle_seconds <= seconds:
+            self.abort(Ending.IDLE)
+        elif back.moved:
+            tcp.spare_slow_reader(self.source, seconds)

@@ -2,6 +2,7 @@
 
 import socket
 import struct
+from typing import TypeGuard
 
 import pytest
 import trio
@@ -9,6 +10,7 @@ from trio.testing import MockClock, trio_test
 
 from sniproxy.engine import linger, relay, tcp
 from sniproxy.engine.ending import Ending
+from sniproxy.engine.loop import Watcher
 from tests.support.relays import Bench, bench
 from tests.support.sockets import Noise, tcp_pair, unix_pair
 
@@ -228,6 +230,10 @@ async def test_a_client_that_pauses_is_not_taken_for_gone(
         assert received == sent
 
 
+def is_from_near(watcher: Watcher) -> TypeGuard[relay._Flow]:
+    return isinstance(watcher, relay._Flow) and watcher.on_end is not None
+
+
 @trio_test
 async def test_the_timeout_is_back_when_the_client_reads_on(
     monkeypatch: pytest.MonkeyPatch,
@@ -236,7 +242,7 @@ async def test_the_timeout_is_back_when_the_client_reads_on(
     monkeypatch.setattr(tcp, "_ASK_AFTER", 0.3)
     async with bench() as it:
         client, sent = await fill(it)
-        near = next(each for each in it.loop.watchers() if isinstance(each, relay._Up)).source
+        near = next(each.source for each in it.loop.watchers() if is_from_near(each))
         await trio.sleep(0.7)
         assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
         received = 0
