@@ -256,7 +256,7 @@ def test_a_user_that_is_none_is_refused(hosts: Path, user: str, reason: str) -> 
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        (["--chroot"], "make the hosts directory the root directory"),
+        (["--chroot"], "make the working directory the root directory"),
         (["--user", "daemon"], "become the user 'daemon'"),
     ],
 )
