@@ -253,6 +253,24 @@ def test_if_there_is_no_way_back_nothing_is_looked_up_elsewhere(
         assert reason(directory, trap) is HostReason.NO_SUCH_HOST
 
 
+def test_after_the_way_back_was_barred_the_next_name_is_one_of_the_hosts_directory(
+    directory: HostsDirectory, hosts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = host_directory(hosts, NAME)
+    trap = Hostname(b"trap.example")
+    with listen_unix(host_directory(home, trap) / "tls-socket"):
+        with monkeypatch.context() as patch:
+
+            def fail(fd: int) -> None:
+                raise PermissionError(13, "Permission denied")
+
+            patch.setattr("sniproxy.hosts.os.fchdir", fail)
+            assert reason(directory) is HostReason.BACKEND_FAILED
+        # The daemon is still in the tenant's directory, where a host of that name is.
+        assert Path.cwd() == home
+        assert reason(directory, trap) is HostReason.NO_SUCH_HOST
+
+
 @needs_root
 class TestTrust:
     """Whose socket may answer for whose directory."""

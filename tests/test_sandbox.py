@@ -217,12 +217,17 @@ def test_on_a_machine_with_other_numbers_nothing_wrong_is_tried(
 PRCTL = {"x86_64": 157, "aarch64": 167}
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
 @pytest.mark.parametrize(
-    ("call", "argument", "left"),
+    ("call", "argument", "left", "number"),
     [
-        ("landlock_create_ruleset", 0, WITHOUT_LANDLOCK),
-        ("prctl", sandbox._PR_SET_SECCOMP, LANDLOCK),
+        *(
+            ("landlock_create_ruleset", 0, WITHOUT_LANDLOCK, number)
+            for number in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+        ),
+        *(
+            ("prctl", sandbox._PR_SET_SECCOMP, LANDLOCK, number)
+            for number in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES)
+        ),
     ],
 )
 def test_what_a_filter_hides_is_done_without(
@@ -249,3 +254,34 @@ def test_what_a_filter_hides_is_done_without(
         sandbox._filter = ours
 
     assert entered(prepare) == ["new_privileges", *left]
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"), [("landlock_create_ruleset", 0), ("prctl", sandbox._PR_SET_SECCOMP)]
+)
+def test_what_is_there_and_fails_is_an_error(
+    call: str, argument: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not done without: whoever asks for a sandbox gets all of it, or hears why not."""
+    real = libc.call
+
+    def fail(function: str, *arguments: object) -> int:
+        wanted = (
+            function == "prctl" and arguments[0] == argument
+            if call == "prctl"
+            else function == "syscall" and arguments[0] == sandbox._LANDLOCK_CREATE_RULESET
+        )
+        if wanted:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
+        return real(function, *arguments)
+
+    monkeypatch.setattr(libc, "call", fail)
+    enter = sandbox._enter_filter if call == "prctl" else sandbox._enter_landlock
+    with pytest.raises(OSError, match=os.strerror(errno.E2BIG)):
+        enter()
+
+
+def test_a_python_of_32_bits_gets_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes other system calls, which the filter would all forbid."""
+    monkeypatch.setattr("sys.maxsize", (1 << 31) - 1)
+    assert entered(lambda: None) == ["new_privileges", *LANDLOCK]

@@ -17,7 +17,7 @@ from sniproxy.engine.listener import Address, Listener, take_listening_socket
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
-from sniproxy.hosts import HostReason, HostsDirectory
+from sniproxy.hosts import HostError, HostReason, HostsDirectory
 from sniproxy.log import Log
 from sniproxy.session import ALERTS, Sessions
 from sniproxy_hostname import Hostname, directory_namer
@@ -534,6 +534,29 @@ async def test_a_bug_in_one_session_ends_that_one_alone(
             await third.send_all(HELLO)
             with (await trio.to_thread.run_sync(backend.accept))[0] as connection:
                 assert connection.recv(1 << 16) == HELLO
+
+
+@trio_test
+async def test_a_bug_in_the_task_of_a_session_ends_that_one_and_frees_its_place(
+    clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with door() as it, await it.connect() as client:
+        tries = 0
+
+        def fail(host: Hostname) -> None:
+            nonlocal tries
+            tries += 1
+            if tries < 3:
+                raise HostError(HostReason.BACKEND_BUSY, "full")
+            raise ZeroDivisionError(host)
+
+        monkeypatch.setattr(it.hosts, "connect", fail)
+        await client.send_all(HELLO)
+        with pytest.raises(trio.BrokenResourceError):
+            await client.receive_some()
+        assert it.limit.open == 0
+        assert "bug ZeroDivisionError: example.com" in it.log.lines
+        it.log.lines.clear()
 
 
 def test_every_reason_has_an_answer() -> None:

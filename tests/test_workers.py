@@ -14,7 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import trio
+from trio.testing import trio_test
 
+from sniproxy.service.workers import SharedCounts, Worker
 from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory
 from tests.support.daemon import PATIENCE, Daemon, eventually, start_daemon
@@ -578,3 +581,33 @@ def test_workers_do_not_hold_the_supervisors_socket(hosts: Path, supervisor: Sup
 def sockets_of(pid: int) -> set[str]:
     links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
     return {link for link in links if link.startswith("socket:")}
+
+
+# --- Orders, seen from a worker
+
+
+@trio_test
+async def test_two_orders_at_once_are_both_heard() -> None:
+    reading, writing = os.pipe()
+    worker = Worker(SharedCounts(1), 0, reading, 1.0)
+    os.write(writing, b"de")  # drain, and end
+    async with trio.open_nursery() as nursery:
+        await nursery.start(worker.receive)
+        with trio.fail_after(PATIENCE):
+            await worker.drain.wait()
+            await worker.end.wait()
+        nursery.cancel_scope.cancel()
+    os.close(reading)
+    os.close(writing)
+
+
+@trio_test
+async def test_an_orphan_drains_and_reads_its_orders_no_more() -> None:
+    reading, writing = os.pipe()
+    worker = Worker(SharedCounts(1), 0, reading, 1.0)
+    os.close(writing)
+    with trio.fail_after(PATIENCE):
+        await worker.receive()  # it returns: an end of file is readable for ever
+    assert worker.drain.is_set()
+    assert not worker.end.is_set()
+    os.close(reading)

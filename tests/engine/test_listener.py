@@ -93,7 +93,15 @@ async def test_it_accepts_all_who_come(clock: MockClock) -> None:
         assert len(it.accepted) == 100
 
 
-@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPERM, errno.ETIMEDOUT])
+# What accept(2) says under "Error handling" and "ERRORS" of the one connection that was next.
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(errno.ECONNABORTED, errno.EPERM, errno.ETIMEDOUT, errno.ENETDOWN, errno.EPROTO),
+        *(errno.ENOPROTOOPT, errno.EHOSTDOWN, errno.ENONET, errno.EHOSTUNREACH),
+        *(errno.EOPNOTSUPP, errno.ENETUNREACH),
+    ],
+)
 @trio_test
 async def test_the_loss_of_one_connection_is_nothing(clock: MockClock, number: int) -> None:
     async with bench() as it:

@@ -219,6 +219,35 @@ async def test_whom_a_task_closes_in_the_middle_of_a_turn_is_closed() -> None:
 
 
 @trio_test
+async def test_what_a_task_closes_at_a_checkpoint_is_closed_in_that_turn() -> None:
+    """While others keep the loop busy: it does not wait until they rest."""
+    loop = EventLoop(lambda error: None)
+    near, far = socket.socketpair()
+    plain = _socket.socket(near.family, near.type, 0, near.detach())
+
+    class Busy(Recorder):
+        def on_event(self, events: int) -> None:
+            super().on_event(events)
+            loop.call_soon(self)
+
+    busy = Busy()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        loop.call_soon(busy)
+        await until(busy, 10)
+        loop.close(plain)
+        turns = len(busy.events)
+        while plain.fileno() >= 0:
+            await trio.lowlevel.checkpoint()
+            # The turn that was under way, and those up to the next checkpoint.
+            assert len(busy.events) < turns + 100_000
+        assert far.recv(1) == b""
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    far.close()
+
+
+@trio_test
 async def test_a_task_may_ask_for_a_turn_or_close_while_the_loop_sleeps() -> None:
     loop = EventLoop(lambda error: None)
     recorder = Recorder()

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,50 @@ def test_a_pipe_is_lent_again() -> None:
     assert pipe is not None
     pool.give(pipe)
     assert pool.take() is pipe
+    pool.scrap(pipe)
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_both_ends_of_a_scrapped_pipe_are_closed() -> None:
+    pool = PipePool()
+    pipe = pool.take()
+    assert pipe is not None
+    os.write(pipe.write_end, b"nobody reads this")
+    assert is_open(pipe.read_end)
+    assert is_open(pipe.write_end)
+    pool.scrap(pipe)
+    assert not is_open(pipe.read_end)
+    assert not is_open(pipe.write_end)
+
+
+def test_a_scrapped_pipe_makes_room_for_one_and_no_more() -> None:
+    pool = PipePool(limit=3)
+    for _ in range(10):
+        pipe = pool.take()
+        assert pipe is not None
+        pool.scrap(pipe)
+    pipes = [pool.take() for _ in range(4)]
+    assert [pipe is None for pipe in pipes] == [False, False, False, True]
+    for pipe in pipes:
+        if pipe is not None:
+            pool.give(pipe)
+    pool.close()
+
+
+def test_a_pipe_holds_as_much_as_an_unprivileged_process_may_have() -> None:
+    pool = PipePool()
+    pipe = pool.take()
+    assert pipe is not None
+    # pipe(7): /proc/sys/fs/pipe-max-size, one MiB by default.
+    most = int(Path("/proc/sys/fs/pipe-max-size").read_text())
+    assert fcntl.fcntl(pipe.write_end, fcntl.F_GETPIPE_SZ) == min(most, 1 << 20)
     pool.scrap(pipe)
 
 

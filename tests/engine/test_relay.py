@@ -15,6 +15,7 @@ import pytest
 import trio
 from trio.testing import check_half_closeable_stream, trio_test
 
+from sniproxy.engine import linger
 from sniproxy.engine.ending import Ending
 from sniproxy.engine.loop import Watcher
 from sniproxy.engine.pipes import PipePool
@@ -363,6 +364,85 @@ async def test_descriptors_come_back() -> None:
         await it.all_ended()
         await trio.lowlevel.checkpoint()
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+@trio_test
+async def test_a_pipe_with_stalled_bytes_is_given_back_when_the_client_resets() -> None:
+    async with bench() as it:
+        it.pipes = it.relay.pipes = PipePool(limit=1)
+        for _ in range(3):
+            client, backend = it.join()
+            with trio.move_on_after(0.3):
+                await client.send_all(bytes(64 << 20))  # the backend reads nothing
+            [flow] = [each for each in it.loop.watchers() if getattr(each, "piped", 0)]
+            assert flow.pipe is not None  # type: ignore[attr-defined]
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            await client.aclose()
+            await it.all_ended()
+            # Else there would be none for the next.
+            pipe = it.pipes.take()
+            assert pipe is not None
+            it.pipes.give(pipe)
+            await backend.aclose()
+
+
+@trio_test
+async def test_bytes_are_counted_once_whatever_stalls() -> None:
+    size = 8 << 20
+    async with bench() as it:
+        client, backend = it.join(unix_buffers=8192)
+        async with trio.open_nursery() as nursery:
+
+            async def send(end: trio.SocketStream) -> None:
+                await end.send_all(bytes(size))
+                await end.send_eof()
+
+            nursery.start_soon(send, client)
+            nursery.start_soon(send, backend)
+            received = dict.fromkeys((client, backend), 0)
+            await trio.sleep(0.1)  # by now all is full
+            for end in received:
+
+                async def receive(end: trio.SocketStream) -> None:
+                    while chunk := await end.receive_some(10_000):
+                        received[end] += len(chunk)
+
+                nursery.start_soon(receive, end)
+        await it.all_ended()
+        assert list(received.values()) == [size, size]
+        assert it.endings == [(size, size, Ending.FINISHED)]
+
+
+@trio_test
+async def test_an_idle_client_of_a_backend_that_half_closed_and_then_closed_is_let_go() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await backend.send_eof()
+        assert await client.receive_some() == b""
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert it.limit.open == 1
+        await backend.aclose()
+        with trio.fail_after(linger._AFTER_END + 5):
+            await it.limit.wait_until_empty()
+        assert it.endings == [(0, 0, Ending.FINISHED)]
+
+
+@pytest.mark.parametrize("near_first", [False, True])
+@trio_test
+async def test_both_ends_stalled_and_both_gone(near_first: bool) -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        for end in client, backend:
+            with trio.move_on_after(0.1):
+                await end.send_all(bytes(64 << 20))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        # Before the loop can look: it finds both gone at once.
+        for end in (client, backend) if near_first else (backend, client):
+            end.socket.close()
+        await it.all_ended()
+        [(_, _, ending)] = it.endings
+        assert ending in (Ending.NEAR_RESET, Ending.FAR_RESET)
+        assert it.loop.watchers() == []
 
 
 # What happened before the two were joined

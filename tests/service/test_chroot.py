@@ -300,6 +300,21 @@ def test_an_ordinary_user_may_be_allowed_to_change_the_root(hosts: Path) -> None
         assert os.path.samestat(os.stat(f"/proc/{daemon.process.pid}/root"), hosts.stat())
 
 
+def test_root_keeps_what_it_needs_to_enter_the_directories_of_tenants(hosts: Path) -> None:
+    """With --chroot alone: capabilities go with the user, not with the root directory."""
+    directory = host_directory(hosts, "a.example")
+    with (
+        start_daemon(hosts, "--chroot", "--no-owner-check", measured=False) as daemon,
+        Greeter(directory / "tls-socket", b"a"),
+    ):
+        (directory / "tls-socket").chmod(0o600)
+        directory.chmod(0o700)
+        for path in directory / "tls-socket", directory:
+            os.chown(path, A_USER, A_GROUP)
+        assert ask(daemon, "a.example") == b"a"
+        assert int(status(daemon.process.pid)["CapEff"][0], 16) != 0
+
+
 def test_no_open_directory_leads_out(hosts: Path, tmp_path: Path) -> None:
     """One that a supervisor has left open. What is not a directory may stay, such as a lock."""
     (tmp_path / "lock").touch()
