@@ -201,7 +201,9 @@ def test_called_wrongly(inside: Enclosure, syslog: Syslog) -> None:
     with running_inetd(inside):
         with inside.connect(IPV4) as client, pytest.raises(ConnectionResetError):
             client.recv(1)
-        fatal = syslog.wait_for("sniproxy", "fatal: unable to understand the options: '--wrong'")
+        fatal = syslog.wait_for(
+            "sniproxy", "fatal: unable to understand the options: unknown option '--wrong'"
+        )
         assert (fatal.facility, fatal.severity) == (LOG_DAEMON, LOG_ERR)
         syslog.wait_for("inetd", "/usr/bin/env: exit status 100")
 
