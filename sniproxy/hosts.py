@@ -183,7 +183,7 @@ class HostsDirectory:
             directory = os.stat(_HERE)
             # An entry of that name, whatever it is: a dangling link was put there on purpose, too.
             send_proxy_v1 = os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False)
-            # The last: it wakes the backend, who had better find the hello when it is awake.
+            # The last: it wakes the backend, which is to find the hello when it is awake.
             backend = socket(AF_UNIX, _STREAM)
             backend.connect(_SOCKET)
             if self._checks_owner:

@@ -2,7 +2,8 @@
 
 Everything that affects what a peer gets to see lives here. The laws:
 
-- What one peer sends reaches the other unchanged, or the other sees a reset.
+- What one peer sends reaches the other unchanged, or the other sees a reset; but see below for the
+  far end.
 - The end of what one peer sends becomes the end of what the other receives, after all bytes
   before it. The opposite direction lives on.
 - The far end may close with bytes unread, as servers do that close first. Its last words are
@@ -18,7 +19,7 @@ its sink takes none (it is `stalled` until EPOLLOUT), or it has had its turn. Re
 urgent data, too, which TLS does not know and a stream of bytes can't carry: it is answered with a
 reset.
 
-Two ways. Small traffic is copied through one buffer that all share: two calls for each message.
+There are two ways. Small traffic is copied through one buffer that all share: two calls for each message.
 A source that fills the buffer again and again is spliced through a pipe instead, so that the bytes
 never enter this process.
 """
@@ -55,11 +56,11 @@ _TURN = 1 << 20
 _BULK = 1 << 15
 
 # The credit of a direction. Each read in a turn that has moved much earns one, and a turn that has
-# not loses all; with this many the next bytes are spliced, for a pipe is worth its system calls
-# only where much is waiting.
+# not loses all. With this many the next bytes are spliced: a pipe is worth its system calls only
+# where much is waiting.
 _SPLICE_CREDIT = 2
-# In high gear a turn that moved less than that costs one, so that a sender who pauses for breath
-# is not taken for a chat, while one who has gone over to chatting soon is.
+# While it splices, a turn that moved less costs one. So a sender who pauses is spliced on, and one
+# who has gone over to small messages is soon copied again.
 _FULL_CREDIT = _SPLICE_CREDIT + 4
 
 # What a Unix socket that is spliced to may hold. It is given twice as much as is asked for,
@@ -85,7 +86,7 @@ _SWEEP_BATCH = 1000
 # To find a member of an Enum, Python 3.11 runs a function written in Python. Once is enough.
 _FINISHED, _NEAR_RESET, _FAR_RESET = Ending.FINISHED, Ending.NEAR_RESET, Ending.FAR_RESET
 
-# What is told of a connection that has ended: bytes that went from the near end to the far one,
+# Called when a connection has ended: bytes that went from the near end to the far one,
 # bytes that went back, and how it ended.
 OnEnd = Callable[[int, int, Ending], None]
 
