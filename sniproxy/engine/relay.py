@@ -19,9 +19,9 @@ its sink takes none (it is `stalled` until EPOLLOUT), or it has had its turn. Re
 urgent data, too, which TLS does not know and a stream of bytes can't carry: it is answered with a
 reset.
 
-There are two ways. Small traffic is copied through one buffer that all share: two calls for each message.
-A source that fills the buffer again and again is spliced through a pipe instead, so that the bytes
-never enter this process.
+There are two ways. Small traffic is copied through one buffer that all share: two calls for each
+message. A source that fills the buffer again and again is spliced through a pipe instead, so that
+the bytes never enter this process.
 """
 
 import errno
