@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,6 +7,16 @@ import pytest
 from tests.support.certificates import Certificates
 from tests.support.daemon import Daemon, start_daemon
 from tests.support.supervisor import Supervisor
+
+# Who is started with & by a script, or by nohup(1), ignores these. So would the programs that are
+# tested here.
+for _number, _default in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 
 @pytest.fixture(scope="session")

@@ -611,3 +611,17 @@ async def test_an_orphan_drains_and_reads_its_orders_no_more() -> None:
     assert worker.drain.is_set()
     assert not worker.end.is_set()
     os.close(reading)
+
+
+def test_the_tests_do_without_signals_that_a_script_took_away() -> None:
+    """As of a script that starts them with &."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    command = (*pytest, __file__, "-k", "died_of and SIGQUIT")
+    done = subprocess.run(
+        ["sh", "-c", 'trap "" HUP INT QUIT; exec "$@"', "sh", *command],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=3 * PATIENCE,
+    )
+    assert "1 passed" in done.stdout, done.stdout

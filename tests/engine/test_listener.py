@@ -85,6 +85,23 @@ async def bench() -> AsyncIterator[Bench]:
         accepted.close()
 
 
+def test_accepted_sockets_inherit_what_finds_out_vanished_clients() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        listening = take_listening_socket(bound.fileno())
+        with socket.create_connection(bound.getsockname()):
+            fd, _ = listening._accept()  # type: ignore[attr-defined]
+            with socket.socket(fileno=fd) as accepted:
+                found = {
+                    name: accepted.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+                    for name in ("TCP_USER_TIMEOUT", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+                }
+                assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        listening.close()
+    # Milliseconds: two minutes, whether bytes are under way or not.
+    assert found.pop("TCP_USER_TIMEOUT") == 120_000
+    assert found["TCP_KEEPIDLE"] + found["TCP_KEEPINTVL"] * found["TCP_KEEPCNT"] == 120
+
+
 @trio_test
 async def test_it_accepts_all_who_come(clock: MockClock) -> None:
     async with bench() as it:
