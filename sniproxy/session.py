@@ -326,11 +326,11 @@ class Session:
     def _refuse(self, reason: str, alert: Alert, detail: str, *, is_host: bool = False) -> None:
         """Send `alert` and see to it that it arrives."""
         client, shared = self.client, self.shared
-        self.is_over = True
         if self.wait is not None:
             shared.waiting.discard(self.wait)
         # First, so that whoever has heard the alert finds the line.
         self._report(reason, alert, detail, is_host=is_host)
+        self.is_over = True
         try:
             # RFC 8446 §6.2: "Upon transmission or receipt of a fatal alert message, both parties
             # MUST immediately close the connection." Our half, that is; what the client still says
