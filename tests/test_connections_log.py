@@ -86,6 +86,29 @@ def test_one_that_is_cut(daemon: Daemon, backend: RawBackend) -> None:
         assert line(daemon)["ending"] == "cut"
 
 
+@pytest.mark.parametrize(
+    ("option", "half_closes", "ending"),
+    [("--idle-timeout", False, "idle"), ("--half-closed-timeout", True, "half_closed")],
+)
+def test_one_that_has_a_time_limit(
+    hosts: Path, option: str, half_closes: bool, ending: str
+) -> None:
+    with (
+        start_daemon(hosts, "--log", "connections", option, "0.4") as daemon,
+        RawBackend(host_directory(hosts, NAME) / "tls-socket") as backend,
+    ):
+        client, connection = joined(daemon, backend, HELLO)
+        with client, connection:
+            if half_closes:
+                client.shutdown(socket.SHUT_WR)
+                assert receive_all(connection) == b""
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+            found = line(daemon)
+            assert found["ending"] == ending
+            assert float(found["seconds"]) >= 0.4
+
+
 def test_without_the_option_there_is_no_line(hosts: Path) -> None:
     with (
         start_daemon(hosts) as daemon,

@@ -72,6 +72,26 @@ def test_after_ten_seconds_the_rest_is_cut(
     assert receive_all(connection) == b""
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(("seconds", "most"), [("0", 1.0), ("1.5", 4.0)])
+def test_how_long_a_drain_waits_can_be_set(
+    hosts: Path, seconds: str, most: float, workers: str
+) -> None:
+    with (
+        start_daemon(hosts, "--drain", seconds, "--workers", workers) as daemon,
+        RawBackend(host_directory(hosts, NAME) / "tls-socket") as backend,
+    ):
+        client, connection = joined(daemon, backend, HELLO)
+        with client, connection:
+            began = time.monotonic()
+            daemon.signal(signal.SIGTERM)
+            assert daemon.wait() == 0
+            assert float(seconds) <= time.monotonic() - began < most
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+        assert any("cut=1" in line for line in daemon.log())
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_drain(
     daemon: Daemon, connected: tuple[socket.socket, socket.socket], number: signal.Signals
