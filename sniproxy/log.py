@@ -63,7 +63,9 @@ class Log(EventLog):
         now = self._clock()
         # Each of them has to know what is written.
         is_due = self._clients.admit((_network(client), reason), now)
-        is_due |= is_host and self._hosts.admit((name, reason), now)
+        if is_host and name is not None:
+            # As it is looked up: each way of writing it would be a host of its own otherwise.
+            is_due |= self._hosts.admit((name.lower().removesuffix(b"."), reason), now)
         if self.admit(reason, is_due=is_due):
             priority = syslog.LOG_WARNING if alert is Alert.INTERNAL_ERROR else syslog.LOG_INFO
             number = None if alert is None else int(alert)

@@ -260,6 +260,18 @@ def test_the_noise_of_one_host_does_not_hide_another(
     assert told == 10
 
 
+def test_ways_of_writing_a_name_are_one_host(log: Log, lines: Lines) -> None:
+    for number in range(1 << 11):
+        spelt = "".join(
+            letter.upper() if number >> at & 1 else letter
+            for at, letter in enumerate("abcdefghijk")
+        )
+        refuse(log, "wrong_owner", name=f"{spelt}.example.", is_host=True)
+    assert len(lines()) == 20
+    refuse(log, "wrong_owner", name="b.example", is_host=True)
+    assert len(lines()) == 1
+
+
 def test_a_noisy_host_is_told_of_again(log: Log, lines: Lines, now: list[float]) -> None:
     for _ in range(100):
         refuse(log, "not_listening", is_host=True, times=10)
