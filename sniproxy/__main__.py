@@ -1,6 +1,7 @@
 """The SNI router's command line, and its start."""
 
 # First of all: until it is loaded, process 1 loses signals.
+import sniproxy.service.process1  # noqa: F401  # isort: skip
 
 import errno
 import os

@@ -375,7 +375,7 @@ def test_a_signal_that_comes_before_the_workers_have_begun_is_not_lost(
         Daemon(listening, hosts, ("--workers=8",)) as daemon,
     ):
         # Not "SigBlk": who starts a program, as imports may, blocks all signals for a moment.
-        eventually(lambda: has_signals(daemon.process.pid, "SigIgn", ORDERS))
+        eventually(lambda: has_signals(daemon.process.pid, "SigCgt", ORDERS))
         daemon.signal(number)
         assert daemon.wait() == 0
         # Nobody is left to hold it.

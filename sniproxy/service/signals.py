@@ -6,6 +6,7 @@ SIGUSR2 and SIGALRM are ignored: they mean something to other servers, and must 
 
 import signal
 from collections.abc import Callable
+from types import FrameType
 from typing import Final
 
 import trio
@@ -37,17 +38,27 @@ class Signals:
     async def receive(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Receive until cancelled; once started, no signal is lost or kills the process."""
         for each in WANTED:
-            # What they are set back to in the end: one more signal while the process exits is too
-            # late to mean anything, and not to be taken for what it died of.
-            signal.signal(each, signal.SIG_IGN)
-        with trio.open_signal_receiver(*WANTED) as received:
-            # Process 1 has blocked them.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, WANTED)
-            task_status.started()
-            async for number in received:
-                if number == signal.SIGUSR1:
-                    self.on_status()
-                    continue
-                if number == signal.SIGINT or self.drain.is_set():
-                    self.end.set()
-                self.drain.set()
+            # What they are set back to in the end. Not SIG_IGN: to set that throws away what
+            # process 1 has blocked so far, sigaction(2).
+            signal.signal(each, do_nothing)
+        try:
+            with trio.open_signal_receiver(*WANTED) as received:
+                # Process 1 has blocked them.
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, WANTED)
+                task_status.started()
+                async for number in received:
+                    if number == signal.SIGUSR1:
+                        self.on_status()
+                        continue
+                    if number == signal.SIGINT or self.drain.is_set():
+                        self.end.set()
+                    self.drain.set()
+        finally:
+            # One more signal while the process exits is too late to mean anything, and not to be
+            # taken for what it died of.
+            for each in WANTED:
+                signal.signal(each, signal.SIG_IGN)
+
+
+def do_nothing(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: do not end, and do not throw away others of its kind that are blocked."""

@@ -23,6 +23,7 @@ from typing import Final
 import trio
 
 from sniproxy.service.notify import Counts, Notifier
+from sniproxy.service.signals import do_nothing
 
 _DRAIN: Final = b"d"
 _END: Final = b"e"
@@ -164,12 +165,12 @@ class Workers:
         Raises:
             OSError: the first workers can't be started (EAGAIN, ENOMEM).
         """
-        # Blocked, so that none is lost between two looks. Ignored as well, which workers inherit;
-        # and a blocked signal is kept even so. But not SIGCHLD: who ignores it is not told.
+        # Blocked, so that none is lost between two looks. Not ignored: SIGCHLD would not be sent at
+        # all, and of the others those would be thrown away that have come before.
         wanted = {*_ORDERS, signal.SIGCHLD, signal.SIGUSR1}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
         for order in _ORDERS:
-            signal.signal(order, signal.SIG_IGN)
+            signal.signal(order, do_nothing)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         is_ready = False
         while self._alive or not self._ordered:
@@ -183,6 +184,9 @@ class Workers:
                     self._start_at[index] = now + _SHORT_LIFE
                     continue
                 if worker is not None:
+                    # The signals are for the first process, even if they are sent to all.
+                    for order in _ORDERS:
+                        signal.signal(order, signal.SIG_IGN)
                     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                     return worker
             if not is_ready and all(map(self._shared.has_entry, range(self._count))):
