@@ -39,14 +39,36 @@ CLIENT = (
     *("--cacert", CERTIFICATE, "--resolve", f"{NAME}:443:127.0.0.1", f"https://{NAME}/"),
 )
 
-# Connects, again and again, and says nothing.
+# Makes a host in the working directory, connects to it, and from then on nobody says anything.
 SILENT_CLIENT = """
-import socket
-while True:
-    with socket.create_connection(("127.0.0.1", 443), 30) as client:
-        print("connected", flush=True)
-        client.recv(1)
+import os, socket, ssl
+os.mkdir("silent.example")
+os.chdir("silent.example")
+backend = socket.socket(socket.AF_UNIX)
+backend.bind("tls-socket")
+os.chmod("tls-socket", 0o666)
+backend.listen()
+hello = ssl.MemoryBIO()
+context = ssl.create_default_context()
+tls = context.wrap_bio(ssl.MemoryBIO(), hello, server_hostname="silent.example")
+try:
+    tls.do_handshake()
+except ssl.SSLWantReadError:
+    pass
+client = socket.create_connection(("127.0.0.1", 443), 30)
+client.sendall(hello.read())
+connection, _ = backend.accept()
+print("connected", flush=True)
+client.settimeout(None)
+client.recv(1)
 """
+
+# Seconds. With a silent client the old version drains for ten.
+NO_WAIT = 3.0
+UPGRADE = 60.0
+
+OVERRIDE = "/etc/systemd/system/sniproxy.service.d/override.conf"
+COPY = "sniproxy@next.service"
 
 # Where notes are made when anything is installed or runs.
 NOTES = r"/(dev|proc|root|run|sys|tmp|var/(cache|log|tmp)|var/lib/(dpkg|systemd))(/.*)?"
@@ -148,7 +170,8 @@ def files(machine: Machine) -> set[str]:
 
 def install(machine: Machine, package: Path) -> subprocess.CompletedProcess[str]:
     shutil.copy(package, machine.root / "root")
-    return machine.run("dpkg", "--install", f"/root/{package.name}", check=False)
+    package_file = f"/root/{package.name}"
+    return machine.run("dpkg", "--install", package_file, check=False, timeout=UPGRADE)
 
 
 def fetch(machine: Machine, port: int = 443) -> None:
@@ -328,6 +351,34 @@ def test_it_serves_on_debian_13_as_well(package: Path) -> None:
 # --- A newer one, and the end: what the tests above need is gone after these ----------------------
 
 
+def test_an_upgrade_that_does_not_start_changes_nothing(serving: Machine, package: Path) -> None:
+    fetch(serving)
+    old = main_pid(serving)
+    wrong = "[Service]\nExecStart=\nExecStart=/usr/bin/sniproxy --verbose\n"
+    with overridden(serving, wrong):
+        done = install(serving, package)
+        assert "the new version does not start: unable to understand the options" in done.stderr
+        assert "unknown option '--verbose'" in done.stderr
+        assert "the old one goes on" in done.stderr
+        assert done.returncode == 0
+        assert main_pid(serving) == old
+        fetch(serving)
+    assert upgrades(serving) == ""
+
+
+def test_what_policy_rc_d_forbids_is_not_done(serving: Machine, package: Path) -> None:
+    fetch(serving)
+    old = main_pid(serving)
+    starts = copies_started(serving)
+    serving.write("/usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n", mode=0o755)
+    try:
+        assert install(serving, package).returncode == 0
+    finally:
+        serving.run("rm", "/usr/sbin/policy-rc.d")
+    assert main_pid(serving) == old
+    assert copies_started(serving) == starts
+
+
 def test_an_upgrade_refuses_nobody(serving: Machine, package: Path, tmp_path: Path) -> None:
     newer = tmp_path / f"sniproxy_{NEXT_VERSION}.deb"
     tree = tmp_path / "tree"
@@ -335,29 +386,76 @@ def test_an_upgrade_refuses_nobody(serving: Machine, package: Path, tmp_path: Pa
     for path in tree / "DEBIAN" / "control", tree / "usr/lib/sniproxy/sniproxy/__init__.py":
         path.write_text(path.read_text().replace(sniproxy.__version__, NEXT_VERSION))
     subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, newer], check=True)
+    # Another hosts directory: whoever takes no notice of what the administrator has changed refuses
+    # all clients. The server goes on in the directory that was moved.
+    elsewhere = "WorkingDirectory=/srv/elsewhere\nBindReadOnlyPaths=/srv/elsewhere\n"
+    serving.run("mkdir", "/srv/elsewhere")
+    serving.run("mv", f"/srv/hosts/{NAME}", "/srv/elsewhere")
+    with overridden(serving, f"[Service]\n{elsewhere}"):
+        serving.run("systemctl", "restart", "sniproxy.service")
+        with (
+            started(serving, *CLIENT),
+            started(serving, *CLIENT) as client,
+            # The old version has to wait for this one, for all of the ten seconds.
+            started(
+                serving, "env", "--chdir=/srv/elsewhere", "python3", "-c", SILENT_CLIENT
+            ) as silent,
+        ):
+            assert silent.stdout is not None
+            assert silent.stdout.readline() == "connected\n"
+            old = main_pid(serving)
+            eventually(lambda: len(fetches(serving)) > 20)
+            done = install(serving, newer)
+            so_far = len(fetches(serving))
+            eventually(lambda: len(fetches(serving)) > so_far + 20)
+            serving.run("touch", "/run/enough")
+            client.wait(PATIENCE)
+        assert (done.returncode, done.stderr) == (0, "")
+        # Nobody was refused, and nobody had to wait for the drain.
+        assert {line.split()[0] for line in fetches(serving)} == {"fetched"}
+        assert max(float(line.split()[1]) for line in fetches(serving)) < NO_WAIT
+        assert main_pid(serving) not in {old, "0"}
+        assert serving.run("sniproxy", "--version").stdout == f"sniproxy {NEXT_VERSION}\n"
+        assert upgrades(serving) == ""
+        serving.run("mv", f"/srv/elsewhere/{NAME}", "/srv/hosts")
+    serving.run("rm", "--recursive", "/srv/elsewhere")
+    serving.run("systemctl", "restart", "sniproxy.service")
     fetch(serving)
-    old = main_pid(serving)
-    with (
-        started(serving, *CLIENT),
-        started(serving, *CLIENT) as client,
-        # The old version has to wait for this one, for all of the ten seconds.
-        started(serving, "python3", "-c", SILENT_CLIENT) as silent,
-    ):
-        assert silent.stdout is not None
-        assert silent.stdout.readline() == "connected\n"
-        eventually(lambda: len(fetches(serving)) > 20)
-        done = install(serving, newer)
-        so_far = len(fetches(serving))
-        eventually(lambda: len(fetches(serving)) > so_far + 20)
-        serving.run("touch", "/run/enough")
-        client.wait(PATIENCE)
-    assert (done.returncode, done.stderr) == (0, "")
-    # Nobody was refused, and nobody had to wait for the drain.
-    assert {line.split()[0] for line in fetches(serving)} == {"fetched"}
-    assert max(float(line.split()[1]) for line in fetches(serving)) < 5
-    eventually(lambda: show("ActiveState", serving, "sniproxy@upgrade.service") == "inactive", 30)
-    assert main_pid(serving) not in {old, "0"}
-    assert serving.run("sniproxy", "--version").stdout == f"sniproxy {NEXT_VERSION}\n"
+
+
+def test_an_upgrade_replaces_copies_too(serving: Machine, package: Path) -> None:
+    serving.run("systemctl", "start", COPY)
+    serving.run("systemctl", "stop", "sniproxy.service")
+    old = show("MainPID", serving, COPY)
+    assert install(serving, package).returncode == 0
+    assert show("MainPID", serving, COPY) not in {old, "0"}
+    assert upgrades(serving) == ""
+    fetch(serving)
+    serving.run("systemctl", "stop", COPY)
+
+
+@contextmanager
+def overridden(machine: Machine, text: str) -> Iterator[None]:
+    """An administrator's changes to the service, for the next start."""
+    machine.write(OVERRIDE, text)
+    machine.run("systemctl", "daemon-reload")
+    try:
+        yield
+    finally:
+        machine.run("rm", "--recursive", str(Path(OVERRIDE).parent))
+        machine.run("systemctl", "daemon-reload")
+
+
+def copies_started(machine: Machine) -> int:
+    """Return how often a copy was started for an upgrade."""
+    log = machine.run("journalctl", "--output=cat", "--unit=sniproxy@upgrade.service").stdout
+    return log.count("Starting sniproxy@upgrade.service")
+
+
+def upgrades(machine: Machine) -> str:
+    """Return what is left of the copy that serves during an upgrade: the unit, and its file."""
+    left = machine.run("systemctl", "list-units", "--all", "--no-legend", "sniproxy@upgrade*").stdout
+    return left + machine.run("find", "/run/systemd/system", "-name", "sniproxy*").stdout
 
 
 def fetches(machine: Machine) -> list[str]:
@@ -367,9 +465,19 @@ def fetches(machine: Machine) -> list[str]:
 def test_removed_installed_again_and_purged(
     serving: Machine, package: Path, files_before: set[str]
 ) -> None:
+    # Copies are gone with it: one that runs, and one that can't start.
+    wrong = "[Service]\nExecStart=\nExecStart=/usr/bin/sniproxy --verbose\n"
+    serving.write("/run/systemd/system/sniproxy@wrong.service.d/wrong.conf", wrong)
+    serving.run("systemctl", "daemon-reload")
+    serving.run("systemctl", "start", COPY)
+    assert serving.run("systemctl", "start", "sniproxy@wrong", check=False).returncode != 0
+    fetch(serving)
     serving.run("dpkg", "--remove", "sniproxy")
     assert listeners(serving) == 0
     assert serving.run("pgrep", "--exact", "sniproxy", check=False).stdout == ""
+    for unit in "sniproxy.service", COPY, "sniproxy@wrong.service":
+        assert show("ActiveState", serving, unit) == "inactive"
+    serving.run("rm", "--recursive", "/run/systemd/system/sniproxy@wrong.service.d")
 
     # The administrator has enabled it, and not taken that back.
     assert install(serving, package).returncode == 0
