@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,15 +28,19 @@ CERTIFICATE, KEY, BACKEND = "/root/one.crt", "/root/one.key", f"/srv/hosts/{NAME
 
 CURL = ("curl", "--silent", "--show-error", "--fail", "--output", "/dev/null", "--max-time", "30")
 
+FETCH = (
+    *CURL,
+    *("--cacert", CERTIFICATE, "--resolve", f"{NAME}:443:127.0.0.1", f"https://{NAME}/"),
+)
+
 # Fetches one page after the other until it is told to stop, and notes how it went.
 CLIENT = (
     "sh",
     "-c",
     'while [ ! -e /run/enough ]; do "$@" || echo failed 0; done >>/run/fetches',
     "sh",
-    *CURL,
+    *FETCH,
     *("--write-out", "fetched %{time_total}\n"),
-    *("--cacert", CERTIFICATE, "--resolve", f"{NAME}:443:127.0.0.1", f"https://{NAME}/"),
 )
 
 # Makes a host in the working directory, connects to it, and from then on nobody says anything.
@@ -68,6 +72,7 @@ NO_WAIT = 3.0
 UPGRADE = 60.0
 
 OVERRIDE = "/etc/systemd/system/sniproxy.service.d/override.conf"
+WRONG_OPTION = "[Service]\nExecStart=\nExecStart=/usr/bin/sniproxy --verbose\n"
 COPY = "sniproxy@next.service"
 
 # Where notes are made when anything is installed or runs.
@@ -227,10 +232,26 @@ def test_the_programs(installed: Machine) -> None:
 
 
 def test_nothing_is_left_to_compile(installed: Machine) -> None:
+    assert is_compiled(installed, "311")
+
+
+def test_another_python_of_the_system_compiles_it_anew(installed: Machine) -> None:
+    stale = "/usr/lib/sniproxy/sniproxy/__pycache__/serve.cpython-39.pyc"
+    installed.run("find", "/usr/lib/sniproxy", "-name", "*.pyc", "-delete")
+    installed.run("touch", stale)
+    # As the package python3 does.
+    hook = "/usr/share/python3/runtime.d/sniproxy.rtupdate"
+    for step in "pre-rtupdate", "rtupdate", "post-rtupdate":
+        installed.run(hook, step, "python3.9", "python3.11")
+    assert is_compiled(installed, "311")
+    installed.run("test", "!", "-e", stale)
+
+
+def is_compiled(machine: Machine, python: str) -> bool:
     modules = ("find", "/usr/lib/sniproxy", "-name", "*.py")
-    compiled = ("find", "/usr/lib/sniproxy", "-name", "*.cpython-311.pyc")
-    count = installed.run(*modules).stdout.count("\n")
-    assert 0 < count == installed.run(*compiled).stdout.count("\n")
+    compiled = ("find", "/usr/lib/sniproxy", "-name", f"*.cpython-{python}.pyc")
+    count = machine.run(*modules).stdout.count("\n")
+    return 0 < count == machine.run(*compiled).stdout.count("\n")
 
 
 def test_nothing_is_imported_from_elsewhere(installed: Machine) -> None:
@@ -336,16 +357,44 @@ def test_hashed_names(serving: Machine) -> None:
         fetch(serving, 8443)
 
 
-def test_it_serves_on_debian_13_as_well(package: Path) -> None:
-    """With another Python, and another systemd."""
+def test_all_that_on_debian_13(package: Path) -> None:
+    """With another Python, and another systemd. It has no adduser unless somebody asks for it."""
     with Machine(["adduser"], suite="trixie") as machine:
+        before = files(machine)
         done = install(machine, package)
         assert (done.returncode, done.stderr) == (0, "")
+        assert is_compiled(machine, "313")
         hashed = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85\n"
         assert machine.run("sniproxy-hostname", "--hashed", "abc").stdout == hashed
         with host(machine):
             fetch(machine)
-            assert main_pid(machine) != "0"
+            old = main_pid(machine)
+
+            done = install(machine, package)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert (copies_started(machine), upgrades(machine)) == (1, "")
+            assert main_pid(machine) not in {old, "0"}
+            fetch(machine)
+
+            # A wrong option: clients wait until it is mended.
+            with ExitStack() as until_mended:
+                until_mended.enter_context(overridden(machine, WRONG_OPTION))
+                machine.run("systemctl", "restart", "sniproxy.service", check=False)
+                with started(machine, *FETCH) as client:
+                    eventually(lambda: "'--verbose'" in show("StatusText", machine))
+                    eventually(lambda: int(show("NRestarts", machine)) >= 2)
+                    assert show("ActiveState", machine, "sniproxy.socket") == "active"
+                    assert client.poll() is None
+                    until_mended.close()
+                    assert client.communicate(timeout=PATIENCE) == ("", "")
+                    assert client.returncode == 0
+
+            machine.run("dpkg", "--purge", "sniproxy")
+            assert files(machine) - before - COPIES == {
+                "/srv/hosts",
+                f"/srv/hosts/{NAME}",
+                BACKEND,
+            }
 
 
 # --- A newer one, and the end: what the tests above need is gone after these ----------------------
@@ -354,8 +403,7 @@ def test_it_serves_on_debian_13_as_well(package: Path) -> None:
 def test_an_upgrade_that_does_not_start_changes_nothing(serving: Machine, package: Path) -> None:
     fetch(serving)
     old = main_pid(serving)
-    wrong = "[Service]\nExecStart=\nExecStart=/usr/bin/sniproxy --verbose\n"
-    with overridden(serving, wrong):
+    with overridden(serving, WRONG_OPTION):
         done = install(serving, package)
         assert "the new version does not start: unable to understand the options" in done.stderr
         assert "unknown option '--verbose'" in done.stderr
@@ -454,8 +502,8 @@ def copies_started(machine: Machine) -> int:
 
 def upgrades(machine: Machine) -> str:
     """Return what is left of the copy that serves during an upgrade: the unit, and its file."""
-    left = machine.run("systemctl", "list-units", "--all", "--no-legend", "sniproxy@upgrade*").stdout
-    return left + machine.run("find", "/run/systemd/system", "-name", "sniproxy*").stdout
+    units = machine.run("systemctl", "list-units", "--all", "--no-legend", "sniproxy@upgrade*")
+    return units.stdout + machine.run("find", "/run/systemd/system", "-name", "sniproxy*").stdout
 
 
 def fetches(machine: Machine) -> list[str]:
@@ -466,8 +514,7 @@ def test_removed_installed_again_and_purged(
     serving: Machine, package: Path, files_before: set[str]
 ) -> None:
     # Copies are gone with it: one that runs, and one that can't start.
-    wrong = "[Service]\nExecStart=\nExecStart=/usr/bin/sniproxy --verbose\n"
-    serving.write("/run/systemd/system/sniproxy@wrong.service.d/wrong.conf", wrong)
+    serving.write("/run/systemd/system/sniproxy@wrong.service.d/wrong.conf", WRONG_OPTION)
     serving.run("systemctl", "daemon-reload")
     serving.run("systemctl", "start", COPY)
     assert serving.run("systemctl", "start", "sniproxy@wrong", check=False).returncode != 0

@@ -498,8 +498,8 @@ def test_called_wrongly_it_is_tried_again_until_it_is_mended(machine: Machine) -
         assert "unable to understand the options: unknown option '--verbose'" in line
         assert priority == 3
         eventually(lambda: int(show(machine, "NRestarts")) >= 3, patience=30)
-        # It does not spin: no more than one in RestartSec. Nor does it flood the journal: a start that
-        # fails takes seven lines, six of them systemd's, however many clients come.
+        # It does not spin: no more than one in RestartSec. Nor does it flood the journal: a start
+        # that fails takes seven lines, six of them systemd's, however many clients come.
         since = f"--since=@{began:.0f}"
         starts = (time.time() - began) / 2 + 2
         assert int(show(machine, "NRestarts")) <= starts
