@@ -74,28 +74,20 @@ def build(output: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def onefile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file, in a directory with nothing else."""
-    file = tmp_path_factory.mktemp("built") / "sniproxy"
-    built = build(file)
-    if built.returncode == 111 and "CI" not in os.environ:
-        pytest.skip(f"pip could not get the packages: {built.stderr.splitlines()[-1]}")
-    assert built.returncode == 0, built.stderr
-    return file
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The file, in a directory with nothing else, and the lines that the script has printed."""
+    file = tmp_path_factory.mktemp("it's built") / "sniproxy"
+    done = build(file)
+    if done.returncode == 111 and "CI" not in os.environ:
+        pytest.skip(f"pip could not get the packages: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return file, done.stdout.splitlines()
 
 
-def test_it_says_how_to_make_the_other_programs(tmp_path: Path) -> None:
-    place = tmp_path / "with space"
-    place.mkdir()
-    built = build(place / "sniproxy")
-    if built.returncode == 111 and "CI" not in os.environ:
-        pytest.skip(f"pip could not get the packages: {built.stderr.splitlines()[-1]}")
-    commands = [line for line in built.stdout.splitlines() if not line.startswith("onefile: ")]
-    assert len(commands) == 2
-    subprocess.run(["sh", "-euc", "\n".join(commands)], check=True, timeout=PATIENCE)
-    for name in "sniproxy-listen", "sniproxy-hostname":
-        told = run(place / name, "--version", env=path(place, PYTHONS[0])).stdout
-        assert told == f"{name} {sniproxy.__version__}\n"
+@pytest.fixture(scope="module")
+def onefile(built: tuple[Path, list[str]]) -> Path:
+    """The file."""
+    return built[0]
 
 
 @pytest.fixture
@@ -152,6 +144,25 @@ def fetch(daemon: Daemon, certificates: Certificates) -> None:
 each_python = pytest.mark.parametrize("python", PYTHONS, ids=NAMES.get)
 one_python = PYTHONS[0] if PYTHONS else Path(sys.executable)
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+
+# --- Installed -----------------------------------------------------------------------------------
+
+
+def test_the_commands_that_it_prints_make_the_other_programs(
+    built: tuple[Path, list[str]],
+) -> None:
+    file, printed = built
+    commands = [line for line in printed if not line.startswith("onefile: ")]
+    # As they stand; a second time as well, when the file was made anew.
+    for _ in range(2):
+        done = run("sh", "-euc", "\n".join(commands), env={"PATH": os.environ["PATH"]})
+        assert (done.stderr, done.returncode) == ("", 0)
+    programs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert {each.name for each in file.parent.iterdir()} == set(programs)
+    for name in programs:
+        said = run(file.with_name(name), "--version", env=path(file.parent, one_python))
+        assert said.stdout == f"{name} {sniproxy.__version__}\n"
 
 
 # --- At work -------------------------------------------------------------------------------------
