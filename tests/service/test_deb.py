@@ -472,7 +472,8 @@ def test_an_upgrade_refuses_nobody(serving: Machine, package: Path, tmp_path: Pa
 
 
 def test_an_upgrade_replaces_copies_too(serving: Machine, package: Path) -> None:
-    serving.run("systemctl", "start", COPY)
+    # The second one as an upgrade that did not come to its end leaves it.
+    serving.run("systemctl", "start", COPY, "sniproxy@upgrade.service")
     serving.run("systemctl", "stop", "sniproxy.service")
     old = show("MainPID", serving, COPY)
     assert install(serving, package).returncode == 0
