@@ -37,7 +37,10 @@ SIGHUP stops accepting and ends when the last connection has ended, or after
 ten seconds.
 """
 _EXAMPLE = "sniproxy-listen :443 sniproxy"
-_HOW_TO_CALL = f"{_EXAMPLE} (in a systemd unit: StandardInput=socket)"
+_HOW_TO_CALL = (
+    f"{_EXAMPLE} (in a systemd service: StandardInput=socket, and a socket unit of the same name, "
+    "or Sockets=)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +96,7 @@ def _take_socket() -> socket:
         )
     descriptor, where = (passed[0], "LISTEN_FDS") if passed else (0, "standard input")
     try:
-        standard.open_missing()
+        standard.open_missing(besides=descriptor)
         listening = take_listening_socket(descriptor)
         if passed:
             os.close(descriptor)

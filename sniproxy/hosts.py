@@ -90,7 +90,8 @@ class HostsDirectory:
         check_owner: whether a listener has to be one that the directory's owner may speak for.
 
     Attributes:
-        path: Where it was at the start, seen from the root directory; None if that is not known.
+        path: Where it was at the start, seen from the root directory, as the bytes that the kernel
+            has; None if that is not known.
 
     Raises:
         OSError: the working directory can't be searched.
@@ -113,23 +114,23 @@ class HostsDirectory:
             raise
         self._away = False
         try:
-            self.path: str | None = os.getcwd()
-        except OSError:  # EACCES: a directory above it can't be searched
+            self.path: bytes | None = os.getcwdb()
+        except OSError:  # ENOENT: there is no way to it from the root directory, getcwd(3)
             self.path = None
 
-    def state(self) -> HostsState:
-        """Tell whether it is still at its path, as far as this process can see that."""
+    def state(self) -> HostsState | None:
+        """Tell whether it is still at its path; None if this process can't see that."""
         here = os.fstat(self._fd)
         if not here.st_nlink:
             return HostsState.REMOVED
         if self.path is None:
-            return HostsState.IN_PLACE
+            return None
         try:
             there = os.stat(self.path)
         except (FileNotFoundError, NotADirectoryError):
             return HostsState.MOVED
         except OSError:  # EACCES: after a change of the user, for one
-            return HostsState.IN_PLACE
+            return None
         return HostsState.IN_PLACE if os.path.samestat(here, there) else HostsState.REPLACED
 
     def close(self) -> None:

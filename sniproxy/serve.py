@@ -65,7 +65,8 @@ async def serve(
             service.start_soon(notifier.run, sessions.counts)
             service.start_soon(log.run)
             notifier.ready()
-            service.start_soon(watch_hosts, hosts, log)
+            if log.worker in (None, 1):  # one line for all workers
+                service.start_soon(watch_hosts, hosts, log)
             orders.on_status = lambda: log.status(sessions.counts())
             address = show_address(listening.getsockname())
             log.event("listening", address=address, capacity=limit.capacity, hosts=hosts.path)
@@ -85,12 +86,14 @@ async def serve(
 async def watch_hosts(hosts: HostsDirectory, log: Log) -> None:
     """Say, until cancelled, when the hosts directory is no longer where it was, or is again.
 
-    Connections find their hosts in the directory that is open, wherever it is.
+    Connections find their hosts in the directory that is open, wherever it is. While its path can't
+    be looked at there is nothing to say.
     """
-    known = hosts.state()
+    known = HostsState.IN_PLACE
     while True:
         await trio.sleep(_WATCH_EVERY)
-        if (state := hosts.state()) != known:
+        state = hosts.state()
+        if state is not None and state is not known:
             known = state
             priority = LOG_INFO if state is HostsState.IN_PLACE else LOG_WARNING
             log.event("hosts_directory", priority, path=hosts.path, state=state)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import sniproxy
+from sniproxy.service import listen_fds
 from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory
 from tests.support.daemon import COVERAGE, start_daemon
@@ -130,7 +131,7 @@ def test_standard_input_is_no_listening_tcp_socket(
         line = only_line(run(stdin=fd), code=100)
     assert f"it is {called};" in line
     assert "pass one like this: sniproxy-listen :443 sniproxy " in line
-    assert line.endswith("(in a systemd unit: StandardInput=socket)")
+    assert "systemd service: StandardInput=socket, and a socket unit of the same name" in line
 
 
 def test_standard_input_is_closed() -> None:
@@ -278,6 +279,41 @@ def test_a_drain_closes_the_port_of_listen_fds_while_somebody_is_served(hosts: P
                 daemon.connect()
 
 
+def test_listen_fds_serve_where_standard_input_is_closed(hosts: Path) -> None:
+    under = ("sh", "-c", 'export LISTEN_PID=$$; exec 3<&0 <&- "$@"', "sh")
+    with start_daemon(hosts, under=under, env={"LISTEN_FDS": "1"}) as daemon:
+        assert ask(daemon, "a.example").startswith(b"\x15")
+        assert os.readlink(f"/proc/{daemon.process.pid}/fd/0") == os.devnull
+
+
+def test_listen_fds_win_over_standard_input_which_is_closed(hosts: Path) -> None:
+    """They are addressed to the process. Of the other port nobody would accept."""
+    script = (
+        "import os, socket, sys; os.dup2(0, 3); other = socket.create_server(('127.0.0.1', 0)); "
+        "os.dup2(other.fileno(), 0); os.environ['LISTEN_PID'] = str(os.getpid()); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    under = (sys.executable, "-c", script)
+    with start_daemon(hosts, under=under, env={"LISTEN_FDS": "1"}) as daemon:
+        assert ask(daemon, "a.example").startswith(b"\x15")
+        assert os.readlink(f"/proc/{daemon.process.pid}/fd/0") == os.devnull
+
+
+def test_what_is_passed_is_taken_once() -> None:
+    ours = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b"}
+    environment = ours | {"LISTEN": "stays"}
+    assert list(listen_fds.take(environment)) == [3, 4]
+    assert environment == {"LISTEN": "stays"}
+    assert not listen_fds.take(environment)
+
+
+@pytest.mark.parametrize("pid", ["", "1", "x", "-1", f" {os.getpid()}"])
+def test_what_is_passed_to_others_is_not_taken(pid: str) -> None:
+    environment = {"LISTEN_PID": pid, "LISTEN_FDS": "1"}
+    assert not listen_fds.take(environment)
+    assert not environment
+
+
 def test_listen_fds_of_another_process_are_not_for_us(hosts: Path) -> None:
     with start_daemon(hosts, env={"LISTEN_FDS": "1", "LISTEN_PID": "1"}) as daemon:
         assert ask(daemon, "a.example").startswith(b"\x15")
@@ -319,6 +355,14 @@ def test_enough_connections_are_no_warning(hosts: Path) -> None:
     with start_daemon(hosts, "--max-connections", "10") as daemon:
         assert "capacity=10" in daemon.wait_for_log("listening")
         assert not any(line.startswith("sniproxy: capacity ") for line in daemon.log())
+
+
+def test_it_says_which_directory_it_serves_in_the_bytes_that_the_kernel_has(tmp_path: Path) -> None:
+    hosts = Path(os.fsdecode(os.fsencode(tmp_path) + b"/h\xc3\xb4tes \xff"))
+    hosts.mkdir()
+    with start_daemon(hosts) as daemon:
+        log = "\n".join(daemon.log())
+        assert f'hosts="{tmp_path}/h\\xc3\\xb4tes \\xff"' in log
 
 
 def test_it_says_which_directory_it_serves(hosts: Path) -> None:

@@ -1,5 +1,6 @@
 """The lookup: what is found, what is not, and whom it trusts."""
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostsDire
 
 
 def test_a_directory_is_in_place(apart: HostsDirectory, tmp_path: Path) -> None:
-    assert apart.path == str(tmp_path / "apart")
+    assert apart.path == os.fsencode(tmp_path / "apart")
     (tmp_path / "apart/new.example").mkdir()
     assert apart.state() is HostsState.IN_PLACE
 
@@ -75,22 +76,29 @@ def test_a_directory_is_removed(apart: HostsDirectory, tmp_path: Path) -> None:
 
 
 @needs_root
-def test_where_it_cannot_be_looked_for_it_is_taken_to_be_in_place(
+def test_where_it_cannot_be_looked_for_nothing_is_known(
     apart: HostsDirectory, tmp_path: Path
 ) -> None:
     (tmp_path / "apart").rename(tmp_path / "old")
     tmp_path.chmod(0o700)
     os.seteuid(TENANT)
     try:
-        assert apart.state() is HostsState.IN_PLACE
+        assert apart.state() is None
     finally:
         os.seteuid(0)
 
 
 @trio_test
 async def test_the_log_tells_of_it_once(
-    clock: MockClock, apart: HostsDirectory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    clock: MockClock,
+    apart: HostsDirectory,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def refuse(path: object) -> os.stat_result:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
     log = Log()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch_hosts, apart, log)
@@ -100,6 +108,12 @@ async def test_the_log_tells_of_it_once(
         await trio.sleep(20)
         told = f"hosts_directory path={tmp_path}/apart state="
         assert capfd.readouterr().err == f"sniproxy: {told}moved\n"
+        with monkeypatch.context() as patch:
+            patch.setattr("sniproxy.hosts.os.stat", refuse)
+            await trio.sleep(20)
+            assert capfd.readouterr().err == ""
+        await trio.sleep(20)
+        assert capfd.readouterr().err == ""
         (tmp_path / "old").rename(tmp_path / "apart")
         await trio.sleep(20)
         assert capfd.readouterr().err == f"sniproxy: {told}in_place\n"

@@ -614,7 +614,7 @@ async def test_an_orphan_drains_and_reads_its_orders_no_more() -> None:
 
 
 def test_the_tests_do_without_signals_that_a_script_took_away() -> None:
-    """As of a script that starts them with &."""
+    """As of a script that starts them with &, or of nohup(1)."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     command = (*pytest, __file__, "-k", "died_of and SIGQUIT")
     done = subprocess.run(

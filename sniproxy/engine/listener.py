@@ -69,12 +69,17 @@ _SHORTEST = struct.pack("@ll", 0, 1)
 # seconds without an answer. Most home routers and mobile networks forget a silent connection after
 # some minutes; one probe a minute also keeps it alive there. One that vanishes amid a download is
 # noticed after tcp.USER_TIMEOUT.
-_KEEP_ALIVE = (
+_CLIENT_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, tcp.USER_TIMEOUT),
 )
+
+# What the kernel says of an option of TCP that it does not have for Multipath TCP.
+_NOT_FOR_MPTCP = frozenset({errno.EOPNOTSUPP, errno.ENOPROTOOPT})
 
 
 class NotListeningError(Exception):
@@ -85,7 +90,8 @@ def take_listening_socket(fd: int) -> Socket:
     """Return the listening TCP socket that `fd` refers to.
 
     The result has a descriptor of its own, non-blocking and close-on-exec; `fd` stays as it is.
-    Accepted sockets inherit what is set on a listening one, tcp(7): no delay, and keep-alive.
+    Accepted sockets inherit what is set on a listening one, tcp(7): no delay, keep-alive, and the
+    time that bytes may stay unacknowledged.
 
     Raises:
         NotListeningError: it is something else.
@@ -110,12 +116,7 @@ def take_listening_socket(fd: int) -> Socket:
         # socket. Then accept waits, but not for long.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SHORTEST)
         os.set_inheritable(listener.fileno(), False)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for level, option, value in _KEEP_ALIVE:
-            listener.setsockopt(level, option, value)
-        # Linux has it for TCP alone, as of 6.18. Multipath TCP knows by itself when a path is dead.
-        if _protocol(listener) == socket.IPPROTO_TCP:
-            tcp.set_user_timeout(listener)
+        _set_client_options(listener)
     except BaseException:
         listener.close()
         raise
@@ -133,6 +134,25 @@ def _kind_of_file(fd: int, mode: int) -> str:
         if test(mode):
             return kind
     return "not a socket"
+
+
+def _set_client_options(listener: Socket) -> list[tuple[int, int, int]]:
+    """Set what clients are to inherit; return what this kernel does not have for Multipath TCP.
+
+    That is TCP_USER_TIMEOUT, as of Linux 6.18, and before 6.10 the times of keep-alive, too.
+
+    Raises:
+        OSError: a system call failed.
+    """
+    missing = []
+    for option in _CLIENT_OPTIONS:
+        try:
+            listener.setsockopt(*option)
+        except OSError as error:
+            if error.errno not in _NOT_FOR_MPTCP or _protocol(listener) != _IPPROTO_MPTCP:
+                raise
+            missing.append(option)
+    return missing
 
 
 def _protocol(sock: Socket) -> int:
@@ -180,8 +200,8 @@ class Listener:
         self._loop = loop
         self._socket: Socket | None = sock
         self._family = sock.family
-        # What `take_listening_socket` could not set for those who do not speak Multipath TCP.
-        self._sets_user_timeout = _protocol(sock) == _IPPROTO_MPTCP
+        # Who does not speak Multipath TCP is a plain TCP client, and has all options.
+        self._not_inherited = _set_client_options(sock)
         self._limit = limit
         self._on_accept = on_accept
         self._on_full = on_full
@@ -251,9 +271,9 @@ class Listener:
                 return
             self._exhausted = False
             client = Socket(self._family, socket.SOCK_STREAM, 0, fd)
-            if self._sets_user_timeout:
-                with contextlib.suppress(OSError):
-                    tcp.set_user_timeout(client)
+            for option in self._not_inherited:
+                with contextlib.suppress(OSError):  # it does speak Multipath TCP
+                    client.setsockopt(*option)
             self._on_accept(client, address)
 
     def _report(self, error: OSError) -> None:

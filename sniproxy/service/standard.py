@@ -10,13 +10,14 @@ import stat
 _STANDARD = (0, 1, 2)
 
 
-def open_missing() -> None:
-    """Open /dev/null as standard output and error where they are closed.
+def open_missing(besides: int) -> None:
+    """Open /dev/null as those of the three that are closed, except for `besides`.
 
-    Else what is opened next would be taken for them.
+    Else what is opened next would be taken for them. `besides` is where the listening socket should
+    be; that it is closed is a mistake to be told.
     """
-    for fd in _STANDARD[1:]:
-        if not _is_open(fd):
+    for fd in _STANDARD:
+        if fd != besides and not _is_open(fd):
             _put_null(fd)
 
 

@@ -102,6 +102,71 @@ def test_accepted_sockets_inherit_what_finds_out_vanished_clients() -> None:
     assert found["TCP_KEEPIDLE"] + found["TCP_KEEPINTVL"] * found["TCP_KEEPCNT"] == 120
 
 
+class OldMultipath:
+    """A listening socket of Multipath TCP, as of a Linux that has few options for it."""
+
+    def __init__(self, listening: _socket.socket) -> None:
+        self._listening = listening
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._listening, name)
+
+    def getsockopt(self, level: int, option: int) -> int:
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_PROTOCOL):
+            return 262  # IPPROTO_MPTCP
+        return self._listening.getsockopt(level, option)
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        if level == socket.IPPROTO_TCP and option != socket.TCP_NODELAY:
+            number = errno.ENOPROTOOPT if option == socket.TCP_USER_TIMEOUT else errno.EOPNOTSUPP
+            raise OSError(number, os.strerror(number))
+        self._listening.setsockopt(level, option, value)
+
+
+@trio_test
+async def test_what_multipath_tcp_does_not_have_plain_clients_have_all_the_same(
+    clock: MockClock,
+) -> None:
+    async with bench() as it:
+        it.bound.setblocking(False)
+        old = OldMultipath(_socket.socket(fileno=os.dup(it.bound.fileno())))
+        for option in socket.TCP_KEEPIDLE, socket.TCP_USER_TIMEOUT:
+            with pytest.raises(OSError, match="not"):
+                old.setsockopt(socket.IPPROTO_TCP, option, 1)
+        # What was set by the bench's own listener.
+        it.bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 7200)
+        it.bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
+        it.listener.close()
+        listener = Listener(
+            it.loop,
+            old,  # type: ignore[arg-type]
+            it.limit,
+            it.accept,
+            lambda: False,
+            lambda error: None,
+        )
+        it.connect()
+        listener.on_event(0)
+        [client] = it.accepted
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+        assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 6
+        assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
+        listener.close()
+
+
+def test_an_option_that_plain_tcp_does_not_have_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    no_such_option = (socket.IPPROTO_TCP, 9999, 1)
+    monkeypatch.setattr("sniproxy.engine.listener._CLIENT_OPTIONS", (no_such_option,))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as bound,
+        pytest.raises(OSError, match="Protocol not available"),
+    ):
+        take_listening_socket(bound.fileno())
+
+
 @trio_test
 async def test_it_accepts_all_who_come(clock: MockClock) -> None:
     async with bench() as it:

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,3 +158,21 @@ def test_a_host_that_is_swapped_1000_times_under_load(daemon: Daemon, tmp_path: 
     assert len(with_header.heard) == answers.count(b"with")
     assert all(heard.startswith(b"PROXY TCP4 ") for heard in with_header.heard)
     assert set(without_header.heard) == {hello}
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["alone", "workers"])
+def test_a_hosts_directory_that_is_moved_is_told_of_once_and_served_on(
+    hosts: Path, options: list[str]
+) -> None:
+    """In the sandbox, where it has to be seen."""
+    backend = Greeter(host_directory(hosts, NAME) / "tls-socket", b"word")
+    with backend, start_daemon(hosts, *options, measured=False) as daemon:
+        elsewhere = hosts.rename(hosts.parent / "elsewhere")
+        daemon.wait_for_log("state=moved")
+        # The workers have begun at the same time, and look at the same intervals.
+        time.sleep(0.3)
+        lines = [line for line in daemon.log() if " hosts_directory " in line]
+        assert len(lines) == 1
+        assert f"path={hosts} state=moved" in lines[0]
+        assert ask(daemon, NAME) == b"word"
+        elsewhere.rename(hosts)  # where the backend looks for its socket at the end

@@ -25,8 +25,8 @@ SCRIPT = """
 import os, socket, subprocess
 import trio
 from sniproxy.engine import tcp
-from sniproxy.engine.listener import take_listening_socket
 tcp.USER_TIMEOUT = 2000
+from sniproxy.engine.listener import take_listening_socket
 from tests.support.relays import bench, stream
 from tests.support.sockets import unix_pair
 
