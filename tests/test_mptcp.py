@@ -3,6 +3,7 @@
 import errno
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,11 +50,13 @@ def client(request: pytest.FixtureRequest, daemon: Daemon) -> Iterator[socket.so
         yield client
 
 
-@pytest.mark.parametrize("piece", [1, 100, 100_000])
-def test_a_conversation(daemon: Daemon, client: socket.socket, piece: int) -> None:
+# With a pause between them the pieces are packets of their own, and the daemon waits for the rest.
+@pytest.mark.parametrize(("piece", "pause"), [(1, 0), (10, 0.01), (100_000, 0)])
+def test_a_conversation(daemon: Daemon, client: socket.socket, piece: int, pause: float) -> None:
     with RawBackend(host_directory(daemon.hosts, NAME) / "tls-socket") as backend:
         for start in range(0, len(HELLO), piece):
             client.sendall(HELLO[start : start + piece])
+            time.sleep(pause)
         with backend.accept() as connection:
             assert receive_exactly(connection, len(HELLO)) == HELLO
             connection.sendall(b"hello")
