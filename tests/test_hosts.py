@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -267,19 +268,28 @@ def test_if_there_is_no_way_back_nothing_is_looked_up_elsewhere(
         assert reason(directory, trap) is HostReason.NO_SUCH_HOST
 
 
+@pytest.mark.parametrize("listens", [False, True])
 def test_after_the_way_back_was_barred_the_next_name_is_one_of_the_hosts_directory(
-    directory: HostsDirectory, hosts: Path, monkeypatch: pytest.MonkeyPatch
+    directory: HostsDirectory, hosts: Path, monkeypatch: pytest.MonkeyPatch, listens: bool
 ) -> None:
     home = host_directory(hosts, NAME)
     trap = Hostname(b"trap.example")
-    with listen_unix(host_directory(home, trap) / "tls-socket"):
+    with ExitStack() as stack:
+        stack.enter_context(listen_unix(host_directory(home, trap) / "tls-socket"))
+        if listens:
+            stack.enter_context(listen_unix(home / "tls-socket"))
+        before = os.listdir("/proc/self/fd")
         with monkeypatch.context() as patch:
 
             def fail(fd: int) -> None:
                 raise PermissionError(13, "Permission denied")
 
             patch.setattr("sniproxy.hosts.os.fchdir", fail)
-            assert reason(directory) is HostReason.BACKEND_FAILED
+            with pytest.raises(HostError) as caught:
+                directory.connect(NAME)
+            assert caught.value.reason is HostReason.BACKEND_FAILED
+            # Closed at once, and not when nothing refers to it any more, as the traceback does.
+            assert os.listdir("/proc/self/fd") == before
         # The daemon is still in the tenant's directory, where a host of that name is.
         assert Path.cwd() == home
         assert reason(directory, trap) is HostReason.NO_SUCH_HOST

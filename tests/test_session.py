@@ -417,6 +417,29 @@ async def test_who_is_to_be_connected_is_reset_when_the_loop_is_cancelled(
 
 
 @trio_test
+async def test_who_has_said_all_at_last_and_awaits_a_turn_is_counted_out_once(
+    backend: socket.socket,
+) -> None:
+    # The loop then knows it twice: as one who has asked for a turn, and as one who is watched.
+    async with door() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        client, accepted = tcp_pair()
+        client.settimeout(PATIENCE)
+        client.sendall(HELLO[:10])
+        assert accepted.recv(1, socket.MSG_PEEK)
+        it.sessions.begin(plain(accepted), client.getsockname())
+        silent = it.sessions.waiting.oldest()
+        assert silent is not None
+        client.sendall(HELLO[10:])
+        silent.look()
+        assert not it.sessions.waiting
+        assert it.limit.open == 1
+        it.service.cancel_scope.cancel()
+    check_was_cut(it, [client])
+    assert it.sessions.refused == 0
+
+
+@trio_test
 async def test_all_of_a_batch_are_served_and_each_has_its_own_story(
     backend: socket.socket,
 ) -> None:

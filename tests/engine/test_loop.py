@@ -4,10 +4,13 @@ import _socket
 import os
 import select
 import socket
+import time
 
+import pytest
 import trio
 from trio.testing import trio_test
 
+from sniproxy.engine import loop as loop_module
 from sniproxy.engine.loop import EventLoop
 
 
@@ -51,6 +54,27 @@ async def test_a_fault_ends_its_watcher_alone() -> None:
         assert (faulty.aborted, other.aborted) == (1, 0)
         nursery.cancel_scope.cancel()
     loop.shut()
+
+
+@trio_test
+async def test_a_fault_at_an_event_ends_its_watcher_alone() -> None:
+    faults: list[Exception] = []
+    loop = EventLoop(faults.append)
+    pipes = [os.pipe() for _ in range(3)]
+    watchers = [Recorder(), Faulty(), Recorder()]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        for (reader, writer), watcher in zip(pipes, watchers, strict=True):
+            loop.watch(reader, watcher, select.EPOLLIN | select.EPOLLET)
+            os.write(writer, b"x")
+        for watcher in watchers:
+            await until(watcher, 1)
+        assert [type(fault) for fault in faults] == [ZeroDivisionError]
+        assert [watcher.aborted for watcher in watchers] == [0, 1, 0]
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    for end in (end for pipe in pipes for end in pipe):
+        os.close(end)
 
 
 @trio_test
@@ -243,6 +267,76 @@ async def test_what_a_task_closes_at_a_checkpoint_is_closed_in_that_turn() -> No
             assert len(busy.events) < turns + 100_000
         assert far.recv(1) == b""
         nursery.cancel_scope.cancel()
+    loop.shut()
+    far.close()
+
+
+@trio_test
+async def test_what_a_task_closes_at_the_last_checkpoint_before_a_rest_is_closed() -> None:
+    loop = EventLoop(lambda error: None)
+    near, far = socket.socketpair()
+    plain = _socket.socket(near.family, near.type, 0, near.detach())
+    had_its_turn = trio.Event()
+
+    class Slow(Recorder):
+        def on_event(self, events: int) -> None:
+            super().on_event(events)
+            time.sleep(2 * loop_module._TURN)  # so that other tasks run before the loop sleeps
+            had_its_turn.set()
+
+    async def close() -> None:
+        await had_its_turn.wait()
+        loop.close(plain)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        nursery.start_soon(close)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        loop.call_soon(Slow())
+        with trio.fail_after(5):
+            assert await trio.socket.from_stdlib_socket(far).recv(1) == b""
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    far.close()
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+@trio_test
+async def test_what_is_closed_in_a_turn_has_given_its_descriptor_back_when_tasks_run(
+    is_told: bool,
+) -> None:
+    """A task may open others, and there may be no descriptor to spare."""
+    loop = EventLoop(lambda error: None)
+    near, far = socket.socketpair()
+    plain = _socket.socket(near.family, near.type, 0, near.detach())
+    had_its_turn = trio.Event()
+    found: list[int] = []
+
+    class SlowCloser(Recorder):
+        def on_event(self, events: int) -> None:
+            super().on_event(events)
+            time.sleep(2 * loop_module._TURN)
+            loop.close(plain)
+            had_its_turn.set()
+
+    async def look() -> None:
+        await had_its_turn.wait()
+        found.append(plain.fileno())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        nursery.start_soon(look)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        if is_told:
+            loop.watch(plain.fileno(), SlowCloser(), select.EPOLLIN)
+            far.send(b"x")
+        else:
+            loop.call_soon(SlowCloser())
+        with trio.fail_after(5):
+            await had_its_turn.wait()
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert found == [-1]
     loop.shut()
     far.close()
 
