@@ -120,6 +120,7 @@ class Sessions:
         # Clients whose hello has not come whole, and those who are hearing an alert.
         self.waiting: Deadlines[HelloWait] = Deadlines(config.hello_seconds, log.bug)
         self.alerted: Deadlines[Linger] = Deadlines(config.alert_seconds, log.bug)
+        relay.last_words.is_place_wanted = limit.is_place_wanted
         self.served = self.refused = 0
         self.is_cut = False  # whoever is still to be connected comes too late
 
@@ -137,11 +138,14 @@ class Sessions:
         """Let a client go for the sake of the next, if there is one who is not served.
 
         So those who connect and say nothing, and those who are refused and stay, can't lock out
-        others. First the refused one who has had the most time to hear the alert goes; then the one
-        who has kept us waiting for the hello the longest.
+        others. First the refused one who has had the most time to hear the alert goes; then one who
+        has received all that its backend had to say before that closed; then the one who has kept
+        us waiting for the hello the longest.
         """
         if (refused := self.alerted.oldest()) is not None:
             refused.expire()
+            return True
+        if self.relay.last_words.make_room():
             return True
         while (silent := self.waiting.oldest()) is not None:
             # Its hello may have come by now, and be one of the next events.

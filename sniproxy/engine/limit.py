@@ -21,6 +21,10 @@ class ConnectionLimit:
         self.on_room: Callable[[], None] | None = None
         self._emptied: trio.Event | None = None
 
+    def is_place_wanted(self) -> bool:
+        """Tell whether somebody waits for the next connection to end."""
+        return self.on_room is not None
+
     def add(self) -> None:
         """Count one more."""
         self.open += 1

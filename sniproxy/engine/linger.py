@@ -155,6 +155,10 @@ class LastWords:
     Args:
         on_fault: called with every exception that nobody expected.
         no_progress_seconds: how long a peer may leave what there is for it unread; 0 is for ever.
+
+    Attributes:
+        is_place_wanted: tells whether somebody waits for a place. While that is so, nobody who has
+            received all stays.
     """
 
     def __init__(
@@ -169,6 +173,7 @@ class LastWords:
         # For whom bytes are under way: how many when they were looked at, and since when as many.
         self._sending: dict[Linger, tuple[int, float]] = {}
         self._added = trio.lowlevel.ParkingLot()
+        self.is_place_wanted: Callable[[], bool] = lambda: False
         # Who has received all, and does not end.
         self._received: Deadlines[Linger] = Deadlines(_AFTER_END, on_fault)
 
@@ -218,6 +223,13 @@ class LastWords:
                         linger.abort()
                 await trio.sleep(_LOOK_EVERY)
 
+    def make_room(self) -> bool:
+        """Let go who received all the longest ago; return whether there was anybody."""
+        if (linger := self._received.oldest()) is not None:
+            linger.expire()
+            return True
+        return False
+
     def abort_all(self) -> None:
         """Reset those who have not received all; close the others."""
         for linger in list(self._sending):
@@ -235,6 +247,8 @@ class LastWords:
             del self._sending[linger]
             linger.until_acknowledged = False
             self._received.add(linger)
+            if self.is_place_wanted():
+                linger.expire()
         elif left != before:
             self._sending[linger] = left, now
             tcp.expect_answers(linger.sock, now - since)

@@ -94,6 +94,30 @@ async def test_who_has_received_all_and_stays_is_let_go(clock: MockClock) -> Non
         assert it.loop.watchers() == []
 
 
+async def hear_all_and_stay(it: Bench) -> None:
+    client, backend = it.join()
+    await client.send_all(UNREAD)
+    await say_and_close(backend, 100)
+    assert len(await client.receive_some(1000)) == 100
+
+
+@trio_test
+async def test_who_has_received_all_gives_way_to_who_needs_the_place() -> None:
+    async with bench() as it:
+        last_words = it.relay.last_words
+        last_words.is_place_wanted = it.limit.is_place_wanted
+        with trio.fail_after(2):  # not the five seconds of those for whom there is room
+            await hear_all_and_stay(it)
+            while not last_words.make_room():
+                await trio.sleep(0.01)
+            assert it.limit.open == 0
+            it.limit.on_room = lambda: None  # somebody waits
+            await hear_all_and_stay(it)
+            await it.limit.wait_until_empty()
+        assert [ending for _, _, ending in it.endings] == [Ending.FAR_RESET] * 2
+        assert not last_words.make_room()
+
+
 @trio_test
 async def test_who_has_received_all_and_talks_on_is_let_go(clock: MockClock) -> None:
     async with bench() as it:
