@@ -108,7 +108,7 @@ async def test_who_has_received_all_gives_way_to_who_needs_the_place() -> None:
         last_words.is_place_wanted = it.limit.is_place_wanted
         with trio.fail_after(2):  # not the five seconds of those for whom there is room
             await hear_all_and_stay(it)
-            while not last_words.make_room():
+            while not last_words.make_room():  # noqa: ASYNC110 - nothing tells of it
                 await trio.sleep(0.01)
             assert it.limit.open == 0
             it.limit.on_room = lambda: None  # somebody waits
