@@ -4,22 +4,20 @@
 import sniproxy.service.process1  # noqa: F401  # isort: skip
 
 import errno
-import os
 import sys
-from _socket import socket
 from collections.abc import Sequence
 from functools import partial
 
 from sniproxy.config import Config
-from sniproxy.engine.listener import NotListeningError, take_listening_socket
 from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.hosts import HostsDirectory
+from sniproxy.inherited import take_listening_sockets
 from sniproxy.log import Log
 from sniproxy.serve import serve
-from sniproxy.service import listen_fds, sandbox, standard
+from sniproxy.service import sandbox, standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
-from sniproxy.service.options import OptionParser
+from sniproxy.service.options import OptionParser, service_fields
 from sniproxy.service.start import drop_privileges, run_program, run_service, share_descriptors
 from sniproxy.service.syslogd import Syslog
 from sniproxy_hostname import directory_namer
@@ -74,44 +72,12 @@ def _config(argv: Sequence[str] | None) -> Config | None:
     return Config(
         hashed=options.hashed,
         check_owner=not options.no_owner_check,
-        workers=options.workers,
-        max_connections=options.max_connections,
-        chroot=options.chroot,
-        user=options.user,
-        sandbox=not options.no_sandbox,
-        log_connections=options.log == "connections",
-        drain_seconds=options.drain,
-        idle_seconds=options.idle_timeout,
-        half_closed_seconds=options.half_closed_timeout,
+        **service_fields(options),
     )
 
 
-def _take_socket() -> socket:
-    """Return the listening socket, of which no other descriptor stays open behind our back."""
-    passed = listen_fds.take()
-    if len(passed) > 1:
-        raise UsageError(
-            f"unable to accept connections: LISTEN_FDS passes {len(passed)} sockets; start one "
-            "copy for each socket"
-        )
-    descriptor, where = (passed[0], "LISTEN_FDS") if passed else (0, "standard input")
-    try:
-        standard.open_missing(besides=descriptor)
-        listening = take_listening_socket(descriptor)
-        if passed:
-            os.close(descriptor)
-    except NotListeningError as error:
-        raise UsageError(
-            f"unable to accept connections: {where} must be a listening TCP socket, but "
-            f"{error}; pass one like this: {_HOW_TO_CALL}",
-        ) from None
-    except OSError as error:
-        raise FatalError.of(f"use the socket of {where}", error) from error
-    return listening
-
-
 def _run(config: Config, syslogd: Syslog | None) -> None:
-    listening = _take_socket()
+    [(listening, _)] = take_listening_sockets(_HOW_TO_CALL)
     # All that is needed later is opened now: there may be no way to it in another root directory,
     # for another user, or in the sandbox.
     with attempt("start"):

@@ -22,6 +22,7 @@ from sniproxy.engine import tcp
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop
 
+# What accept(2) says of a peer. Of one on a Unix socket it says nothing of use.
 Address = tuple[str, int] | tuple[str, int, int, int]
 
 # Multipath TCP, RFC 8684; linux/in.h. systemd.socket(5) has SocketProtocol=mptcp.
@@ -86,8 +87,8 @@ class NotListeningError(Exception):
     """The descriptor is no listening TCP socket; the message says what it is instead."""
 
 
-def take_listening_socket(fd: int) -> Socket:
-    """Return the listening TCP socket that `fd` refers to.
+def take_listening_socket(fd: int, *, may_be_unix: bool = False) -> Socket:
+    """Return the listening TCP socket, or Unix socket if that may be, that `fd` refers to.
 
     The result has a descriptor of its own, non-blocking and close-on-exec; `fd` stays as it is.
     Accepted sockets inherit what is set on a listening one, tcp(7): no delay, keep-alive, and the
@@ -107,7 +108,7 @@ def take_listening_socket(fd: int) -> Socket:
         raise NotListeningError(f"it is {_kind_of_file(fd, mode)}")
     listener = Socket(fileno=os.dup(fd))
     try:
-        if kind := _kind_of_socket(listener):
+        if kind := _kind_of_socket(listener, may_be_unix=may_be_unix):
             raise NotListeningError(f"it is {kind}")
         # O_NONBLOCK is shared with the other holders of the socket. They need it as we do: a
         # connection that epoll announced may be gone by the time of accept, taken by another copy.
@@ -144,6 +145,8 @@ def _set_client_options(listener: Socket) -> list[tuple[int, int, int]]:
     Raises:
         OSError: a system call failed.
     """
+    if listener.family == socket.AF_UNIX:
+        return []
     missing = []
     for option in _CLIENT_OPTIONS:
         try:
@@ -159,19 +162,19 @@ def _protocol(sock: Socket) -> int:
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
 
 
-def _kind_of_socket(sock: Socket) -> str | None:
-    """Say what `sock` is, if it is no listening TCP socket."""
-    if sock.family == socket.AF_UNIX:
+def _kind_of_socket(sock: Socket, *, may_be_unix: bool) -> str | None:
+    """Say what `sock` is, if it is no listening socket of a kind that may be."""
+    is_unix = sock.family == socket.AF_UNIX
+    if is_unix and not (may_be_unix and sock.type == socket.SOCK_STREAM):
         return "a Unix socket"
     if sock.type == socket.SOCK_DGRAM:
         return "a UDP socket"
-    if sock.family not in (socket.AF_INET, socket.AF_INET6) or _protocol(sock) not in (
-        socket.IPPROTO_TCP,
-        _IPPROTO_MPTCP,
-    ):
+    is_ip = sock.family in (socket.AF_INET, socket.AF_INET6)
+    is_tcp = is_ip and _protocol(sock) in (socket.IPPROTO_TCP, _IPPROTO_MPTCP)
+    if not (is_tcp or is_unix):
         return "not a TCP socket"
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        return "a TCP socket that does not listen"
+        return f"a {'Unix' if is_unix else 'TCP'} socket that does not listen"
     return None
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sniproxy import __version__
 from sniproxy.service import privileges
@@ -175,6 +175,21 @@ class OptionParser(argparse.ArgumentParser):
             UsageError: always.
         """
         raise UsageError(f"unable to understand the options: {message}")
+
+
+def service_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `ServiceOptions`, as they were given."""
+    return {
+        "workers": options.workers,
+        "max_connections": options.max_connections,
+        "chroot": options.chroot,
+        "user": options.user,
+        "sandbox": not options.no_sandbox,
+        "log_connections": options.log == "connections",
+        "drain_seconds": options.drain,
+        "idle_seconds": options.idle_timeout,
+        "half_closed_seconds": options.half_closed_timeout,
+    }
 
 
 def look_up_user(user: str | None) -> privileges.Identity | None:

@@ -1,0 +1,1 @@
+"""What programs share that speak TLS themselves: identities, rules, TLS ends, connecting."""

@@ -1,0 +1,208 @@
+"""Connecting: names to addresses, one address after the other, and what went wrong."""
+
+import errno
+import ipaddress
+import os
+import socket as std
+from _socket import socket
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import NamedTuple
+
+import trio
+
+from sniproxy.engine import tcp
+
+# Seconds until the next address is tried beside those that have not answered: RFC 8305 §5,
+# "Connection Attempt Delay", "SHOULD be ... 250 milliseconds".
+_ATTEMPT_EVERY = 0.25
+
+# Addresses of one name that are tried: with 250 ms each there is no time for more.
+_MOST_ADDRESSES = 16
+
+# Keep-alive as towards clients: a dead peer is noticed after two minutes.
+_OPTIONS = (
+    (std.IPPROTO_TCP, std.TCP_NODELAY, 1),
+    (std.SOL_SOCKET, std.SO_KEEPALIVE, 1),
+    (std.IPPROTO_TCP, std.TCP_KEEPIDLE, 60),
+    (std.IPPROTO_TCP, std.TCP_KEEPINTVL, 10),
+    (std.IPPROTO_TCP, std.TCP_KEEPCNT, 6),
+    (std.IPPROTO_TCP, std.TCP_USER_TIMEOUT, tcp.USER_TIMEOUT),
+)
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class DialReason(StrEnum):
+    """Why there is no connection."""
+
+    UNRESOLVED = "unresolved"  # the name has no address
+    REFUSED = "refused"  # nobody listens there
+    UNREACHABLE = "unreachable"  # no route, or no answer
+    FORBIDDEN = "forbidden"  # the address is not one to connect to
+
+
+class DialError(Exception):
+    """There is no connection; the message says why."""
+
+    def __init__(self, reason: DialReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Endpoint(NamedTuple):
+    """Where to connect: a host (a name, or an IP address) and a port."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Endpoint":
+        """Return what HOST:PORT means; an IPv6 address stands in brackets, RFC 3986 §3.2.2.
+
+        Raises:
+            ValueError: it means nothing.
+        """
+        host, colon, digits = text.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = str(ipaddress.IPv6Address(host[1:-1]))
+        elif ":" in host or "[" in host or "]" in host:
+            raise ValueError("an IPv6 address stands in brackets: [2001:db8::1]:443")
+        if not colon or not host:
+            raise ValueError("it is not HOST:PORT")
+        if not (digits.isascii() and digits.isdigit() and len(digits) <= 5 and int(digits) < 65536):
+            raise ValueError("its port is no number up to 65535")
+        if not int(digits):
+            raise ValueError("there is no port 0")
+        return cls(host, int(digits))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+async def resolve(endpoint: Endpoint) -> list[tuple[std.AddressFamily, tuple[str, int]]]:
+    """Return the addresses of an endpoint, as the system resolves it: IPv6 and IPv4 in turn.
+
+    An address is no name, and is not looked up. Nothing is kept.
+
+    Raises:
+        DialError: it has none.
+    """
+    kinds: dict[std.AddressFamily, list[tuple[str, int]]] = {}
+    try:
+        found = await trio.socket.getaddrinfo(
+            endpoint.host, endpoint.port, type=std.SOCK_STREAM, flags=std.AI_ADDRCONFIG
+        )
+    except (OSError, UnicodeError) as error:
+        detail = getattr(error, "strerror", None) or str(error)
+        raise DialError(DialReason.UNRESOLVED, f"{endpoint.host}: {detail}") from None
+    for family, _, _, _, address in found:
+        # A scope of a link-local address stays in the text.
+        kinds.setdefault(std.AddressFamily(family), []).append(address[:2])  # type: ignore[arg-type]
+    # RFC 8305 §4: "the first address of the second family", and so on in turn.
+    queues = list(kinds.items())
+    longest = max((len(addresses) for _, addresses in queues), default=0)
+    turns = [
+        (family, addresses[number])
+        for number in range(longest)
+        for family, addresses in queues
+        if number < len(addresses)
+    ]
+    return turns[:_MOST_ADDRESSES]
+
+
+async def dial(
+    endpoint: Endpoint, is_forbidden: Callable[[IPAddress], bool] | None = None
+) -> socket:
+    """Return a non-blocking socket that is connected to the endpoint.
+
+    Args:
+        endpoint: where to.
+        is_forbidden: addresses that are left out.
+
+    Raises:
+        DialError: nobody could be reached.
+        OSError: there is no descriptor left, or the like.
+    """
+    addresses = await resolve(endpoint)
+    if is_forbidden is not None:
+        allowed = [each for each in addresses if not is_forbidden(ipaddress.ip_address(each[1][0]))]
+        if addresses and not allowed:
+            detail = f"{endpoint.host} is {addresses[0][1][0]}"
+            raise DialError(DialReason.FORBIDDEN, detail)
+        addresses = allowed
+    return await _dial_in_turn(addresses, str(endpoint))
+
+
+async def _dial_in_turn(
+    addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]], what: str
+) -> socket:
+    """Connect to whichever answers first; each has a quarter of a second before the next begins."""
+    connected: list[socket] = []
+    errors: list[int] = []
+    try:
+        async with trio.open_nursery() as nursery:
+            for family, address in addresses:
+                has_failed = trio.Event()
+                nursery.start_soon(
+                    _attempt, nursery, family, address, connected, errors, has_failed
+                )
+                with trio.move_on_after(_ATTEMPT_EVERY):
+                    await has_failed.wait()
+    except BaseException:  # trio.Cancelled: there is no more time
+        for sock in connected:
+            sock.close()
+        raise
+    for late in connected[1:]:
+        late.close()
+    if connected:
+        return connected[0]
+    is_refused = errno.ECONNREFUSED in errors
+    reason = DialReason.REFUSED if is_refused else DialReason.UNREACHABLE
+    number = errno.ECONNREFUSED if is_refused else (errors or [errno.EHOSTUNREACH])[0]
+    raise DialError(reason, f"{what}: {os.strerror(number)}")
+
+
+async def _attempt(
+    nursery: trio.Nursery,
+    family: std.AddressFamily,
+    address: tuple[str, int],
+    connected: list[socket],
+    errors: list[int],
+    has_failed: trio.Event,
+) -> None:
+    sock = socket(family, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC, 0)
+    try:
+        for option in _OPTIONS:
+            sock.setsockopt(*option)
+        if (number := await connect(sock, address)) == 0:
+            connected.append(sock)
+            nursery.cancel_scope.cancel()
+            return
+        errors.append(number)
+        has_failed.set()
+        sock.close()
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def connect(sock: socket, address: tuple[str, int] | str | bytes) -> int:
+    """Connect a non-blocking socket; return 0, or the error number."""
+    number = sock.connect_ex(address)
+    if number == errno.EINPROGRESS:
+        await trio.lowlevel.wait_writable(sock.fileno())
+        number = sock.getsockopt(std.SOL_SOCKET, std.SO_ERROR)
+    return number
+
+
+def is_local(address: IPAddress) -> bool:
+    """Tell whether it is an address of this machine or link, or none that one connects to."""
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return (
+        address.is_loopback
+        or address.is_link_local
+        or address.is_multicast
+        or address.is_unspecified
+    )

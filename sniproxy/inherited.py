@@ -1,0 +1,50 @@
+"""The listening sockets that whoever started us has bound: standard input, or LISTEN_FDS."""
+
+import os
+from _socket import socket
+
+from sniproxy.engine.listener import NotListeningError, take_listening_socket
+from sniproxy.service import listen_fds, standard
+from sniproxy.service.fatal import FatalError, UsageError
+
+
+def take_listening_sockets(
+    how_to_call: str, *, most: int = 1, may_be_unix: bool = False
+) -> list[tuple[socket, str]]:
+    """Return the listening sockets, of which no other descriptor stays open behind our back.
+
+    Args:
+        how_to_call: an example of how to pass one, for who has not.
+        most: how many there may be.
+        may_be_unix: whether Unix sockets will do, too.
+
+    Returns:
+        Each with its name in LISTEN_FDNAMES. There is one at the least.
+
+    Raises:
+        UsageError: there is none, or too many.
+        FatalError: a system call failed.
+    """
+    passed = listen_fds.take()
+    if len(passed) > most:
+        raise UsageError(
+            f"unable to accept connections: LISTEN_FDS passes {len(passed)} sockets; start one "
+            "copy for each socket"
+        )
+    where = "LISTEN_FDS" if passed else "standard input"
+    try:
+        standard.open_missing(besides=next(iter(passed), 0))
+        taken = []
+        for descriptor, name in (passed or {0: ""}).items():
+            taken.append((take_listening_socket(descriptor, may_be_unix=may_be_unix), name))
+            if passed:
+                os.close(descriptor)
+    except NotListeningError as error:
+        kind = "TCP or Unix socket" if may_be_unix else "TCP socket"
+        raise UsageError(
+            f"unable to accept connections: {where} must be a listening {kind}, but "
+            f"{error}; pass one like this: {how_to_call}",
+        ) from None
+    except OSError as error:
+        raise FatalError.of(f"use the socket of {where}", error) from error
+    return taken

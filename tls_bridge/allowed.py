@@ -1,0 +1,82 @@
+"""The peer: what may be reached, and by whom, as the working directory says.
+
+    clients/                        who may connect: rules as in mutual_tls.verify
+    allow/HOST/PORT                 may be reached. Empty: under its own name; or HOST:PORT, or a
+                                    Unix socket (with a slash in it)
+    allow/HOST/clients/             who may, of those who may connect
+    allow/HOST/send-proxy-v1        the service wants a PROXY header
+
+Nothing else may be reached: this is no open proxy.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from mutual_tls.dial import Endpoint
+from mutual_tls.settings import SettingsError, exists, read_values
+from mutual_tls.verify import Certificate, Rule, matches
+from tls_bridge.refusal import BridgeReason, Refusal
+from tls_bridge.routes import rules_in
+
+
+class Service(NamedTuple):
+    """What a client may reach: an address, or a Unix socket."""
+
+    where: Endpoint | str
+    send_proxy_v1: bool
+
+
+def check_client(directory: Path, certificate: Certificate) -> None:
+    """Check that somebody may connect at all.
+
+    Raises:
+        Refusal: they may not.
+    """
+    try:
+        rules = rules_in(directory / "clients")
+    except SettingsError as error:
+        raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+    _check(directory / "clients", rules or [], certificate)
+
+
+def find_service(directory: Path, target: Endpoint, certificate: Certificate) -> Service:
+    """Return what is to be connected for a client that asks for `target`.
+
+    Raises:
+        Refusal: it may not be reached.
+    """
+    place = directory / "allow" / target.host
+    path = place / str(target.port)
+    try:
+        try:
+            values = read_values(path)
+        except FileNotFoundError:
+            if exists(place):
+                message = f"{place} has no {target.port}"
+                raise Refusal(BridgeReason.PORT_NOT_ALLOWED, message) from None
+            raise Refusal(BridgeReason.NO_ROUTE, f"nothing is said of {target.host}") from None
+        if (rules := rules_in(place / "clients")) is not None:
+            _check(place / "clients", rules, certificate)
+        if len(values) > 1:
+            raise SettingsError(path, f"it has {len(values)} values, not one")
+        return Service(
+            _where(path, values[0]) if values else target, exists(place / "send-proxy-v1")
+        )
+    except SettingsError as error:
+        raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+
+
+def _where(path: Path, value: str) -> Endpoint | str:
+    if "/" in value:
+        return value
+    try:
+        return Endpoint.parse(value)
+    except ValueError as error:
+        raise SettingsError(path, f"{value!a}: {error}") from None
+
+
+def _check(path: Path, rules: list[Rule], certificate: Certificate) -> None:
+    if not matches(rules, certificate, is_server=False):
+        names = [*certificate.dns, *certificate.uris, *certificate.common_names]
+        shown = ", ".join(names) or "a certificate without a name"
+        raise Refusal(BridgeReason.CLIENT_NOT_ALLOWED, f"{path} does not have {shown}")

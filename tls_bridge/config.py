@@ -1,0 +1,27 @@
+"""What can be set for tls-bridge and tls-bridge-peer, and what is fixed for a reason."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sniproxy.service.options import ServiceOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Config(ServiceOptions):
+    """How the two behave. The defaults are the contract; tests make the times shorter."""
+
+    # Whether clients speak TLS to whoever carries them, and their server name is what they ask for.
+    sni: bool = False
+
+    # Patterns and peers, files of them, and how to meet peers that are given by their address.
+    pairs: tuple[tuple[str, str], ...] = ()
+    files: tuple[Path, ...] = ()
+    identity: Path | None = None
+    server_name: str | None = None
+
+    # Seconds from accept until the tunnel stands: what the client says, names, connecting, TLS, and
+    # the answer. As the SNI router has it, for the same lost packets.
+    setup_seconds: float = 10.0
+
+    # The longest body of an answer that is passed back. It is for people, who are told why.
+    most_body: int = 1 << 16

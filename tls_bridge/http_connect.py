@@ -1,0 +1,229 @@
+"""HTTP's CONNECT: reading it, passing it on, and answering it (RFC 9110 §9.3.6). h11 parses.
+
+Bytes in, events out: whoever calls waits for the bytes, from a socket or from TLS.
+"""
+
+import ipaddress
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+from typing import NamedTuple
+
+import h11
+
+from mutual_tls.dial import Endpoint
+from sniproxy_hostname import Hostname
+from tls_bridge.refusal import ANSWERS, BridgeReason, Reason, Refusal
+
+# The most that a header may take, all fields together: what Apache and nginx allow is 8 to 32 KiB.
+MOST_HEADER = 1 << 14
+
+# RFC 9110 §7.6.1: fields that a proxy "MUST remove", whether Connection names them or not. The
+# credentials of a proxy are for us, not for the next one (RFC 9110 §11.7.2).
+_HOP_BY_HOP = frozenset(
+    {
+        *(b"connection", b"proxy-connection", b"keep-alive", b"te", b"transfer-encoding"),
+        *(b"upgrade", b"trailer", b"proxy-authorization", b"host", b"content-length"),
+    }
+)
+
+Headers = list[tuple[bytes, bytes]]
+Receive = Callable[[], Awaitable[bytes]]
+
+
+class Request(NamedTuple):
+    """A CONNECT: where to, the fields that are for the next hop, and bytes that came with it."""
+
+    target: Endpoint
+    headers: Headers
+    early: bytes
+
+
+class Response(NamedTuple):
+    """An answer to a CONNECT; for 2xx, `body` is what the service has said already."""
+
+    status: int
+    reason: bytes
+    headers: Headers
+    body: bytes
+
+
+class Asked:
+    """What a client asks of us: reads one CONNECT, and answers it.
+
+    Args:
+        receive: returns the next bytes that the client has sent, none at the end.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MOST_HEADER)
+
+    async def read(self) -> Request | None:
+        """Return what the client asks; None if it has ended without a word.
+
+        Raises:
+            Refusal: that is no CONNECT to a host and a port.
+        """
+        connection = self._connection
+        while (event := self._next_event()) is h11.NEED_DATA:
+            data = await self._receive()
+            connection.receive_data(data)
+        if isinstance(event, h11.ConnectionClosed):
+            return None
+        if not isinstance(event, h11.Request):
+            raise Refusal(BridgeReason.BAD_REQUEST, "it has a body without a header")
+        if event.method != b"CONNECT":
+            method = event.method.decode("ascii", "backslashreplace")
+            raise Refusal(BridgeReason.NOT_CONNECT, f"its method is {method}")
+        # RFC 9110 §9.3.6: "A CONNECT request message does not have content."
+        if not isinstance(self._next_event(), h11.EndOfMessage):
+            raise Refusal(BridgeReason.BAD_REQUEST, "a CONNECT has no content")
+        early, _ = connection.trailing_data
+        return Request(target(event.target), _end_to_end(event.headers), early)
+
+    def accept(self, headers: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
+        """Return the bytes that say: what comes now is for the service."""
+        answer = h11.Response(
+            status_code=200, headers=list(headers), reason=b"Connection established"
+        )
+        return self._connection.send(answer) or b""
+
+    def refuse(self, reason: Reason, detail: str, proxy: str) -> bytes:
+        """Return the bytes that say that, and why, it can't be done."""
+        status = ANSWERS[reason].status
+        phrase = HTTPStatus(status).phrase
+        body = f"{status} {phrase}: {reason}\n".encode()
+        headers = [
+            (b"Proxy-Status", proxy_status(proxy, reason, detail)),
+            (b"Content-Type", b"text/plain"),
+        ]
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers.append((b"Allow", b"CONNECT"))  # RFC 9110 §15.5.6: "MUST"
+        return self.pass_back(Response(status, phrase.encode(), headers, body))
+
+    def pass_back(self, response: Response) -> bytes:
+        """Return the bytes of an answer that is not 2xx."""
+        connection = self._connection
+        if connection.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
+            return b""
+        headers = [*response.headers, (b"Content-Length", b"%d" % len(response.body))]
+        headers.append((b"Connection", b"close"))
+        events = (
+            h11.Response(status_code=response.status, headers=headers, reason=response.reason),
+            h11.Data(data=response.body),
+            h11.EndOfMessage(),
+        )
+        return b"".join(connection.send(event) or b"" for event in events)
+
+    def _next_event(self) -> object:
+        try:
+            return self._connection.next_event()
+        except h11.RemoteProtocolError as error:
+            is_large = error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            reason = BridgeReason.HEADER_TOO_LARGE if is_large else BridgeReason.BAD_REQUEST
+            raise Refusal(reason, str(error)) from None
+
+
+def request_bytes(connection: h11.Connection, request_target: Endpoint, headers: Headers) -> bytes:
+    """Return the bytes of a CONNECT, to be answered on the same `connection`."""
+    where = str(request_target).encode()
+    event = h11.Request(method=b"CONNECT", target=where, headers=[(b"Host", where), *headers])
+    return (connection.send(event) or b"") + (connection.send(h11.EndOfMessage()) or b"")
+
+
+async def read_response(connection: h11.Connection, receive: Receive, most_body: int) -> Response:
+    """Return the answer to a CONNECT, with no more of a body than `most_body` bytes.
+
+    Raises:
+        Refusal: the peer has closed instead, or speaks no HTTP.
+    """
+    response: h11.Response | None = None
+    body = bytearray()
+    try:
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                data = await receive()
+                if not data and response is None:
+                    raise Refusal(BridgeReason.PEER_CLOSED, "the peer has closed and not answered")
+                connection.receive_data(data)
+            elif isinstance(event, h11.Response):
+                if event.status_code < 300:
+                    early, _ = connection.trailing_data
+                    headers = _end_to_end(event.headers)
+                    return Response(event.status_code, bytes(event.reason), headers, early)
+                response = event
+            elif isinstance(event, h11.Data):
+                body += event.data
+            if isinstance(event, h11.EndOfMessage) or len(body) >= most_body:
+                break
+    except h11.RemoteProtocolError as error:
+        raise Refusal(BridgeReason.PEER_NOT_HTTP, str(error)) from None
+    if response is None:
+        raise Refusal(BridgeReason.PEER_NOT_HTTP, "the peer's answer has no header")
+    headers = _end_to_end(response.headers)
+    return Response(response.status_code, bytes(response.reason), headers, bytes(body[:most_body]))
+
+
+def target(authority: bytes) -> Endpoint:
+    """Return what the target of a CONNECT names, in canonical form.
+
+    RFC 9110 §9.3.6: "only the host and port number of the tunnel destination, separated by a
+    colon", and "there is no default port".
+
+    Raises:
+        Refusal: it is something else.
+    """
+    try:
+        endpoint = Endpoint.parse(authority.decode("ascii"))
+        return endpoint._replace(host=host(endpoint.host.encode()))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise Refusal(
+            BridgeReason.BAD_REQUEST, f"unable to understand its target: {error}"
+        ) from None
+
+
+def host(text: bytes) -> str:
+    """Return a hostname or an IP address in canonical form, one safe component of a path.
+
+    Raises:
+        InvalidHostname: it is neither. That is a ValueError.
+    """
+    try:
+        return str(ipaddress.ip_address(text.decode("ascii")))
+    except (ValueError, UnicodeDecodeError):
+        return Hostname(text)
+
+
+def proxy_status(proxy: str, reason: Reason, detail: str) -> bytes:
+    """Return the value of a Proxy-Status field, RFC 9209 §2: a structured field, RFC 8941.
+
+    A String there has printable ASCII only; `"` and the backslash are escaped.
+    """
+    shown = "".join(char if " " <= char <= "~" else "?" for char in f"{reason}: {detail}")
+    escaped = re.sub(r'(["\\])', r"\\\1", shown)
+    return f'{proxy}; error={ANSWERS[reason].error}; details="{escaped}"'.encode()
+
+
+def has_been_here(headers: Headers, pseudonym: str) -> bool:
+    """Tell whether Via (RFC 9110 §7.6.3) says that the request came by here before."""
+    passed = [
+        part.split() for name, value in headers if name == b"via" for part in value.split(b",")
+    ]
+    return any(len(words) > 1 and words[1] == pseudonym.encode() for words in passed)
+
+
+def _end_to_end(headers: "h11._headers.Headers") -> Headers:
+    """Return the fields that are for the next hop."""
+    named = {
+        word.strip().lower()
+        for name, value in headers
+        if name == b"connection"
+        for word in value.split(b",")
+    }
+    return [
+        (bytes(name), bytes(value))
+        for name, value in headers
+        if name not in _HOP_BY_HOP and name not in named
+    ]
