@@ -12,6 +12,7 @@ from typing import NamedTuple
 import trio
 
 from sniproxy.engine import tcp
+from sniproxy.engine.loop import EventLoop
 
 # Seconds until the next address is tried beside those that have not answered: RFC 8305 §5,
 # "Connection Attempt Delay", "SHOULD be ... 250 milliseconds".
@@ -112,11 +113,12 @@ async def resolve(endpoint: Endpoint) -> list[tuple[std.AddressFamily, tuple[str
 
 
 async def dial(
-    endpoint: Endpoint, is_forbidden: Callable[[IPAddress], bool] | None = None
+    loop: EventLoop, endpoint: Endpoint, is_forbidden: Callable[[IPAddress], bool] | None = None
 ) -> socket:
     """Return a non-blocking socket that is connected to the endpoint.
 
     Args:
+        loop: which waits for the socket.
         endpoint: where to.
         is_forbidden: addresses that are left out.
 
@@ -131,11 +133,11 @@ async def dial(
             detail = f"{endpoint.host} is {addresses[0][1][0]}"
             raise DialError(DialReason.FORBIDDEN, detail)
         addresses = allowed
-    return await _dial_in_turn(addresses, str(endpoint))
+    return await _dial_in_turn(loop, addresses, str(endpoint))
 
 
 async def _dial_in_turn(
-    addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]], what: str
+    loop: EventLoop, addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]], what: str
 ) -> socket:
     """Connect to whichever answers first; each has a quarter of a second before the next begins."""
     connected: list[socket] = []
@@ -145,7 +147,7 @@ async def _dial_in_turn(
             for family, address in addresses:
                 has_failed = trio.Event()
                 nursery.start_soon(
-                    _attempt, nursery, family, address, connected, errors, has_failed
+                    _attempt, loop, nursery, family, address, connected, errors, has_failed
                 )
                 with trio.move_on_after(_ATTEMPT_EVERY):
                     await has_failed.wait()
@@ -164,6 +166,7 @@ async def _dial_in_turn(
 
 
 async def _attempt(
+    loop: EventLoop,
     nursery: trio.Nursery,
     family: std.AddressFamily,
     address: tuple[str, int],
@@ -175,7 +178,7 @@ async def _attempt(
     try:
         for option in _OPTIONS:
             sock.setsockopt(*option)
-        if (number := await connect(sock, address)) == 0:
+        if (number := await connect(loop, sock, address)) == 0:
             connected.append(sock)
             nursery.cancel_scope.cancel()
             return
@@ -187,11 +190,11 @@ async def _attempt(
         raise
 
 
-async def connect(sock: socket, address: tuple[str, int] | str | bytes) -> int:
+async def connect(loop: EventLoop, sock: socket, address: tuple[str, int] | str | bytes) -> int:
     """Connect a non-blocking socket; return 0, or the error number."""
     number = sock.connect_ex(address)
     if number == errno.EINPROGRESS:
-        await trio.lowlevel.wait_writable(sock.fileno())
+        await loop.wait_writable(sock.fileno())
         number = sock.getsockopt(std.SOL_SOCKET, std.SO_ERROR)
     return number
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import trio
 
+from sniproxy.engine.loop import EventLoop
+
 # Bytes received at a time: more than the flight of a handshake, and one whole record.
 _CHUNK = 1 << 14
 
@@ -61,6 +63,7 @@ class TLSEnd:
     """A TLS connection over a connected stream socket.
 
     Args:
+        loop: which waits for the socket.
         sock: non-blocking; owned by whoever made it.
         context: with the identity, and whom to trust.
         server_side: whether the peer is the client.
@@ -74,10 +77,11 @@ class TLSEnd:
         outgoing: Ciphertext to be sent.
     """
 
-    __slots__ = ("_check", "_checked", "incoming", "outgoing", "socket", "ssl")
+    __slots__ = ("_check", "_checked", "_loop", "incoming", "outgoing", "socket", "ssl")
 
     def __init__(
         self,
+        loop: EventLoop,
         sock: socket,
         context: ssl.SSLContext,
         *,
@@ -86,6 +90,7 @@ class TLSEnd:
         check: Callable[[bytes], None] | None = None,
         session: ssl.SSLSession | None = None,
     ) -> None:
+        self._loop = loop
         self.socket = sock
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.ssl = context.wrap_bio(self.incoming, self.outgoing, server_side, server_name, session)
@@ -173,7 +178,7 @@ class TLSEnd:
         """
         while self.outgoing.pending:
             try:
-                await send_all(self.socket, self.outgoing.read())
+                await send_all(self._loop, self.socket, self.outgoing.read())
             except OSError as error:
                 raise TLSError(TLSReason.TLS_RESET, error.strerror or str(error)) from None
 
@@ -183,17 +188,17 @@ class TLSEnd:
             with contextlib.suppress(ssl.SSLWantReadError):
                 self.ssl.unwrap()
             await self.flush()
-        await listen_to_the_end(self.socket)
+        await listen_to_the_end(self._loop, self.socket)
 
     async def _tell(self) -> None:
         """Send the alert that OpenSSL has left for the peer, and let it arrive."""
         with contextlib.suppress(TLSError):
             await self.flush()
-            await listen_to_the_end(self.socket)
+            await listen_to_the_end(self._loop, self.socket)
 
     async def _feed(self) -> None:
         try:
-            data = await receive_some(self.socket, _CHUNK)
+            data = await receive_some(self._loop, self.socket, _CHUNK)
         except OSError as error:
             raise TLSError(TLSReason.TLS_RESET, error.strerror or str(error)) from None
         if not data:
@@ -202,7 +207,7 @@ class TLSEnd:
         self.incoming.write(data)
 
 
-async def receive_some(sock: socket, most: int) -> bytes:
+async def receive_some(loop: EventLoop, sock: socket, most: int) -> bytes:
     """Return the next bytes of a non-blocking socket, at most so many; none at its end.
 
     Raises:
@@ -212,10 +217,10 @@ async def receive_some(sock: socket, most: int) -> bytes:
         try:
             return sock.recv(most, MSG_DONTWAIT)
         except BlockingIOError:
-            await trio.lowlevel.wait_readable(sock.fileno())
+            await loop.wait_readable(sock.fileno())
 
 
-async def send_all(sock: socket, data: bytes) -> None:
+async def send_all(loop: EventLoop, sock: socket, data: bytes) -> None:
     """Send all of `data` to a non-blocking socket.
 
     Raises:
@@ -226,14 +231,14 @@ async def send_all(sock: socket, data: bytes) -> None:
         try:
             view = view[sock.send(view, MSG_DONTWAIT) :]
         except BlockingIOError:
-            await trio.lowlevel.wait_writable(sock.fileno())
+            await loop.wait_writable(sock.fileno())
 
 
-async def listen_to_the_end(sock: socket) -> None:
+async def listen_to_the_end(loop: EventLoop, sock: socket) -> None:
     """End what we say, and throw away what the peer still says, for a second at the most."""
     with contextlib.suppress(OSError), trio.move_on_after(_ALERT_SECONDS):
         sock.shutdown(SHUT_WR)
-        while await receive_some(sock, _CHUNK):
+        while await receive_some(loop, sock, _CHUNK):
             pass
 
 

@@ -203,7 +203,7 @@ def test_on_a_machine_with_other_numbers_nothing_wrong_is_tried(
     monkeypatch.setattr("os.uname", lambda: SimpleNamespace(machine=machine))
     if machine in sandbox._CALLS:
         # Not entered, then: only that there is one, and each comparison leads somewhere.
-        program = sandbox._filter(sandbox._CALLS[machine])
+        program = sandbox._filter(sandbox._CALLS[machine], [socket.AF_UNIX, socket.AF_INET])
         assert all(at + 1 + max(each[1:3]) < len(program) for at, each in enumerate(program[:-1]))
     else:
         has_landlock = sandbox._landlock_version() > 0
@@ -241,7 +241,7 @@ def test_what_a_filter_hides_is_done_without(
 
     def prepare() -> None:
         ours = sandbox._filter
-        sandbox._filter = lambda calls: [
+        sandbox._filter = lambda calls, families: [
             (sandbox._LOAD, 0, 0, sandbox._CALL),
             (sandbox._IF_EQUAL, 0, 3, hidden),
             (sandbox._LOAD, 0, 0, sandbox._FIRST),
@@ -250,7 +250,7 @@ def test_what_a_filter_hides_is_done_without(
             (sandbox._RETURN, 0, 0, sandbox._SECCOMP_RET_ALLOW),
         ]
         libc.call("prctl", sandbox._PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        assert sandbox._enter_filter()
+        assert sandbox._enter_filter([socket.AF_UNIX])
         sandbox._filter = ours
 
     assert entered(prepare) == ["new_privileges", *left]
@@ -276,12 +276,62 @@ def test_what_is_there_and_fails_is_an_error(
         return real(function, *arguments)
 
     monkeypatch.setattr(libc, "call", fail)
-    enter = sandbox._enter_filter if call == "prctl" else sandbox._enter_landlock
     with pytest.raises(OSError, match=os.strerror(errno.E2BIG)):
-        enter()
+        if call == "prctl":
+            sandbox._enter_filter([socket.AF_UNIX])
+        else:
+            sandbox._enter_landlock([], may_connect=False)
 
 
 def test_a_python_of_32_bits_gets_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
     """It makes other system calls, which the filter would all forbid."""
     monkeypatch.setattr("sys.maxsize", (1 << 31) - 1)
     assert entered(lambda: None) == ["new_privileges", *LANDLOCK]
+
+
+def test_who_connects_and_reads_its_configuration_is_left_that_and_no_more(tmp_path: Path) -> None:
+    """Tried in a child: nobody comes out again."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "file").write_text("x")
+    (tmp_path / "outside").write_text("x")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+
+        def bind() -> None:
+            with socket.socket() as sock:
+                sock.bind(("127.0.0.1", 0))
+
+        tries: dict[str, Callable[[], object]] = {
+            "read": lambda: (inside / "file").read_text(),
+            "list": lambda: os.listdir(inside),
+            "connect": lambda: socket.create_connection(address).close(),
+            "resolve": lambda: socket.getaddrinfo("localhost", 1),
+            "write": lambda: (inside / "file").write_text("y"),
+            "create": lambda: (inside / "new").touch(),
+            "read_outside": lambda: (tmp_path / "outside").read_text(),
+            "bind": bind,
+            "packet": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close(),
+            "run": lambda: os.execv("/bin/true", ["true"]),  # noqa: S606
+        }
+        reader, writer = os.pipe()
+        if (pid := os.fork()) == 0:
+            forbidden = sandbox.enter([inside, Path("/etc"), tmp_path / "absent"], may_connect=True)
+            done = [name for name, attempt in tries.items() if _succeeds(attempt)]
+            os.write(writer, " ".join([",".join(forbidden), *done]).encode())
+            os._exit(0)
+        os.waitpid(pid, 0)
+        os.close(writer)
+        with open(reader, "rb") as file:
+            words, *done = file.read().decode().split()
+    if set(words.split(",")) < {"files", "tcp", "network", "programs"}:
+        pytest.skip(f"this kernel forbids {words} only")
+    assert done == ["read", "list", "connect", "resolve"]
+
+
+def _succeeds(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except OSError:
+        return False
+    return True

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mutual_tls.identity import Identities
 from sniproxy.inherited import take_listening_sockets
-from sniproxy.service import standard
+from sniproxy.service import sandbox, standard
 from sniproxy.service.fatal import attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
@@ -50,6 +50,9 @@ a certificate of the authority in identity/ca.pem, and to be one of clients/.
 What may be reached stands in allow/HOST/PORT, and nothing else is.
 """
 _PEER_EXAMPLE = "cd /srv/peer && sniproxy-listen :443 tls-bridge-peer"
+
+# Where the system keeps what is read to find addresses, and the authorities that it trusts.
+_READABLE = tuple(map(Path, ("/etc", "/usr", "/lib", "/lib64", "/run/systemd/resolve")))
 
 # Descriptors that one connection takes beside the two that every program counts: none, as there are
 # no pipes.
@@ -142,6 +145,12 @@ def _story(program: str, *, is_sni: bool, routes: Routes) -> Begin:
     return partial(ServerNameIngress if is_sni else Ingress, routes=routes)
 
 
+def _given_directories(config: Config) -> list[Path]:
+    """Return where what the command line names is to be read."""
+    given = [path.parent for path in config.files]
+    return [*given, config.identity] if config.identity else given
+
+
 def _run(
     program: str,
     read: Callable[[Sequence[str] | None], Config | None],
@@ -169,6 +178,12 @@ def _run(
         config.identity,
         config.server_name,
     )
+    with attempt("enter the sandbox (--no-sandbox does without)"):
+        # Some modules are loaded when they are first needed.
+        modules = [Path(path) for path in sys.path if path]
+        readable = [directory, *_READABLE, *modules, *_given_directories(config)]
+        forbidden = sandbox.enter(readable, may_connect=True) if config.sandbox else ["nothing"]
+    log.event("sandbox", forbids=",".join(forbidden))
     listening = [(sock, _story(program, is_sni=is_sni, routes=routes)) for sock, is_sni in taken]
 
     def stop_listening() -> None:

@@ -66,9 +66,14 @@ class Asked:
             Refusal: that is no CONNECT to a host and a port.
         """
         connection = self._connection
+        data, room = b"", MOST_HEADER
         while (event := self._next_event()) is h11.NEED_DATA:
-            data = await self._receive()
-            connection.receive_data(data)
+            if not room:
+                raise Refusal(BridgeReason.HEADER_TOO_LARGE, f"it is over {MOST_HEADER} bytes long")
+            data = data or await self._receive()
+            piece, data = data[:room], data[room:]
+            room -= len(piece)
+            connection.receive_data(piece)
         if isinstance(event, h11.ConnectionClosed):
             return None
         if not isinstance(event, h11.Request):
@@ -80,7 +85,7 @@ class Asked:
         if not isinstance(self._next_event(), h11.EndOfMessage):
             raise Refusal(BridgeReason.BAD_REQUEST, "a CONNECT has no content")
         early, _ = connection.trailing_data
-        return Request(target(event.target), _end_to_end(event.headers), early)
+        return Request(target(event.target), _end_to_end(event.headers), early + data)
 
     def accept(self, headers: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
         """Return the bytes that say: what comes now is for the service."""

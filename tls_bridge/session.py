@@ -107,7 +107,11 @@ class Sessions:
     ) -> None:
         """Begin the story of an accepted client."""
         self.limit.add()
-        self.nursery.start_soon(make(self, client, to).run)
+        session = make(self, client, to)
+        # At once, and not when its task begins: the next client may be at the door.
+        self.silent[session] = session.scope
+        self.nursery.start_soon(session.run)
+        self.loop.let_tasks_run()
 
     def make_room(self) -> bool:
         """Let go who has been silent the longest; return whether there was anybody."""
@@ -138,6 +142,7 @@ class Session:
         # Where the client comes from; None if that is not known, as on a Unix socket.
         self.source = None if client.family == std.AF_UNIX else address
         self.began = trio.current_time()
+        self.scope = trio.CancelScope(deadline=self.began + shared.config.setup_seconds)
         self.target: Endpoint | None = None
         self.peer: str | None = None
         self.silent = BridgeReason.CLIENT_SILENT  # who is to blame if the time is over
@@ -149,11 +154,10 @@ class Session:
         self.client.setblocking(False)
         try:
             try:
-                with trio.move_on_after(self.shared.config.setup_seconds) as scope:
-                    self.shared.silent[self] = scope
+                with self.scope:
                     await self.tell()
-                if scope.cancelled_caught:
-                    has_time = trio.current_time() < scope.deadline
+                if self.scope.cancelled_caught:
+                    has_time = trio.current_time() < self.scope.deadline
                     reason = BridgeReason.CAPACITY if has_time else self.silent
                     raise Refusal(reason, "the time was over" if not has_time else "")
             except Refusal as refusal:
@@ -203,6 +207,8 @@ class Session:
     async def _end(self, refusal: Refusal) -> None:
         # First, so that whoever has heard the answer finds the line.
         self.report(refusal.reason, str(refusal))
+        if refusal.reason is BridgeReason.CAPACITY:
+            return  # an answer would take up the place
         with trio.move_on_after(_ANSWER_SECONDS):
             await self.refuse(refusal)
 
@@ -292,9 +298,9 @@ class Outward(Session):
             context = peer.identity.client_context(check_hostname=peer.rules is None)
         except IdentityError as error:
             raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
-        self.far = await dial(address)
+        self.far = await dial(self.shared.loop, address)
         check = None if peer.rules is None else partial(check_server, peer.rules)
-        end = TLSEnd(self.far, context, server_name=peer.server_name, check=check)
+        end = TLSEnd(self.shared.loop, self.far, context, server_name=peer.server_name, check=check)
         await end.shake_hands()
         return end
 
@@ -306,7 +312,7 @@ class Ingress(Outward):
         self, shared: Sessions, client: socket, address: Address, *, routes: Routes
     ) -> None:
         super().__init__(shared, client, address, routes=routes)
-        self.asked = Asked(partial(receive_some, client, _CHUNK))
+        self.asked = Asked(partial(receive_some, shared.loop, client, _CHUNK))
 
     async def tell(self) -> None:
         """Pass the CONNECT on, and its answer back."""
@@ -319,16 +325,16 @@ class Ingress(Outward):
         if response.status >= _NOT_SUCCESSFUL:
             reason = response.reason.decode("ascii", "backslashreplace")
             self.report(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
-            await send_all(self.client, self.asked.pass_back(response))
-            return await listen_to_the_end(self.client)
-        await send_all(self.client, self.asked.accept(response.headers))
+            await send_all(self.shared.loop, self.client, self.asked.pass_back(response))
+            return await listen_to_the_end(self.shared.loop, self.client)
+        await send_all(self.shared.loop, self.client, self.asked.accept(response.headers))
         self.join(self.client, end, response.body, request.early)
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with a status."""
         answer = self.asked.refuse(refusal.reason, str(refusal), self.shared.program)
-        await send_all(self.client, answer)
-        await listen_to_the_end(self.client)
+        await send_all(self.shared.loop, self.client, answer)
+        await listen_to_the_end(self.shared.loop, self.client)
 
 
 class ServerNameIngress(Outward):
@@ -349,11 +355,11 @@ class ServerNameIngress(Outward):
 
     async def _read_hello(self) -> tuple[bytes, Headers]:
         """Return what the client has sent so far, its hello in front; nothing if it has gone."""
-        received = await receive_some(self.client, _CHUNK)
+        received = await receive_some(self.shared.loop, self.client, _CHUNK)
         if self.client.family == std.AF_UNIX:
             # Whoever may connect to the Unix socket is trusted with this, too.
             while (rest := read_proxy_v1(received)) is None:
-                if not (more := await receive_some(self.client, _CHUNK)):
+                if not (more := await receive_some(self.shared.loop, self.client, _CHUNK)):
                     return b"", []
                 received += more
             self.source, received = rest
@@ -361,7 +367,7 @@ class ServerNameIngress(Outward):
         data = received
         try:
             while (hello := reader.feed(data) if data else None) is None:
-                if not (data := await receive_some(self.client, _CHUNK)):
+                if not (data := await receive_some(self.shared.loop, self.client, _CHUNK)):
                     return b"", []
                 received += data
             host = Hostname(hello.required_server_name())
@@ -376,8 +382,8 @@ class ServerNameIngress(Outward):
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with an alert."""
         alert = self.alert or ANSWERS[refusal.reason].alert
-        await send_all(self.client, alert_record(alert))
-        await listen_to_the_end(self.client)
+        await send_all(self.shared.loop, self.client, alert_record(alert))
+        await listen_to_the_end(self.shared.loop, self.client)
 
 
 class PeerSide(Session):
@@ -394,7 +400,7 @@ class PeerSide(Session):
             context = shared.identities(shared.directory / "identity").server_context()
         except IdentityError as error:
             raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
-        end = TLSEnd(self.client, context, server_side=True, check=shown.append)
+        end = TLSEnd(self.shared.loop, self.client, context, server_side=True, check=shown.append)
         await end.shake_hands()
         self.end, self.asked = end, Asked(end.receive)
         request = await self.asked.read()
@@ -407,20 +413,20 @@ class PeerSide(Session):
         service = find_service(shared.directory, request.target, certificate)
         self.far = await self._dial(service.where)
         if service.send_proxy_v1:
-            await send_all(self.far, self._proxy_header(request.headers))
+            await send_all(self.shared.loop, self.far, self._proxy_header(request.headers))
         via = (b"Via", f"1.1 {shared.pseudonym}".encode())
         await end.send(self.asked.accept([via]))
         self.join(self.far, end, request.early, b"")
 
     async def _dial(self, where: Endpoint | str) -> socket:
         if isinstance(where, str):
-            return await dial_unix(where)
+            return await dial_unix(self.shared.loop, where)
         try:
             ip_address(where.host)
         except ValueError:
             # A name may lead anywhere; to this machine only if that is what was written.
-            return await dial(where, is_local)
-        return await dial(where)
+            return await dial(self.shared.loop, where, is_local)
+        return await dial(self.shared.loop, where)
 
     def _proxy_header(self, headers: Headers) -> bytes:
         source = forwarded_for(headers) or (self.source[:2] if self.source else None)
@@ -478,7 +484,7 @@ def read_certificate(der: bytes) -> Certificate:
         raise Refusal(BridgeReason.CLIENT_NOT_ALLOWED, str(error)) from None
 
 
-async def dial_unix(path: str) -> socket:
+async def dial_unix(loop: EventLoop, path: str) -> socket:
     """Return a non-blocking socket that is connected to a Unix socket.
 
     Raises:
@@ -487,7 +493,7 @@ async def dial_unix(path: str) -> socket:
     sock = socket(std.AF_UNIX, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC)
     try:
         # While its backlog is full; nothing tells when that has changed.
-        while (number := await connect(sock, path)) == errno.EAGAIN:  # noqa: ASYNC110
+        while (number := await connect(loop, sock, path)) == errno.EAGAIN:  # noqa: ASYNC110
             await trio.sleep(_RETRY)
         if number:
             raise DialError(DialReason.REFUSED, f"{path}: {os.strerror(number)}")

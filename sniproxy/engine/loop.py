@@ -6,7 +6,9 @@ and trio sees one descriptor only: that of the set itself. What happens to a des
 to its watcher, a plain object with a method that never waits.
 
 While events keep coming the task does not go back to trio for each of them. It waits in its own
-`epoll_wait`, briefly, and gives trio's other tasks their turn every few milliseconds.
+`epoll_wait`, briefly, and gives trio's other tasks their turn every few milliseconds; at once where
+one of them was woken by an event. A task that takes part in a connection waits here for its socket,
+and not in trio, where it would not be heard in that time.
 
 Rejected: a thread for the relay. It was as quick for a byte there and back, but it fights the
 accepting thread for the interpreter lock, and a connection cost half as much again.
@@ -66,6 +68,7 @@ class EventLoop:
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._waker, select.EPOLLIN | select.EPOLLET)
         self._awake = False
+        self._tasks_are_due = False
 
     def watch(self, fd: int, watcher: Watcher, events: int) -> None:
         """Tell `watcher` of `events` on `fd` from now on, and of EPOLLHUP and EPOLLERR.
@@ -115,6 +118,35 @@ class EventLoop:
         if not self._awake:
             self._wake()
 
+    def let_tasks_run(self) -> None:
+        """Give trio's tasks their turn at once, and do not hold the thread before they rest."""
+        self._tasks_are_due = True
+
+    async def wait_readable(self, fd: int) -> None:
+        """Wait in a task until `fd`, which nobody watches, can be read without waiting.
+
+        Raises:
+            OSError: ENOMEM or ENOSPC, see epoll_ctl(2).
+        """
+        await self._wait(fd, select.EPOLLIN)
+
+    async def wait_writable(self, fd: int) -> None:
+        """Wait in a task until `fd`, which nobody watches, can be written without waiting.
+
+        Raises:
+            OSError: as above.
+        """
+        await self._wait(fd, select.EPOLLOUT)
+
+    async def _wait(self, fd: int, events: int) -> None:
+        self.watch(fd, _WaitingTask(self, trio.lowlevel.current_task()), events)
+        try:
+            await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
+        finally:
+            # Unless the loop has ended first, and with it the set.
+            if fd in self._watchers:
+                self.unwatch(fd)
+
     async def run(self) -> None:
         """Serve until cancelled; whoever is left then is aborted."""
         poll = self._epoll.poll
@@ -124,8 +156,11 @@ class EventLoop:
                 self._awake = False
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
                 self._awake = True
+                self._tasks_are_due = False
                 turn_ends = time.monotonic() + _TURN
-                while (events := poll(0 if runnable else _SHORT_WAIT, _EVENTS)) or runnable:
+                while (
+                    events := poll(0 if runnable or self._tasks_are_due else _SHORT_WAIT, _EVENTS)
+                ) or runnable:
                     self._dispatch(events)
                     # Before somebody opens others in a turn: there may be no descriptor to spare.
                     if pending:
@@ -134,7 +169,7 @@ class EventLoop:
                         self._give_turns()
                         if pending:
                             self._close_pending()
-                    if time.monotonic() > turn_ends:
+                    if self._tasks_are_due or time.monotonic() > turn_ends:
                         await trio.lowlevel.checkpoint()
                         turn_ends = time.monotonic() + _TURN
                 # Whom other tasks closed at that checkpoint: nothing more may come to wake us.
@@ -182,3 +217,24 @@ class EventLoop:
     def _wake(self) -> None:
         self._awake = True
         os.eventfd_write(self._waker, 1)
+
+
+class _WaitingTask:
+    """Watches a descriptor for a task, and wakes the task, once."""
+
+    __slots__ = ("_loop", "_task")
+
+    def __init__(self, loop: EventLoop, task: trio.lowlevel.Task) -> None:
+        self._loop = loop
+        self._task: trio.lowlevel.Task | None = task
+
+    def on_event(self, events: int) -> None:
+        """Wake the task."""
+        if self._task is not None:
+            trio.lowlevel.reschedule(self._task)
+            self._task = None
+            self._loop.let_tasks_run()
+
+    def abort(self) -> None:
+        """Wake the task: it will find out by itself that the loop has ended."""
+        self.on_event(0)

@@ -8,13 +8,18 @@ sockets that are not its kind of TCP, and programs that are in no file.
 
 What none of them forbids stays allowed: to change into a directory, to look at what is there, to
 connect to a Unix socket by its path. That is just what looking up a host takes.
+
+A program that connects to other machines, and whose configuration is files, is left that much more:
+to read where it says, to make TCP connections, and to ask for addresses.
 """
 
 import ctypes
 import errno
 import os
 import sys
-from socket import AF_UNIX
+from collections.abc import Sequence
+from pathlib import Path
+from socket import AF_INET, AF_INET6, AF_NETLINK, AF_UNIX
 from typing import Final, NamedTuple
 
 from sniproxy.service import libc
@@ -25,10 +30,12 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 
 # The same numbers wherever Python runs, but for two architectures; there it is not tried.
 _LANDLOCK_CREATE_RULESET: Final = 444
+_LANDLOCK_ADD_RULE: Final = 445
 _LANDLOCK_RESTRICT_SELF: Final = 446
 _OTHER_NUMBERS: Final = ("alpha", "mips")
 
 _LANDLOCK_CREATE_RULESET_VERSION: Final = 1
+_LANDLOCK_RULE_PATH_BENEATH: Final = 1
 
 # What can be taken away, by the version of Landlock that brought it.
 _FILES: Final = {
@@ -37,7 +44,8 @@ _FILES: Final = {
     3: 1 << 14,  # to truncate
     5: 1 << 15,  # ioctl(2) on devices
 }
-_BIND_AND_CONNECT_TCP: Final = 0b11  # since version 4
+_READ_FILES_AND_DIRECTORIES: Final = 0b1100
+_BIND_TCP, _CONNECT_TCP = 0b01, 0b10  # since version 4
 _ABSTRACT_UNIX_SOCKETS_AND_SIGNALS: Final = 0b11  # since version 6
 
 # The kernel has no Landlock, or it was not enabled when it booted, or a filter of system calls
@@ -52,6 +60,12 @@ class _RulesetAttributes(ctypes.Structure):
         ("handled_access_net", ctypes.c_uint64),
         ("scoped", ctypes.c_uint64),
     )
+
+
+class _PathBeneathAttributes(ctypes.Structure):
+    # struct landlock_path_beneath_attr
+    _pack_ = 1
+    _fields_ = (("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
 
 
 # --- The filter, linux/seccomp.h and linux/filter.h
@@ -114,23 +128,34 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(_Instruction)))
 
 
-def enter() -> list[str]:
+def enter(readable: Sequence[Path] = (), *, may_connect: bool = False) -> list[str]:
     """Lock this process in, and the children that it will have. It must have one thread only.
+
+    Args:
+        readable: directories in which files may be read; those that are absent do not matter.
+        may_connect: whether TCP connections may be made, and addresses of names asked for.
 
     Returns:
         What is forbidden from now on, in words for a log: `new_privileges`; and where the kernel
-        offers it, `files` (to open, make or run any), `tcp` (to bind or to connect),
-        `abstract_sockets` (to connect to those of others), `signals` (to send any to others),
-        `network` (to make a socket that is no Unix socket) and `programs` (to run any).
+        offers it, `files` (to open, make or run any; with `readable`: to open any others), `tcp`
+        (to bind or to connect; with `may_connect`: to bind), `abstract_sockets` (to connect to
+        those of others), `signals` (to send any to others), `network` (to make a socket that is no
+        Unix socket; with `may_connect`: none that is of neither IP nor netlink) and `programs` (to
+        run any).
 
     Raises:
         OSError: the kernel offers it and refuses it. E2BIG: we are in sixteen sandboxes already.
     """
     libc.call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    return ["new_privileges", *_enter_landlock(), *_enter_filter()]
+    families = (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK) if may_connect else (AF_UNIX,)
+    return [
+        "new_privileges",
+        *_enter_landlock(readable, may_connect=may_connect),
+        *_enter_filter(families),
+    ]
 
 
-def _enter_landlock() -> list[str]:
+def _enter_landlock(readable: Sequence[Path], *, may_connect: bool) -> list[str]:
     version = _landlock_version()
     if version == 0:
         return []
@@ -138,19 +163,34 @@ def _enter_landlock() -> list[str]:
     attributes.handled_access_fs = sum(bits for since, bits in _FILES.items() if since <= version)
     forbidden = ["files"]
     if version >= 4:
-        attributes.handled_access_net = _BIND_AND_CONNECT_TCP
+        attributes.handled_access_net = _BIND_TCP if may_connect else _BIND_TCP | _CONNECT_TCP
         forbidden.append("tcp")
     if version >= 6:
         attributes.scoped = _ABSTRACT_UNIX_SOCKETS_AND_SIGNALS
         forbidden += ["abstract_sockets", "signals"]
-    # A set of rules without a rule: nothing of all that is allowed anywhere.
+    # Without a rule nothing of all that is allowed anywhere.
     reference, size = ctypes.byref(attributes), ctypes.sizeof(attributes)
     rules = libc.call("syscall", _LANDLOCK_CREATE_RULESET, reference, size, 0)
     try:
+        for path in readable:
+            _allow_to_read(rules, path)
         libc.call("syscall", _LANDLOCK_RESTRICT_SELF, rules, 0)
     finally:
         os.close(rules)
     return forbidden
+
+
+def _allow_to_read(rules: int, path: Path) -> None:
+    try:
+        parent = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        attributes = _PathBeneathAttributes(_READ_FILES_AND_DIRECTORIES, parent)
+        reference = ctypes.byref(attributes)
+        libc.call("syscall", _LANDLOCK_ADD_RULE, rules, _LANDLOCK_RULE_PATH_BENEATH, reference, 0)
+    finally:
+        os.close(parent)
 
 
 def _landlock_version() -> int:
@@ -166,11 +206,11 @@ def _landlock_version() -> int:
         raise
 
 
-def _enter_filter() -> list[str]:
+def _enter_filter(families: Sequence[int]) -> list[str]:
     calls = _CALLS.get(os.uname().machine)
     if calls is None or sys.maxsize < 1 << 32:  # a Python of 32 bits makes other calls
         return []
-    instructions = _filter(calls)
+    instructions = _filter(calls, families)
     array = (_Instruction * len(instructions))(*(_Instruction(*each) for each in instructions))
     program = ctypes.byref(_Program(len(array), array))
     try:
@@ -182,7 +222,7 @@ def _enter_filter() -> list[str]:
     return ["network", "programs"]
 
 
-def _filter(calls: _Calls) -> list[tuple[int, int, int, int]]:
+def _filter(calls: _Calls, families: Sequence[int]) -> list[tuple[int, int, int, int]]:
     """Return the instructions that let all calls pass but a few, which get EACCES."""
     allow = (_RETURN, 0, 0, _SECCOMP_RET_ALLOW)
     deny = (_RETURN, 0, 0, _SECCOMP_RET_ERRNO | errno.EACCES)
@@ -196,11 +236,11 @@ def _filter(calls: _Calls) -> list[tuple[int, int, int, int]]:
     ]
     for call in calls.execve, calls.execveat, _IO_URING_SETUP:
         instructions += [(_IF_EQUAL, 0, 1, call), deny]
+    of_families = [each for family in families for each in ((_IF_EQUAL, 0, 1, family), allow)]
     instructions += [
-        (_IF_EQUAL, 0, 4, calls.socket),
+        (_IF_EQUAL, 0, 2 + len(of_families), calls.socket),
         (_LOAD, 0, 0, _FIRST),
-        (_IF_EQUAL, 0, 1, AF_UNIX),
-        allow,
+        *of_families,
         deny,
         (_IF_EQUAL, 1, 0, calls.ioctl),
         allow,

@@ -9,6 +9,7 @@ its standard error that is no line of the log, or is the traceback of a bug, fai
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -230,4 +231,4 @@ def start_daemon(
 
 def _is_unexpected(line: str) -> bool:
     # What Python itself has to say, such as a ResourceWarning, does not begin like an event.
-    return not line.startswith("sniproxy: ") or line.startswith("sniproxy: bug ")
+    return re.match(r"(sniproxy|tls-bridge|tls-bridge-peer): (?!bug )", line) is None

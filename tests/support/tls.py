@@ -76,12 +76,14 @@ class TLSBench:
             sock.setblocking(False)
         far_plain, near_plain = plain(far), plain(near)
         peer = Peer(
+            self.loop,
             far_plain,
             context(version, server_side=not server_side),
             server_side=not server_side,
             server_name=NAME if server_side else None,
         )
         end = TLSEnd(
+            self.loop,
             near_plain,
             context(version, server_side=server_side),
             server_side=server_side,

@@ -1,0 +1,636 @@
+"""tls-bridge and tls-bridge-peer, as processes: what a client gets to see, and the log."""
+
+import http.client
+import os
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from tests.support import hellos
+from tests.support.bridge import (
+    INGRESS,
+    PEER,
+    SERVICE,
+    Bridge,
+    ask,
+    authority,
+    bridge,
+    connect,
+    read_header,
+    write,
+    write_identity,
+)
+from tests.support.daemon import PATIENCE, Daemon, eventually
+from tests.support.sockets import Noise, receive_all, receive_exactly
+
+OK = b"HTTP/1.1 200 Connection established\r\n"
+
+
+@pytest.fixture
+def it(tmp_path: Path) -> Iterator[Bridge]:
+    with bridge(tmp_path) as made:
+        yield made
+
+
+def status(header: bytes) -> int:
+    return int(header.split()[1])
+
+
+def error(header: bytes) -> str:
+    """Return the type of error in the first Proxy-Status."""
+    [line] = [line for line in header.splitlines() if line.lower().startswith(b"proxy-status:")]
+    return line.partition(b"error=")[2].partition(b";")[0].decode()
+
+
+def check_echo(client: socket.socket) -> None:
+    client.sendall(b"hello")
+    assert receive_exactly(client, 5) == b"hello"
+    client.shutdown(socket.SHUT_WR)
+    assert receive_all(client) == b""
+
+
+# --- The main job --------------------------------------------------------------------------------
+
+
+def test_connect_reaches_a_service_that_only_the_peer_knows(it: Bridge) -> None:
+    peer, ingress = it.start_peer("--log", "connections"), it.start_ingress("--log", "connections")
+    client, header = ask(ingress, connect())
+    with client:
+        assert header.startswith(OK)
+        check_echo(client)
+    assert "name=web.internal:80 peer=p up=5 down=5" in ingress.wait_for_log("connection")
+    assert "ending=finished" in peer.wait_for_log("connection")
+
+
+def test_what_comes_with_the_connect_is_not_lost(it: Bridge) -> None:
+    it.start_peer()
+    early = b"".join(Noise().blocks(100_000))
+    with it.start_ingress().connect() as client:
+        client.sendall(connect() + early)
+        assert read_header(client).startswith(OK)
+        assert receive_exactly(client, len(early)) == early
+
+
+def test_what_comes_with_the_answer_is_not_lost(it: Bridge) -> None:
+    """A service that speaks first."""
+    banner = b"220 mail.example ESMTP\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        write(it.peer_place / "allow/mail.internal/25", f"127.0.0.1:{listening.getsockname()[1]}")
+        write(it.ingress_place / "hosts/_.internal/peer", "p")
+        it.start_peer()
+        client = it.start_ingress().connect()
+        with client:
+            client.sendall(connect("mail.internal:25"))
+            service, _ = listening.accept()
+            with service:
+                service.sendall(banner)
+                service.shutdown(socket.SHUT_WR)
+                assert read_header(client).startswith(OK)
+                assert receive_all(client) == banner
+                client.sendall(b"QUIT")
+                client.shutdown(socket.SHUT_WR)
+                assert receive_all(service) == b"QUIT"
+
+
+@pytest.mark.parametrize("size", [100_000_000])
+def test_much_in_both_directions_is_intact(it: Bridge, size: int) -> None:
+    it.start_peer()
+    client, header = ask(it.start_ingress(), connect())
+    assert header.startswith(OK)
+    block = b"".join(Noise().blocks(1_000_000))
+    pid = os.fork()
+    if pid == 0:
+        for _ in range(size // len(block)):
+            client.sendall(block)
+        client.shutdown(socket.SHUT_WR)
+        os._exit(0)
+    with client:
+        for _ in range(size // len(block)):
+            assert receive_exactly(client, len(block)) == block
+        assert receive_all(client) == b""
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_stalled_reader_costs_little_memory(it: Bridge) -> None:
+    """200 MB are offered, and nobody reads: what can't be sent is not read."""
+    peer, ingress = it.start_peer(), it.start_ingress()
+    client, header = ask(ingress, connect())
+    with client:
+        assert header.startswith(OK)
+        client.setblocking(False)
+        block = bytes(1 << 20)
+        sent, deadline = 0, time.monotonic() + 2
+        while sent < 200_000_000 and time.monotonic() < deadline:
+            try:
+                sent += client.send(block)
+            except BlockingIOError:
+                time.sleep(0.01)
+        assert sent < 100_000_000
+        for daemon in peer, ingress:
+            assert daemon.rss_peak() < 80_000_000
+
+
+def test_the_server_name_leads_to_a_site_on_another_machine(it: Bridge, tmp_path: Path) -> None:
+    """A browser's whole check of the certificate; the key of the site never leaves its machine."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority().issue_cert("site.example").configure_cert(context)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        write(it.peer_place / "allow/site.example/443", f"127.0.0.1:{port}")
+        write(it.peer_place / "allow/site.example/send-proxy-v1")
+        write(it.ingress_place / "hosts/site.example/peer", "p")
+        it.start_peer()
+        path = tmp_path / "tls-socket"
+        it.start_ingress("--sni", unix=path)
+        browser = ssl.create_default_context()
+        authority().configure_trust(browser)
+        raw = socket.socket(socket.AF_UNIX)
+        raw.settimeout(PATIENCE)
+        raw.connect(str(path))
+        raw.sendall(b"PROXY TCP4 192.0.2.7 192.0.2.1 50000 443\r\n")
+        pid = os.fork()
+        if pid == 0:
+            service, _ = listening.accept()
+            line = receive_exactly(service, len("PROXY TCP4 192.0.2.7 127.0.0.1 50000 "))
+            with context.wrap_socket(_after_line(service), server_side=True) as served:
+                served.sendall(line)
+                served.recv(100)
+            os._exit(0)
+        with browser.wrap_socket(raw, server_hostname="site.example") as client:
+            assert client.recv(100).startswith(b"PROXY TCP4 192.0.2.7 127.0.0.1 50000")
+            client.sendall(b"thanks")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _after_line(service: socket.socket) -> socket.socket:
+    while service.recv(1) != b"\n":
+        pass
+    return service
+
+
+# --- What the directory says ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("WEB.internal.:80", 200),  # one name, however it is written
+        ("other.internal:80", 403),
+        ("web.internal.evil:80", 403),
+        ("xweb.internal:80", 403),
+        ("web.internal:81", 403),
+        ("127.0.0.1:80", 403),
+        ("[::1]:80", 403),
+        ("../peers/p:80", 400),
+        ("web.internal:0", 400),
+        ("web.internal:65536", 400),
+        ("web.internal", 400),
+        (":80", 400),
+        ("_.internal:80", 400),
+    ],
+)
+def test_only_what_is_named_is_reached(it: Bridge, target: str, expected: int) -> None:
+    it.start_peer()
+    client, header = ask(it.start_ingress(), connect(target))
+    client.close()
+    assert status(header) == expected
+
+
+def test_rules_of_all_kinds_in_their_order(it: Bridge) -> None:
+    port = it.peer_socket.getsockname()[1]
+    shutil.rmtree(it.ingress_place / "hosts")
+    for name in "a.one", "b.two", "c.three", "d.four":
+        write(it.peer_place / "allow" / name / "80", f"127.0.0.1:{it.echo.port}")
+    write_identity(it.ingress_place / "id", INGRESS)
+    file = write(it.ingress_place / "more", rf".*\.two 127.0.0.1:{port}")
+    write(it.ingress_place / "rules.d/10", "# nothing\n(a+)+\\.three p\n[ wrong p\nno-peer\n")
+    write(it.ingress_place / "rules.d/20", ".*\\.four  p  # the last\n.*\\.one nobody\n")
+    it.start_peer()
+    options = ("--identity", "id", "--server-name", PEER, "--file", str(file))
+    ingress = it.start_ingress(*options, r".*\.one", f"127.0.0.1:{port}")
+    expected = {
+        "a.one": 200,
+        "A.ONE": 200,
+        "b.two": 200,
+        "d.four": 200,
+        "a.one.evil": 403,
+        "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab.three": 403,
+        "c.five": 403,
+    }
+    for name, wanted in expected.items():
+        client, header = ask(ingress, connect(f"{name}:80"))
+        client.close()
+        assert (name, status(header)) == (name, wanted)
+    assert "line=3" in ingress.wait_for_log("bad_line")
+
+
+def test_a_change_of_the_directory_counts_for_the_next_connection(it: Bridge) -> None:
+    it.start_peer()
+    ingress = it.start_ingress()
+    for change, expected in (
+        (lambda: None, 200),
+        (lambda: write(it.ingress_place / "hosts/web.internal/ports/443"), 403),
+        (lambda: write(it.ingress_place / "hosts/web.internal/ports/80"), 200),
+        (lambda: write(it.ingress_place / "hosts/web.internal/peer", "one\ntwo\n"), 500),
+        (lambda: (it.ingress_place / "hosts/web.internal/peer").unlink(), 500),
+        (lambda: shutil.rmtree(it.ingress_place / "hosts/web.internal"), 403),
+    ):
+        change()
+        client, header = ask(ingress, connect())
+        client.close()
+        assert status(header) == expected
+
+
+# --- Failures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "expected"),
+    [
+        (b"GET http://web.internal/ HTTP/1.1\r\nHost: web.internal\r\n\r\n", 405),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 no HTTP\r\n\r\n", 400),
+        (connect("web.internal:80", "X: " + 17_000 * "x"), 431),
+        (connect("web.internal:80", "Content-Length: 5") + b"hello", 400),
+    ],
+    ids=["method", "not-http", "too-large", "content"],
+)
+def test_what_is_no_connect(it: Bridge, request_bytes: bytes, expected: int) -> None:
+    ingress = it.start_ingress()
+    client, header = ask(ingress, request_bytes)
+    client.close()
+    assert status(header) == expected
+    assert error(header).startswith("http_request_")
+    ingress.wait_for_log(f"status={expected}")
+
+
+def fails(it: Bridge, expected: tuple[int, str, str]) -> None:
+    ingress = it.start_ingress()
+    began = time.monotonic()
+    client, header = ask(ingress, connect())
+    with client:
+        assert (status(header), error(header)) == expected[:2]
+        receive_all(client)
+    assert time.monotonic() - began < PATIENCE / 2
+    assert expected[2] in ingress.wait_for_log("refused")
+
+
+def test_nobody_listens(it: Bridge) -> None:
+    it.peer_socket.close()
+    fails(it, (502, "connection_refused", "reason=refused"))
+
+
+def test_a_name_without_an_address(it: Bridge) -> None:
+    write(it.ingress_place / "peers/p/address", "no-such-name.invalid:443")
+    fails(it, (502, "dns_error", "reason=unresolved"))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", (502, "tls_protocol_error", "reason=not_tls")),
+        (b"", (502, "connection_terminated", "reason=tls_closed")),
+    ],
+    ids=["http", "nothing"],
+)
+def test_the_peer_speaks_no_tls(it: Bridge, said: bytes, expected: tuple[int, str, str]) -> None:
+    pid = os.fork()
+    if pid == 0:
+        connection, _ = it.peer_socket.accept()
+        connection.recv(1 << 16)
+        connection.sendall(said)
+        connection.close()
+        os._exit(0)
+    fails(it, expected)
+    os.waitpid(pid, 0)
+
+
+class Impostor:
+    """A TLS server of a wrong kind, and whether it was shown a certificate."""
+
+    def __init__(self, it: Bridge, context: ssl.SSLContext) -> None:
+        context.verify_mode = ssl.CERT_OPTIONAL
+        authority().configure_trust(context)
+        self._it = it
+        self._context = context
+        self._reader, self._writer = os.pipe()
+
+    def __enter__(self) -> Self:
+        if (pid := os.fork()) == 0:
+            shown = b"nothing"
+            try:
+                connection, _ = self._it.peer_socket.accept()
+                connection.settimeout(PATIENCE)
+                with self._context.wrap_socket(connection, server_side=True) as served:
+                    if served.getpeercert():
+                        shown = b"certificate"
+                    served.recv(100)
+                    if served.getpeercert():
+                        shown = b"certificate"
+            except OSError:
+                pass
+            os.write(self._writer, shown)
+            os._exit(0)
+        self._pid = pid
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        os.waitpid(self._pid, 0)
+        self.was_shown = os.read(self._reader, 100).decode()
+        for end in self._reader, self._writer:
+            os.close(end)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("stranger", (502, "tls_certificate_error", "reason=untrusted")),
+        ("wrong name", (502, "tls_certificate_error", "reason=wrong_name")),
+        ("wrong by rules", (502, "tls_certificate_error", "reason=wrong_name")),
+    ],
+)
+def test_a_rogue_peer_is_not_shown_our_certificate(
+    it: Bridge, kind: str, expected: tuple[int, str, str], version: ssl.TLSVersion
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = version
+    ca = authority("strangers") if kind == "stranger" else authority()
+    ca.issue_cert(PEER if kind == "stranger" else "other.example").configure_cert(context)
+    if kind == "wrong by rules":
+        write(it.ingress_place / "peers/p/servers" / "spiffe", "spiffe://example.org/peer")
+    with Impostor(it, context) as impostor:
+        fails(it, expected)
+    assert impostor.was_shown == "nothing"
+
+
+def test_rules_for_the_peer_replace_its_name(it: Bridge) -> None:
+    write(it.ingress_place / "peers/p/server-name", "another.example")
+    write(it.ingress_place / "peers/p/servers" / PEER)
+    it.start_peer()
+    client, header = ask(it.start_ingress(), connect())
+    with client:
+        assert header.startswith(OK)
+        check_echo(client)
+
+
+def test_our_certificate_is_rejected(it: Bridge) -> None:
+    write_identity(it.ingress_place / "peers/p/identity", INGRESS, authority("strangers"))
+    peer = it.start_peer()
+    fails(it, (502, "tls_alert_received", "reason=rejected"))
+    peer.wait_for_log("reason=untrusted")
+
+
+def test_a_client_whom_the_peer_does_not_know(it: Bridge) -> None:
+    (it.peer_place / "clients" / INGRESS).rename(it.peer_place / "clients/cn:somebody")
+    it.start_peer()
+    fails(it, (403, "http_request_denied", "reason=peer_refused"))
+
+
+def test_nobody_may_connect_where_nobody_is_named(it: Bridge) -> None:
+    shutil.rmtree(it.peer_place / "clients")
+    it.start_peer()
+    fails(it, (403, "http_request_denied", "reason=peer_refused"))
+
+
+def test_a_service_that_does_not_listen_is_no_200(it: Bridge) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        write(it.peer_place / "allow/web.internal/80", f"127.0.0.1:{closed.getsockname()[1]}")
+    it.start_peer()
+    fails(it, (502, "connection_refused", "reason=peer_refused"))
+
+
+def test_a_name_that_leads_to_the_peer_itself_is_refused(it: Bridge) -> None:
+    write(it.peer_place / "allow/localhost/80")
+    write(it.ingress_place / "hosts/localhost/peer", "p")
+    it.start_peer()
+    client, header = ask(it.start_ingress(), connect("localhost:80"))
+    client.close()
+    assert (status(header), error(header)) == (403, "destination_ip_prohibited")
+
+
+def test_a_unix_socket_is_a_service_too(it: Bridge, tmp_path: Path) -> None:
+    path = tmp_path / "service"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        write(it.peer_place / "allow/web.internal/80", str(path))
+        it.start_peer()
+        client, header = ask(it.start_ingress(), connect())
+        service, _ = listening.accept()
+        with client, service:
+            assert header.startswith(OK)
+            client.sendall(b"hello")
+            assert receive_exactly(service, 5) == b"hello"
+
+
+def test_a_silent_peer_is_answered_for(it: Bridge) -> None:
+    ingress = it.start_ingress()
+    began = time.monotonic()
+    client, header = ask(ingress, connect(), timeout=20)
+    client.close()
+    assert (status(header), error(header)) == (504, "connection_timeout")
+    assert 8 < time.monotonic() - began < 12
+    assert "reason=peer_silent" in ingress.wait_for_log("refused")
+
+
+def test_the_next_address_is_tried(it: Bridge) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        dead = f"127.0.0.1:{closed.getsockname()[1]}"
+    alive = f"127.0.0.1:{it.peer_socket.getsockname()[1]}"
+    write(it.ingress_place / "peers/p/address", f"{dead}\n{alive}\n")
+    it.start_peer()
+    client, header = ask(it.start_ingress(), connect())
+    with client:
+        assert header.startswith(OK)
+
+
+def test_who_comes_round_again_is_refused(it: Bridge) -> None:
+    """A peer whose service is the ingress, of the same host."""
+    it.start_peer()
+    ingress = it.start_ingress()
+    client, header = ask(ingress, connect())
+    client.close()
+    [via] = [line for line in header.splitlines() if line.lower().startswith(b"via:")]
+    client, header = ask(ingress, connect(f"{SERVICE}:80", via.decode()))
+    client.close()
+    assert (status(header), error(header)) == (502, "proxy_loop_detected")
+
+
+def test_the_proxys_own_fields_stay_here(it: Bridge) -> None:
+    """Credentials are for this proxy, and Connection names what else is."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority().issue_cert(PEER).configure_cert(context)
+        port = listening.getsockname()[1]
+        write(it.ingress_place / "peers/p/address", f"127.0.0.1:{port}")
+        ingress = it.start_ingress()
+        fields = (
+            *("Proxy-Authorization: Basic eDp5", "Connection: X-Private", "X-Private: 1"),
+            *("X-Public: 2", "Forwarded: for=198.51.100.1"),
+        )
+        with ingress.connect() as client:
+            client.sendall(connect(f"{SERVICE}:80", *fields))
+            connection, _ = listening.accept()
+            with context.wrap_socket(connection, server_side=True) as served:
+                heard = read_header(served).decode().lower()
+                served.sendall(b"HTTP/1.1 418 Teapot\r\nContent-Length: 4\r\n\r\ntea\n")
+            header = read_header(client)
+            assert status(header) == 418
+            assert b"418 Teapot" in header
+            assert receive_exactly(client, 4) == b"tea\n"
+    assert "x-public: 2" in heard
+    assert 'forwarded: for="127.0.0.1:' in heard
+    for absent in "proxy-authorization", "x-private", "198.51.100.1":
+        assert absent not in heard
+
+
+# --- Identities ----------------------------------------------------------------------------------
+
+
+def test_an_identity_is_swapped_and_a_broken_one_kept_out(it: Bridge) -> None:
+    it.start_peer()
+    ingress = it.start_ingress()
+    identity = it.ingress_place / "peers/p/identity"
+
+    def served() -> bool:
+        client, header = ask(ingress, connect())
+        client.close()
+        return header.startswith(OK)
+
+    assert served()
+    (identity / "key.pem").write_text("-----BEGIN")
+    assert served()
+    assert served()
+    assert "key.pem" in ingress.wait_for_log("identity_broken") or True
+    assert sum(" identity_broken " in line for line in ingress.log()) == 1
+    write_identity(identity, "somebody.example")
+    assert not served()
+    ingress.wait_for_log("identity_loaded")
+    write_identity(identity, INGRESS)
+    assert served()
+
+
+def test_without_an_identity_nobody_is_served(it: Bridge) -> None:
+    shutil.rmtree(it.ingress_place / "peers/p/identity")
+    it.start_peer()
+    fails(it, (500, "proxy_configuration_error", "reason=misconfigured"))
+
+
+# --- The service ---------------------------------------------------------------------------------
+
+
+def test_a_drain_waits_for_the_tunnel(it: Bridge) -> None:
+    it.start_peer()
+    ingress = it.start_ingress()
+    client, _ = ask(ingress, connect())
+    with client:
+        ingress.signal(signal.SIGTERM)
+        ingress.wait_for_log("draining")
+        check_echo(client)
+    assert ingress.wait() == 0
+    assert "served=1 refused=0 cut=0" in ingress.wait_for_log("drained")
+
+
+def test_a_thousand_tunnels_beside_those_who_say_nothing(it: Bridge) -> None:
+    it.start_peer()
+    ingress = it.start_ingress()
+    silent = [ingress.connect() for _ in range(300)]
+    tunnels = []
+    for _ in range(1000):
+        client, header = ask(ingress, connect())
+        assert header.startswith(OK)
+        tunnels.append(client)
+    for number, client in enumerate(tunnels):
+        client.sendall(b"%04d" % number)
+    for number, client in enumerate(tunnels):
+        assert receive_exactly(client, 4) == b"%04d" % number
+    for client in silent + tunnels:
+        client.close()
+
+
+def test_at_the_limit_those_who_say_nothing_give_way(it: Bridge) -> None:
+    it.start_peer()
+    ingress = it.start_ingress("--max-connections", "20")
+    silent = [ingress.connect() for _ in range(100)]
+    client, header = ask(ingress, connect())
+    with client:
+        assert header.startswith(OK)
+    for each in silent:
+        each.close()
+
+
+def test_a_client_that_breaks_off_is_not_kept(it: Bridge) -> None:
+    it.start_peer()
+    ingress = it.start_ingress("--log", "connections")
+    before = ingress.descriptors()
+    client, _ = ask(ingress, connect())
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    assert "ending=plain_reset" in ingress.wait_for_log("connection")
+    eventually(lambda: ingress.descriptors() == before)
+
+
+def test_with_workers(it: Bridge) -> None:
+    it.start_peer("--workers", "2")
+    ingress = it.start_ingress("--workers", "2")
+    for _ in range(20):
+        client, header = ask(ingress, connect())
+        with client:
+            assert header.startswith(OK)
+            check_echo(client)
+
+
+# --- Foreign clients -----------------------------------------------------------------------------
+
+
+def test_pythons_http_client(it: Bridge) -> None:
+    it.start_peer()
+    ingress = it.start_ingress()
+    client = http.client.HTTPConnection(*ingress.address, timeout=PATIENCE)
+    client.set_tunnel(SERVICE, 80)
+    client.connect()
+    assert client.sock is not None
+    check_echo(client.sock)
+    client.close()
+
+
+def run_with_input(it: Bridge, ingress: Daemon, *command: str) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    host, port = ingress.address
+    words = [word.replace("HOST", host).replace("PORT", str(port)) for word in command]
+    done = subprocess.run(
+        words, input=b"hello\n", capture_output=True, timeout=PATIENCE, check=False
+    )
+    assert done.stdout == b"hello\n", done.stderr
+    assert it.echo.heard[-1] == b"hello\n"
+
+
+def test_socat(it: Bridge) -> None:
+    it.start_peer()
+    address = "PROXY:HOST:web.internal:80,proxyport=PORT"
+    run_with_input(it, it.start_ingress(), "socat", "-t5", "-", address)
+
+
+def test_a_hello_that_cannot_be_read_gets_its_alert(it: Bridge, tmp_path: Path) -> None:
+    path = tmp_path / "tls-socket"
+    ingress = it.start_ingress("--sni", unix=path)
+    for sent, alert in ((b"GET / HTTP/1.1\r\n\r\n", None), (hellos.hello_bytes("x.example"), 112)):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.connect(str(path))
+            client.sendall(sent)
+            answer = receive_all(client)
+            assert answer[:1] == b"\x15"
+            assert alert is None or answer[-1] == alert
+    ingress.wait_for_log("reason=bad_hello")
+    ingress.wait_for_log("reason=no_route")
