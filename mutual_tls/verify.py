@@ -115,8 +115,10 @@ class Certificate:
         for extension in certificate.extensions:
             match extension.value:
                 case x509.SubjectAlternativeName() as names:
-                    dns = [name.lower() for name in names.get_values_for_type(x509.DNSName)]
-                    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+                    dns = [_ascii(n).lower() for n in names.get_values_for_type(x509.DNSName)]
+                    uris = list(
+                        map(_ascii, names.get_values_for_type(x509.UniformResourceIdentifier))
+                    )
                     values = names.get_values_for_type(x509.IPAddress)
                     addresses = [_address(value) for value in values]
                 case x509.BasicConstraints(ca=True):
@@ -139,6 +141,14 @@ class Certificate:
             pin=hashlib.sha256(_public_key_info(certificate.tbs_certificate_bytes)).digest(),
             is_authority=is_authority,
         )
+
+
+def _ascii(name: str) -> str:
+    # RFC 5280 §4.2.1.6: both are an IA5String, but cryptography decodes UTF-8. lower() would make
+    # a k of a Kelvin sign then, and so one name of another.
+    if not name.isascii():
+        raise ValueError("a subject alternative name is not ASCII")
+    return name
 
 
 def _address(value: object) -> Address:
