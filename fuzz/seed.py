@@ -7,8 +7,10 @@ table of alerts is there once, so that a change to any of them has an input that
 # ruff: noqa: RUF001 - characters that look like others are what some seeds are about
 
 import ssl
+from base64 import b64encode
 from pathlib import Path
 
+from fuzz.rule_invariants import pin_of
 from tests.support import hellos
 from tests.support.hellos import client_hello, handshake, record, records, server_name
 
@@ -160,10 +162,46 @@ PROXY_HEADER = {
     "address-as-text": _ends(b"\7", b"\7", b"192.0.2.1"),
 }
 
+# The layout that `check_rule` reads: the rule, and the names of the certificate.
+RULE = {
+    "name": "a.example.com\na.example.com",
+    "name-capitals-and-dots": "A.Example.COM.\na.example.com.",
+    "name-unicode": "b\u00fccher.example\nxn--bcher-kva.example",
+    "name-and-nul": "a.example.com\na.example.com\0.evil",
+    "name-and-wildcard": "a.example.com\n*.example.com",
+    "name-and-top-level-wildcard": "example.com\n*.com",
+    "name-and-partial-wildcard": "foo.example.com\nf*o.example.com",
+    "wildcard": "*.example.com\na.example.com\na.b.example.com\nexample.com",
+    "wildcard-and-wildcard": "*.example.com\n*.example.com",
+    "wildcard-and-empty-label": "*.example.com\n.example.com",
+    "wildcard-partial": "f*o.example.com\nfoo.example.com",
+    "address": "192.0.2.1\n192.0.2.1",
+    "address-in-two-spellings": "2001:db8::1\n2001:DB8:0:0::1",
+    "address-with-scope": "fe80::1%eth0\nfe80::1",
+    "spiffe": "spiffe://a/b\nspiffe://a/b",
+    "spiffe-prefix": "spiffe://a/b\nspiffe://a/bc",
+    "spiffe-segment": "spiffe://a/*/c\nspiffe://a/b/c",
+    "spiffe-empty-segment": "spiffe://a/*/c\nspiffe://a//c",
+    "spiffe-rest": "spiffe://a/b/**\nspiffe://a/b/c/d",
+    "spiffe-no-rest": "spiffe://a/b/**\nspiffe://a/b",
+    "spiffe-dots": "spiffe://a/**\nspiffe://a/b/../c",
+    "spiffe-percent": "spiffe://a/b\nspiffe://a/%62",
+    "spiffe-capital": "spiffe://a/b\nspiffe://A/b",
+    "spiffe-port": "spiffe://a:1/b\nspiffe://a:1/b",
+    "spiffe-query": "spiffe://a/**\nspiffe://a/b?c",
+    "spiffe-twice": "spiffe://a/b\nspiffe://a/b\nspiffe://a/b",
+    "common-name": "cn:Kay \u00e9\nkay \u00e9",
+    "common-name-kelvin-sign": "cn:kay\n\N{KELVIN SIGN}ay",
+    "pin": f"pin-sha256:{b64encode(pin_of(['a'])).decode()}\na",
+    "pin-without-padding": f"pin-sha256:{b64encode(pin_of(['a'])).decode()[:-1]}\na",
+    "pin-spare-bits": "pin-sha256:" + "A" * 42 + "B=",
+    "unknown-kind": "https://a/b\nhttps://a/b",
+}
+
 
 def main() -> None:
     """Write every seed to `corpus/TARGET/NAME`."""
-    texts = {"hostname": HOSTNAME, "typed": TYPED}
+    texts = {"hostname": HOSTNAME, "typed": TYPED, "rule": RULE}
     corpus = {"hello": HELLO, "proxy_header": PROXY_HEADER} | {
         target: {name: text.encode() for name, text in seeds.items()}
         for target, seeds in texts.items()

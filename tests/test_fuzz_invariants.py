@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzz import invariants
+from fuzz import invariants, rule_invariants
 from tests.support import hellos, strategies
 
 CORPUS = Path(__file__).parent.parent / "fuzz" / "corpus"
@@ -24,6 +24,7 @@ CHECKS: dict[str, Callable[[bytes], None]] = {
     "hostname": invariants.check_hostname,
     "typed": check_typed_bytes,
     "proxy_header": invariants.check_proxy_header,
+    "rule": rule_invariants.check_rule,
 }
 FILES = [path.relative_to(CORPUS) for path in sorted(CORPUS.glob("*/*"))]
 
@@ -97,3 +98,20 @@ texts = st.binary(max_size=10) | st.sampled_from([b"eth0", b"192.0.2.1", b"::1",
 @given(ends, ends, texts)
 def test_addresses(source: bytes, destination: bytes, text: bytes) -> None:
     invariants.check_proxy_header(source + destination + text)
+
+
+# A rule and a name that is nearly one whom it admits: of the same parts, in the same order.
+parts = st.sampled_from(
+    ["a", "B", "*", "**", "", ".", "..", "%61", "a*", "xn--a", "\0", "\u00fc", "1", "\u212a"]
+)
+prefixes = st.sampled_from(["spiffe://a/", "spiffe://", "cn:", "pin-sha256:", "", "*.", "1.2.3."])
+
+
+@strategies.steady
+@given(prefixes, st.sampled_from("./"), st.lists(parts, max_size=4), st.data())
+def test_a_rule_and_a_name(prefix: str, dot: str, pieces: list[str], data: st.DataObject) -> None:
+    others = [data.draw(st.just(piece) | parts) for piece in pieces]
+    names = data.draw(st.sampled_from([prefix, "*.", "", "spiffe://a/"])) + dot.join(others)
+    rule = prefix + dot.join(pieces)
+    rule_invariants.check_rule(f"{rule}\n{names}".encode())
+    rule_invariants.check_rule(f"{rule}\n{names}\n{rule}".encode())
