@@ -15,7 +15,7 @@ import re
 import stat
 from pathlib import Path
 
-__all__ = ["SettingsError", "exists", "read_names", "read_value", "read_values"]
+__all__ = ["SettingsError", "exists", "read_lines", "read_names", "read_value", "read_values"]
 
 # The most bytes of a file, and of all files of a directory together. A line is seldom longer than
 # 64 bytes, so that is a thousand values; beyond, a connection would wait for milliseconds.
@@ -50,9 +50,18 @@ def read_values(path: Path) -> list[str]:
         FileNotFoundError: nothing is there (ENOENT, ENOTDIR).
         SettingsError: it is no regular file, too large, not text, or out of reach.
     """
+    return [value for _, value in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """Return the values in the file at `path`, each with the number of its line.
+
+    Raises:
+        FileNotFoundError, SettingsError: as `read_values`.
+    """
     fd = _open(path, path)
     try:
-        return _parse(path, _read(fd, path, _LARGEST))
+        return _parse_lines(path, _read(fd, path, _LARGEST))
     finally:
         os.close(fd)
 
@@ -174,6 +183,10 @@ def _read(fd: int, path: Path, most: int) -> bytes:
 
 
 def _parse(path: Path, content: bytes) -> list[str]:
+    return [value for _, value in _parse_lines(path, content)]
+
+
+def _parse_lines(path: Path, content: bytes) -> list[tuple[int, str]]:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -183,7 +196,7 @@ def _parse(path: Path, content: bytes) -> list[str]:
         raise SettingsError(path, "there is a NUL in it")
     # Not splitlines(), which also breaks at characters that a value may hold.
     lines = (_COMMENT.sub("", line).strip(_WHITE_SPACE) for line in text.split("\n"))
-    return [line for line in lines if line]
+    return [(number, line) for number, line in enumerate(lines, 1) if line]
 
 
 def _reason(error: OSError | ValueError) -> str:

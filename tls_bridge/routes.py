@@ -197,7 +197,7 @@ class Routes:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise SettingsError(directory, error.strerror) from None
+            raise SettingsError(directory, error.strerror or str(error)) from None
         for name in names:
             if not name.startswith("."):
                 yield from self._patterns_in(directory / name)
@@ -214,7 +214,7 @@ class Routes:
                 return self._read[path][1]
             lines = read_lines(path)
         except OSError as error:
-            raise SettingsError(path, error.strerror) from None
+            raise SettingsError(path, error.strerror or str(error)) from None
         patterns = []
         for number, line in lines:
             try:
