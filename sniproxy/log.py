@@ -46,7 +46,7 @@ class Log(EventLog):
         alert: Alert | None,
         detail: str | None,
         *,
-        is_host: bool = False,
+        is_host: bool,
     ) -> None:
         """Say why a client was refused, and with which alert, if any.
 

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import pytest
 
 import sniproxy
 from sniproxy.service import listen_fds
+from sniproxy.service.options import OptionParser, ServiceOptions, service_fields
 from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory
 from tests.support.daemon import COVERAGE, start_daemon
@@ -237,6 +239,34 @@ def test_a_mistake_of_several_lines_is_told_in_one() -> None:
     assert "'a\\nb'" in only_line(run("a\nb"), code=100)
 
 
+def test_a_file_that_is_all_three_is_told_of_a_mistake(tmp_path: Path) -> None:
+    """Only where all three are one socket it is inetd, and syslog is told."""
+    path = tmp_path / "file"
+    with path.open("w+") as file:
+        result = subprocess.run(
+            [*PROGRAM, "--unknown"], stdin=file, stdout=file, stderr=file, timeout=10
+        )
+    assert result.returncode == 100
+    assert path.read_text().startswith("sniproxy: fatal: unable to understand the options")
+
+
+def test_the_help_says_what_it_is_and_what_each_option_does() -> None:
+    described, _, rest = run("--help").stdout.partition("\noptions:\n")
+    assert "Route TLS connections by server name" in described
+    options, _, _ = rest.partition("\n\n")
+    for option in options.removeprefix("  -").split("\n  -"):
+        # Two spaces, or the next line, part it from its explanation.
+        assert re.search(r"\s{2,}[a-z]+ ", option), option
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    parser = OptionParser("program", "what it is", "program")
+    parser.add_service_options()
+    options = parser.understand([])
+    assert options is not None
+    assert ServiceOptions(**service_fields(options)) == ServiceOptions()
+
+
 def test_help_and_version_need_no_socket() -> None:
     result = run("--help")
     assert "--hashed" in result.stdout
@@ -347,7 +377,7 @@ def test_more_connections_than_there_can_be_are_warned_of(hosts: Path) -> None:
         line = daemon.wait_for_log("capacity")
         given = int(line.partition("given=")[2].split()[0])
         assert "asked=10000000" in line
-        assert "RLIMIT_NOFILE" in line
+        assert "RLIMIT_NOFILE (LimitNOFILE= in systemd)" in line
         assert f"capacity={given // 2}" in daemon.wait_for_log("listening")
 
 

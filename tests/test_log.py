@@ -15,6 +15,7 @@ from trio.testing import MockClock, trio_test
 
 from sniproxy.log import Log
 from sniproxy.service.eventlog import show_address
+from sniproxy.service.linelimit import PerKey
 from sniproxy.service.syslogd import Syslog
 from sniproxy.wire import Alert
 
@@ -25,6 +26,7 @@ from sniproxy.wire import Alert
         ("plain", "plain"),
         (b"example.com", "example.com"),
         (112, "112"),
+        ("!~", "!~"),
         ("two words", '"two words"'),
         ("", '""'),
         (b'say "x"', '"say \\x22x\\x22"'),
@@ -351,6 +353,16 @@ def test_a_scan_leaves_memory_and_lines_bounded_and_hides_no_host(
     assert told == 6
 
 
+def test_a_key_that_is_remembered_long_enough_makes_room() -> None:
+    limit = PerKey(2)
+    assert limit.admit("a", 0.0)
+    assert limit.admit("b", 5.0)
+    assert not limit.admit("c", 9.9)
+    assert limit.admit("c", 10.0)  # in the place of a
+    assert not limit.admit("d", 14.9)
+    assert limit.admit("d", 15.0)
+
+
 def test_names_that_are_no_hosts_do_not_count_as_hosts(log: Log, lines: Lines) -> None:
     for number in range(3000):
         refuse(log, name=f"n{number}.example")
@@ -375,7 +387,7 @@ def test_the_journal_is_told_how_bad_it_is(
 ) -> None:
     status = os.fstat(2)
     log = Log(environment={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"})
-    log.refusal("reason", "client", None, alert, None)
+    log.refusal("reason", "client", None, alert, None, is_host=False)
     assert capfd.readouterr().err.startswith(f"<{priority}>sniproxy: refused client=client ")
 
 

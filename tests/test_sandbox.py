@@ -289,6 +289,39 @@ def test_a_python_of_32_bits_gets_no_filter(monkeypatch: pytest.MonkeyPatch) -> 
     assert entered(lambda: None) == ["new_privileges", *LANDLOCK]
 
 
+def test_the_filter_bars_programs_even_without_landlock() -> None:
+    """Tried with arguments that are none: the kernel would find another error."""
+    calls = sandbox._CALLS.get(os.uname().machine)
+    if calls is None:
+        pytest.skip(f"there is no filter for {os.uname().machine}")
+    numbers = calls.execve, calls.execveat, sandbox._IO_URING_SETUP
+
+    def is_barred(number: int) -> bool:
+        try:
+            libc.call("syscall", number, 0, 0, 0, 0, 0)
+        except OSError as error:
+            return error.errno == errno.EACCES
+        return False
+
+    assert not any(map(is_barred, numbers))
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            libc.call("prctl", sandbox._PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            has_filter = sandbox._enter_filter([socket.AF_UNIX])
+            code = 0 if not has_filter or all(map(is_barred, numbers)) else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_number_is_passed_whole(tmp_path: Path) -> None:
+    """Not its lower 32 bits, as ctypes does with an int."""
+    with (tmp_path / "file").open("wb") as file:
+        libc.call("lseek", file.fileno(), 1 << 32, os.SEEK_SET)
+        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 1 << 32
+
+
 def test_who_connects_and_reads_its_configuration_is_left_that_and_no_more(tmp_path: Path) -> None:
     """Tried in a child: nobody comes out again."""
     inside = tmp_path / "inside"

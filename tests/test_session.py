@@ -19,7 +19,7 @@ from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
 from sniproxy.hosts import HostError, HostReason, HostsDirectory
 from sniproxy.log import Log
-from sniproxy.session import ALERTS, Sessions
+from sniproxy.session import ALERTS, Session, Sessions
 from sniproxy_hostname import Hostname, directory_namer
 from tests.support import hellos
 from tests.support.backends import host_directory, listen_unix
@@ -580,6 +580,114 @@ async def test_a_bug_in_the_task_of_a_session_ends_that_one_and_frees_its_place(
         assert it.limit.open == 0
         assert "bug ZeroDivisionError: example.com" in it.log.lines
         it.log.lines.clear()
+
+
+@trio_test
+async def test_a_bug_at_the_first_look_is_told_and_ends_that_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with door() as it:
+
+        def fail(client: _socket.socket) -> None:
+            raise ZeroDivisionError("why")
+
+        monkeypatch.setattr("sniproxy.session.peek", fail)
+        client, accepted = tcp_pair()
+        it.sessions.begin(plain(accepted), client.getsockname())
+        assert it.log.lines[-1] == "bug ZeroDivisionError: why"
+        it.log.lines.clear()
+        await trio.testing.wait_all_tasks_blocked()
+        check_was_cut(it, [client])
+
+
+@trio_test
+async def test_who_leaves_amid_a_hello_that_began_late_is_refused(clock: MockClock) -> None:
+    async with door() as it, await it.connect() as client:
+        await trio.sleep(0.1)
+        await client.send_all(HELLO[:10])
+        await trio.sleep(0.1)
+        await client.aclose()
+        with trio.fail_after(1):
+            await it.limit.wait_until_empty()
+        assert "reason=client_closed" in it.log.lines[-1]
+        assert it.sessions.refused == 1
+
+
+@trio_test
+async def test_who_leaves_without_a_word_leaves_no_line(clock: MockClock) -> None:
+    async with door() as it, await it.connect() as client:
+        await trio.sleep(0.1)
+        assert len(it.sessions.waiting) == 1
+        await client.aclose()
+        with trio.fail_after(1):
+            await it.limit.wait_until_empty()
+        assert not it.sessions.waiting
+        assert it.sessions.refused == 0
+        assert it.log.lines == []
+
+
+@trio_test
+async def test_a_line_says_in_more_words_why() -> None:
+    async with door() as it, await it.connect() as client:
+        await client.send_all(hellos.hello_bytes("-.example"))
+        await receive_to_end(client)
+        assert "reason=invalid_name" in it.log.lines[-1]
+        assert ' detail="' in it.log.lines[-1]
+
+
+@pytest.mark.parametrize("how", ["joined", "refused", "closed"])
+@trio_test
+async def test_what_is_over_is_not_ended_again(backend: socket.socket, how: str) -> None:
+    async with door() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        client, accepted = tcp_pair()
+        client.settimeout(PATIENCE)
+        if how == "closed":
+            client.shutdown(socket.SHUT_WR)
+            assert accepted.recv(1, socket.MSG_PEEK) == b""
+        else:
+            client.sendall(HELLO if how == "joined" else b"x")
+            assert accepted.recv(1, socket.MSG_PEEK)
+        it.limit.add()
+        session = Session(it.sessions, plain(accepted), client.getsockname())
+        session.begin()
+        if how == "joined":
+            session.on_event(0)
+        left = it.limit.open
+        assert left == (0 if how == "closed" else 1)
+        assert session.is_over
+        session.close()
+        session.abort()
+        if how == "joined":
+            session.on_event(0)
+        assert it.limit.open == left
+        assert it.sessions.served == (how == "joined")
+        it.loop._runnable.clear()
+        if how == "joined":
+            with backend.accept()[0] as connection:
+                assert await trio.to_thread.run_sync(connection.recv, 1 << 16) == HELLO
+                client.sendall(b"more")
+                assert await trio.to_thread.run_sync(connection.recv, 4) == b"more"
+        elif how == "refused":
+            assert await trio.to_thread.run_sync(receive_all, client) == b"\x15\3\3\0\2\2\n"
+        client.close()
+
+
+@trio_test
+async def test_who_has_a_turn_after_the_cut_is_not_connected(backend: socket.socket) -> None:
+    async with door() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        client = it.take_in()
+        [session] = it.loop._runnable
+        it.loop._runnable.clear()
+        it.sessions.cut()
+        session.on_event(0)
+        assert it.sessions.served == 0
+        backend.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            backend.accept()
+        it.loop._close_pending()
+        check_was_cut(it, [client])
 
 
 def test_every_reason_has_an_answer() -> None:

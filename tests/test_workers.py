@@ -1,6 +1,7 @@
 """Several workers: who serves, who is replaced, who is told, and what the first process tells."""
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -17,7 +18,8 @@ import pytest
 import trio
 from trio.testing import trio_test
 
-from sniproxy.service.workers import SharedCounts, Worker
+from sniproxy.service.notify import Counts, Notifier
+from sniproxy.service.workers import SharedCounts, Worker, Workers
 from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory
 from tests.support.daemon import PATIENCE, Daemon, eventually, start_daemon
@@ -611,6 +613,60 @@ async def test_an_orphan_drains_and_reads_its_orders_no_more() -> None:
     assert worker.drain.is_set()
     assert not worker.end.is_set()
     os.close(reading)
+
+
+@trio_test
+async def test_a_worker_writes_its_own_entry_at_once_and_at_its_end() -> None:
+    shared = SharedCounts(3)
+    counts = Counts(1, 2, 3)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Worker(shared, 1, -1, 60.0).run, lambda: counts)
+        await trio.testing.wait_all_tasks_blocked()
+        assert [shared.has_entry(index) for index in range(3)] == [False, True, False]
+        assert shared.read(1)[0] == counts
+        counts = Counts(0, 4, 5)
+        nursery.cancel_scope.cancel()
+    assert [shared.has_entry(index) for index in range(3)] == [False, True, False]
+    assert shared.read(1)[0] == counts
+
+
+# --- Workers, seen from the first process
+
+
+def workers_of_one() -> Workers:
+    return Workers(1, Notifier({}), lambda *death: None, lambda counts: None)
+
+
+def test_who_has_ended_is_counted_once_while_the_next_has_no_entry_yet() -> None:
+    workers = workers_of_one()
+    worker = workers._start(0)
+    if worker is not None:
+        worker._shared.write(0, Counts(1, 3, 2))
+        os._exit(0)
+    [pid] = workers._alive
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    workers._reap()
+    assert workers._counts() == Counts(0, 3, 2)
+    if workers._start(0) is not None:
+        os._exit(0)
+    assert workers._counts() == Counts(0, 3, 2)
+    [pid] = workers._alive
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    workers._reap()
+    assert not workers._alive
+
+
+def test_a_fork_that_fails_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = workers_of_one()
+
+    def fail() -> int:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(BlockingIOError):
+        workers._start(0)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_the_tests_do_without_signals_that_a_script_took_away() -> None:

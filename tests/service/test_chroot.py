@@ -324,3 +324,9 @@ def test_no_open_directory_leads_out(hosts: Path, tmp_path: Path) -> None:
     directories = [each for each in found if stat.S_ISDIR(each.st_mode)]
     assert all(os.path.samestat(each, hosts.stat()) for each in directories)
     assert any(os.path.samestat(each, (tmp_path / "lock").stat()) for each in found)
+
+
+def test_no_capability_outlives_it_in_the_old_root_directory_either(hosts: Path) -> None:
+    under = ("setpriv", "--securebits", "+no_setuid_fixup")
+    with start_daemon(hosts, "--user", "nobody", under=under, measured=False) as daemon:
+        assert_is(daemon.process.pid, NOBODY, NOGROUP, [NOGROUP])
