@@ -26,10 +26,11 @@ from tests.support.bridge import (
     bridge,
     connect,
     read_header,
+    start,
     write,
     write_identity,
 )
-from tests.support.daemon import PATIENCE, Daemon, eventually
+from tests.support.daemon import PATIENCE, Daemon, eventually, start_daemon
 from tests.support.sockets import Noise, receive_all, receive_exactly
 
 OK = b"HTTP/1.1 200 Connection established\r\n"
@@ -634,3 +635,77 @@ def test_a_hello_that_cannot_be_read_gets_its_alert(it: Bridge, tmp_path: Path) 
             assert alert is None or answer[-1] == alert
     ingress.wait_for_log("reason=bad_hello")
     ingress.wait_for_log("reason=no_route")
+
+
+def test_curl(it: Bridge) -> None:
+    """As it is told to use a proxy for all that it does."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        write(it.peer_place / "allow/web.internal/80", f"127.0.0.1:{listening.getsockname()[1]}")
+        it.start_peer()
+        host, port = it.start_ingress().address
+        command = ["curl", "--silent", "--show-error", "--proxytunnel", "--max-time", "10"]
+        with subprocess.Popen(
+            [*command, "--proxy", f"http://{host}:{port}", "http://web.internal/"],
+            stdout=subprocess.PIPE,
+        ) as curl:
+            connection, _ = listening.accept()
+            with connection:
+                assert b"Host: web.internal" in read_header(connection)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhi\n")
+                assert curl.communicate(timeout=PATIENCE)[0] == b"hi\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("openssl", "s_client", "-quiet", "-verify_quiet", "-proxy", "HOST:PORT"),
+        ("ncat", "--proxy", "HOST:PORT", "--proxy-type", "http", "--ssl", "--ssl-verify"),
+    ],
+    ids=["openssl", "ncat"],
+)
+def test_tls_inside_of_the_tunnel(it: Bridge, tmp_path: Path, command: tuple[str, ...]) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority().issue_cert("site.example").configure_cert(context)
+    authority().cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        write(it.peer_place / "allow/site.example/443", f"127.0.0.1:{port}")
+        write(it.ingress_place / "hosts/site.example/peer", "p")
+        it.start_peer()
+        host, proxy_port = it.start_ingress().address
+        words = [word.replace("HOST", host).replace("PORT", str(proxy_port)) for word in command]
+        if command[0] == "openssl":
+            words += ["-connect", "site.example:443", "-servername", "site.example"]
+            words += ["-CAfile", str(tmp_path / "ca.pem"), "-verify_return_error"]
+        else:
+            words += ["--ssl-trustfile", str(tmp_path / "ca.pem"), "site.example", "443"]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+            connection, _ = listening.accept()
+            with context.wrap_socket(connection, server_side=True) as served:
+                served.sendall(b"welcome\n")
+                assert client.stdout is not None
+                assert client.stdout.readline() == b"welcome\n"
+            client.kill()
+
+
+def test_the_peer_behind_the_sni_router(it: Bridge, tmp_path: Path, hosts: Path) -> None:
+    """hosts/peer.example/tls-socket is the peer's socket; the router passes TLS through."""
+    place = hosts / PEER
+    place.mkdir()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(place / "tls-socket"))
+        (place / "tls-socket").chmod(0o666)
+        listening.listen()
+        with (
+            start_daemon(hosts) as router,
+            start(listening, it.peer_place, "tls_bridge.peer"),
+        ):
+            write(it.ingress_place / "peers/p/address", f"127.0.0.1:{router.address[1]}")
+            client, header = ask(it.start_ingress(), connect())
+            with client:
+                assert header.startswith(OK)
+                check_echo(client)
