@@ -117,7 +117,7 @@ class TLSEnd:
             else:
                 is_done = True
             if self._check is not None:
-                self._check_certificate(self._check)
+                self._check_certificate(self._check, is_done=is_done)
             if is_done and not self.ssl.server_side:
                 return
             await self.flush()
@@ -125,8 +125,9 @@ class TLSEnd:
                 return
             await self._feed()
 
-    def _check_certificate(self, check: Callable[[bytes], None]) -> None:
-        shown = _certificate(self.ssl)
+    def _check_certificate(self, check: Callable[[bytes], None], *, is_done: bool) -> None:
+        # A server that resumes a session knows the certificate, and not the chain.
+        shown = self.ssl.getpeercert(binary_form=True) if is_done else _certificate(self.ssl)
         # A session that is to be resumed shows the certificate of back then, and the server may
         # decline: then there is another one later.
         if shown is not None and shown != self._checked:

@@ -429,13 +429,21 @@ class PeerSide(Session):
         return await dial(self.shared.loop, where)
 
     def _proxy_header(self, headers: Headers) -> bytes:
+        """Return a PROXY header with the client's address: the ingress says it, in Forwarded."""
+        assert self.target is not None
         source = forwarded_for(headers) or (self.source[:2] if self.source else None)
+        if source is None:
+            return proxy_v1_header(None, None)
         try:
-            destination = self.client.getsockname()
-        except OSError:
-            destination = None
-        is_address = isinstance(destination, tuple)
-        return proxy_v1_header(source, destination[:2] if is_address else None)
+            destination = self.client.getsockname()[:2]
+            header = proxy_v1_header(source, destination)
+        except (OSError, ValueError):
+            header = proxy_v1_header(None, None)
+        if header != proxy_v1_header(None, None):
+            return header
+        # The client did not come to an address of ours that is of its kind; the header wants one.
+        any_address = "::" if ":" in source[0] else "0.0.0.0"
+        return proxy_v1_header(source, (any_address, self.target.port))
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with a status, inside TLS, if there is TLS."""

@@ -590,6 +590,26 @@ def test_with_workers(it: Bridge) -> None:
             check_echo(client)
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_who_resumes_a_session_is_still_who_it_was(it: Bridge, version: ssl.TLSVersion) -> None:
+    peer = it.start_peer()
+    context = ssl.create_default_context()
+    context.maximum_version = version
+    authority().configure_trust(context)
+    authority().issue_cert(INGRESS).configure_cert(context)
+    session = None
+    for expected in 200, 200, 403:
+        if expected == 403:
+            shutil.rmtree(it.peer_place / "clients")
+        with context.wrap_socket(
+            peer.connect(), server_hostname=PEER, session=session
+        ) as connection:
+            connection.sendall(connect())
+            assert status(read_header(connection)) == expected
+            assert connection.session_reused == (session is not None)
+            session = connection.session
+
+
 # --- Foreign clients -----------------------------------------------------------------------------
 
 
