@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import socket as std
+import ssl
 from _socket import SO_LINGER, SOL_SOCKET, socket
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from pathlib import Path
 import h11
 import trio
 
+from mutual_tls import resumption
 from mutual_tls.dial import DialError, DialReason, Endpoint, connect, dial, is_local
 from mutual_tls.end import TLSEnd, TLSError, TLSReason, listen_to_the_end, receive_some, send_all
 from mutual_tls.identity import Identities, IdentityError
@@ -98,6 +100,7 @@ class Sessions:
         self.log = log
         self.limit = limit
         self.nursery = nursery
+        self.resumption = resumption.Sessions()
         self.served = self.refused = 0
         # Clients who have not said yet what they want, the oldest first.
         self.silent: dict[Session, trio.CancelScope] = {}
@@ -255,7 +258,7 @@ class Outward(Session):
         assert self.target is not None
         peer = self.routes.find(self.target.host, self.target.port)
         self.peer = peer.name
-        end = await self._reach(peer)
+        end, context = await self._reach(peer)
         connection = h11.Connection(h11.CLIENT)
         via = (b"Via", f"1.1 {self.shared.pseudonym}".encode())
         forwarded = [show_forwarded(self.source)] if self.source else []
@@ -269,11 +272,12 @@ class Outward(Session):
                 # With TLS 1.3 it is only now that we hear what it says of our certificate.
                 raise Refusal(BridgeReason.PEER_CLOSED, str(error)) from None
             raise
+        self.shared.resumption.keep(context, peer.server_name, end.ssl)
         if response.status >= _NOT_SUCCESSFUL:
             await end.end()
         return end, response
 
-    async def _reach(self, peer: Peer) -> TLSEnd:
+    async def _reach(self, peer: Peer) -> tuple[TLSEnd, ssl.SSLContext]:
         """Connect to the first address of a peer that answers, and do the handshake there."""
         last: DialError | TLSError | Refusal | None = None
         deadline = self.began + self.shared.config.setup_seconds
@@ -293,16 +297,23 @@ class Outward(Session):
         assert last is not None
         raise last
 
-    async def _shake_hands(self, peer: Peer, address: Endpoint) -> TLSEnd:
+    async def _shake_hands(self, peer: Peer, address: Endpoint) -> tuple[TLSEnd, ssl.SSLContext]:
         try:
             context = peer.identity.client_context(check_hostname=peer.rules is None)
         except IdentityError as error:
             raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
         self.far = await dial(self.shared.loop, address)
         check = None if peer.rules is None else partial(check_server, peer.rules)
-        end = TLSEnd(self.shared.loop, self.far, context, server_name=peer.server_name, check=check)
+        end = TLSEnd(
+            self.shared.loop,
+            self.far,
+            context,
+            server_name=peer.server_name,
+            check=check,
+            session=self.shared.resumption.find(context, peer.server_name),
+        )
         await end.shake_hands()
-        return end
+        return end, context
 
 
 class Ingress(Outward):

@@ -610,6 +610,31 @@ def test_who_resumes_a_session_is_still_who_it_was(it: Bridge, version: ssl.TLSV
             session = connection.session
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_sessions_are_resumed_with_the_identity_that_they_were_made_with(
+    it: Bridge, version: ssl.TLSVersion
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = version
+    authority().issue_cert(PEER).configure_cert(context)
+    write(it.ingress_place / "peers/p/servers" / PEER)  # rules are held against it, too
+    ingress = it.start_ingress()
+
+    def is_resumed() -> bool:
+        with ingress.connect() as client:
+            client.sendall(connect())
+            connection, _ = it.peer_socket.accept()
+            with context.wrap_socket(connection, server_side=True) as served:
+                read_header(served)
+                served.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                assert status(read_header(client)) == 200
+                return served.session_reused or False
+
+    assert [is_resumed() for _ in range(3)] == [False, True, True]
+    write_identity(it.ingress_place / "peers/p/identity", INGRESS)
+    assert [is_resumed() for _ in range(2)] == [False, True]
+
+
 # --- Foreign clients -----------------------------------------------------------------------------
 
 
