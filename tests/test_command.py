@@ -256,7 +256,7 @@ def test_the_help_says_what_it_is_and_what_each_option_does() -> None:
     options, _, _ = rest.partition("\n\n")
     for option in options.removeprefix("  -").split("\n  -"):
         # Two spaces, or the next line, part it from its explanation.
-        assert re.search(r"\s{2,}[a-z]+ ", option), option
+        assert re.match(r"(\S| (?! ))+\s{2,}[a-z]+ ", option), option
 
 
 def test_the_defaults_are_those_of_the_contract() -> None:
