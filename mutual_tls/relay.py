@@ -471,9 +471,7 @@ class _Pair:
         except OSError:  # ENOTCONN: it was reset meanwhile
             loop.close(tls)
             return on_end(up, down, ending)
-        self.relay.last_words.add(
-            tls, lambda other: on_end(up, down, ending), is_watched=True, peer_has_ended=False
-        )
+        self.relay.last_words.add(tls, lambda other: on_end(up, down, ending), peer_has_ended=False)
 
     def abort(self, ending: Ending = _CUT) -> None:
         """Reset both peers, so that neither takes the cut for an end."""

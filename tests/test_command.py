@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import sniproxy
+from sniproxy.__main__ import _config
+from sniproxy.config import Config
 from sniproxy.service import listen_fds
 from sniproxy.service.options import OptionParser, ServiceOptions, service_fields
 from tests.support import hellos
@@ -98,6 +100,12 @@ def a_unix_socket(tmp_path: Path) -> Iterator[int]:
 
 
 @contextmanager
+def a_netlink_socket(tmp_path: Path) -> Iterator[int]:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
+        yield sock.fileno()
+
+
+@contextmanager
 def a_tcp_socket_that_does_not_listen(tmp_path: Path) -> Iterator[int]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -122,6 +130,7 @@ def a_connected_tcp_socket(tmp_path: Path) -> Iterator[int]:
         (a_terminal, "a terminal"),
         (a_udp_socket, "a UDP socket"),
         (a_unix_socket, "a Unix socket"),
+        (a_netlink_socket, "not a TCP socket"),
         (a_tcp_socket_that_does_not_listen, "a TCP socket that does not listen"),
         (a_connected_tcp_socket, "a TCP socket that does not listen"),
     ],
@@ -204,6 +213,25 @@ def test_options_can_be_checked(options: list[str], tmp_path: Path) -> None:
 )
 def test_options_that_are_wrong_do_not_pass_the_check(option: str, complaint: str) -> None:
     assert complaint in only_line(run("--check-options", option), code=100)
+
+
+def test_every_option_reaches_the_configuration() -> None:
+    options = ["--hashed", "--no-owner-check", "--no-sandbox", "--chroot", "--user", "nobody"]
+    options += ["--workers", "2", "--max-connections", "30", "--log", "connections"]
+    options += ["--drain", "4", "--idle-timeout", "5", "--half-closed-timeout", "6"]
+    assert _config(options) == Config(
+        hashed=True,
+        check_owner=False,
+        sandbox=False,
+        chroot=True,
+        user="nobody",
+        workers=2,
+        max_connections=30,
+        log_connections=True,
+        drain_seconds=4.0,
+        idle_seconds=5.0,
+        half_closed_seconds=6.0,
+    )
 
 
 def test_fewer_connections_than_workers_are_refused() -> None:
@@ -393,6 +421,11 @@ def test_it_says_which_directory_it_serves_in_the_bytes_that_the_kernel_has(tmp_
     with start_daemon(hosts) as daemon:
         log = "\n".join(daemon.log())
         assert f'hosts="{tmp_path}/h\\xc3\\xb4tes \\xff"' in log
+
+
+def test_without_a_sandbox_it_says_that_nothing_is_forbidden(hosts: Path) -> None:
+    with start_daemon(hosts, "--no-sandbox") as daemon:
+        assert daemon.wait_for_log("sandbox") == "sniproxy: sandbox forbids=nothing"
 
 
 def test_it_says_which_directory_it_serves(hosts: Path) -> None:

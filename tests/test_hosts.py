@@ -146,6 +146,15 @@ def reason(directory: HostsDirectory, host: Hostname = NAME) -> HostReason:
     return caught.value.reason
 
 
+def test_the_words_of_the_log_are_the_names_of_the_reasons() -> None:
+    assert all(reason == reason.name.lower() for reason in HostReason)
+
+
+def test_an_error_says_in_more_words_what_it_is(directory: HostsDirectory) -> None:
+    with pytest.raises(HostError, match=r"^No such file or directory$"):
+        directory.connect(NAME)
+
+
 def test_a_host_is_found_at_the_moment_it_is_there(directory: HostsDirectory, hosts: Path) -> None:
     assert reason(directory) is HostReason.NO_SUCH_HOST
     home = host_directory(hosts, NAME)

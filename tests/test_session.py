@@ -208,6 +208,20 @@ async def test_a_refused_client_that_floods_is_let_go_at_once(clock: MockClock) 
         assert trio.current_time() - began < CONFIG.alert_seconds
 
 
+@trio_test
+async def test_a_refused_client_is_listened_to_for_64_kib(clock: MockClock) -> None:
+    async with door() as it, await it.connect() as client:
+        await client.send_all(b"x")
+        await receive_to_end(client)
+        began = trio.current_time()
+        await client.send_all(bytes(65_535))
+        await trio.sleep(0.1)
+        assert it.limit.open == 1
+        await client.send_all(b"x")
+        await it.limit.wait_until_empty()
+        assert trio.current_time() - began < CONFIG.alert_seconds / 2
+
+
 @pytest.mark.parametrize(
     "said", [b"x", hellos.hello_bytes("nobody.example"), hellos.hello_bytes("-.example")]
 )

@@ -182,15 +182,14 @@ class LastWords:
         sock: socket,
         on_end: Callable[[Ending | None], None],
         *,
-        is_watched: bool,
         peer_has_ended: bool,
     ) -> None:
         """Keep `sock` until the peer has received all.
 
         Args:
-            sock: a TCP socket whose sending half has been shut down; owned from now on.
+            sock: a TCP socket whose sending half has been shut down, and which the loop watches
+                for reading; owned from now on.
             on_end: called once, when it has been given up, with how it ended, if not as it should.
-            is_watched: whether the loop watches it already, for reading.
             peer_has_ended: whether the end of what the peer says has been read.
         """
 
@@ -206,7 +205,7 @@ class LastWords:
         self._sending[linger] = -1, trio.current_time()
         if self._added:
             self._added.unpark()
-        linger.start(is_watched=is_watched)
+        linger.start(is_watched=True)
 
     async def run(self) -> None:
         """Close the sockets of those who have received all, until cancelled."""

@@ -523,7 +523,6 @@ class _Flow:
         self.relay.last_words.add(
             self.source,
             lambda other: on_end(up, down, other or ending),
-            is_watched=bool(self.asked & EPOLLIN),
             peer_has_ended=self.ended,
         )
 

@@ -2,7 +2,6 @@
 
 import socket
 import struct
-from typing import TypeGuard
 
 import pytest
 import trio
@@ -10,9 +9,9 @@ from trio.testing import MockClock, trio_test
 
 from sniproxy.engine import linger, relay, tcp
 from sniproxy.engine.ending import Ending
-from sniproxy.engine.loop import Watcher
+from sniproxy.engine.linger import Linger
 from tests.support.relays import Bench, bench
-from tests.support.sockets import Noise, tcp_pair, unix_pair
+from tests.support.sockets import Noise, plain, say, tcp_pair, unix_pair
 
 UNREAD = b"seventeen bytes.."
 RESET = struct.pack("ii", 1, 0)
@@ -94,6 +93,23 @@ async def test_who_has_received_all_and_stays_is_let_go(clock: MockClock) -> Non
         assert it.loop.watchers() == []
 
 
+@trio_test
+async def test_who_has_received_all_and_had_ended_before_is_let_go_at_once(
+    clock: MockClock,
+) -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(UNREAD)
+        await client.send_eof()
+        await say_and_close(backend, 1_000_000)
+        await trio.sleep(1)
+        assert it.limit.open == 1
+        assert len(await read_slowly(client, talks=False)) == 1_000_000
+        began = trio.current_time()
+        await it.limit.wait_until_empty()
+        assert trio.current_time() - began <= 2 * linger._LOOK_EVERY
+
+
 async def hear_all_and_stay(it: Bench) -> None:
     client, backend = it.join()
     await client.send_all(UNREAD)
@@ -158,6 +174,25 @@ async def test_those_on_their_way_are_cut_with_the_others() -> None:
         assert [ending for _, _, ending in it.endings] == [Ending.CUT]
         with pytest.raises(trio.BrokenResourceError):
             await read_slowly(client, talks=False)
+
+
+@trio_test
+async def test_others_have_their_turn_while_much_is_thrown_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linger, "_TURN", linger._CHUNK)
+    async with bench() as it:
+        client, near = tcp_pair()
+        say(client, near, bytes(100_000))
+        sock = plain(near)
+        ended = trio.Event()
+        thrown_away = Linger(it.loop, sock, lambda _: ended.set())
+        thrown_away.start(is_watched=False)
+        thrown_away.on_event(0)
+        assert sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        client.close()
+        with trio.fail_after(5):
+            await ended.wait()
 
 
 @trio_test
@@ -254,10 +289,6 @@ async def test_a_client_that_pauses_is_not_taken_for_gone(
         assert received == sent
 
 
-def is_from_near(watcher: Watcher) -> TypeGuard[relay._Flow]:
-    return isinstance(watcher, relay._Flow) and watcher.on_end is not None
-
-
 @trio_test
 async def test_the_timeout_is_back_when_the_client_reads_on(
     monkeypatch: pytest.MonkeyPatch,
@@ -266,7 +297,7 @@ async def test_the_timeout_is_back_when_the_client_reads_on(
     monkeypatch.setattr(tcp, "_ASK_AFTER", 0.3)
     async with bench() as it:
         client, sent = await fill(it)
-        near = next(each.source for each in it.loop.watchers() if is_from_near(each))
+        near = it.up().source
         await trio.sleep(0.7)
         assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
         received = 0
@@ -275,6 +306,14 @@ async def test_the_timeout_is_back_when_the_client_reads_on(
         await it._ends[0].send_all(b"x")
         await trio.sleep(0.3)
         assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == tcp.USER_TIMEOUT
+
+
+def test_where_the_timeout_can_not_be_changed_it_stays() -> None:
+    sock, other = unix_pair()
+    with sock, other:
+        sock.send(b"not acknowledged")
+        tcp.spare_slow_reader(sock, 30)
+        tcp.expect_answers(sock, 30)
 
 
 # --- time limits

@@ -1,28 +1,25 @@
 """The relay between real sockets: a near end over TCP, a far end over a Unix socket."""
 
-import array
+import _socket
 import contextlib
 import errno
-import fcntl
 import os
 import select
 import socket
 import struct
-import termios
-import time
 
 import pytest
 import trio
 from trio.testing import check_half_closeable_stream, trio_test
 
-from sniproxy.engine import linger
+from sniproxy.engine import linger, relay
 from sniproxy.engine.ending import Ending
 from sniproxy.engine.loop import Watcher
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import READ_EVENTS
 from sniproxy.engine.stream import relay_streams
 from tests.support.relays import bench, stream
-from tests.support.sockets import Noise, plain, reset, tcp_pair, unix_pair
+from tests.support.sockets import Noise, plain, reset, say, tcp_pair, unix_pair
 
 # More than all buffers between two ends can hold.
 MUCH = 16 << 20
@@ -31,23 +28,13 @@ MUCH = 16 << 20
 RESET = struct.pack("ii", 1, 0)
 
 
-def say(client: socket.socket, near: socket.socket, data: bytes) -> None:
-    """Send, and wait until all of it is at the other end."""
-    client.sendall(data)
-    deadline = time.monotonic() + 5
-    there = array.array("i", [0])
-    while there[0] < len(data):
-        assert time.monotonic() < deadline
-        fcntl.ioctl(near, termios.FIONREAD, there)
-
-
 def shut(client: socket.socket, near: socket.socket) -> None:
     """Send the end, and wait until it is at the other end."""
     client.shutdown(socket.SHUT_WR)
     wait_for(near, select.POLLRDHUP)
 
 
-def wait_for(sock: socket.socket, events: int) -> None:
+def wait_for(sock: _socket.socket, events: int) -> None:
     poll = select.poll()
     poll.register(sock, events)
     assert poll.poll(5000)
@@ -180,6 +167,25 @@ async def test_small_messages_are_not_spliced(splices: Splices) -> None:
             await backend.send_all(b"pong")
             assert await client.receive_some() == b"pong"
         assert not splices.count
+
+
+@trio_test
+async def test_a_large_message_now_and_then_is_not_spliced(splices: Splices) -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        say(client, near, bytes(40_000))  # more than half of what the buffer takes
+        it.join_these(near, far)
+        up = it.up()
+        for size in 1, 40_000, 1, 40_000:
+            say(client, up.source, bytes(size))
+            up.pump()
+        assert len(received_already(backend)) == 120_002
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert splices.count == 0
+        client.close()
+        backend.close()
+        await it.all_ended()
 
 
 @trio_test
@@ -443,6 +449,84 @@ async def test_both_ends_stalled_and_both_gone(near_first: bool) -> None:
         [(_, _, ending)] = it.endings
         assert ending in (Ending.NEAR_RESET, Ending.FAR_RESET)
         assert it.loop.watchers() == []
+
+
+@trio_test
+async def test_a_client_that_is_found_gone_by_what_is_sent_to_it_takes_the_backend_along() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        with trio.move_on_after(0.1):
+            await client.send_all(bytes(64 << 20))
+        up = it.up()
+        assert up.stalled
+        assert up.back is not None
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        client.socket.close()
+        wait_for(up.source, select.POLLERR)
+        # In a turn, before the loop has told of it: the kernel tells of an error only once.
+        assert await backend.socket.send(b"x") == 1
+        up.back.pump()
+        await it.all_ended()
+        assert [ending for _, _, ending in it.endings] == [Ending.NEAR_RESET]
+
+
+@trio_test
+async def test_both_are_found_gone_by_one_read() -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        say(client, near, b"unread")
+        it.join_these(near, far)
+        up = it.up()
+        assert up.back is not None
+        backend.close()
+        reset(client)
+        wait_for(up.source, select.POLLERR)
+        up.back.pump()
+        assert it.endings == [(6, 0, Ending.NEAR_RESET)]
+
+
+@trio_test
+async def test_how_it_ends_is_what_was_known_first() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(b"unread")
+        with trio.move_on_after(0.1):
+            await backend.send_all(bytes(64 << 20))
+        up = it.up()
+        backend.socket.shutdown(socket.SHUT_RDWR)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert up.pending is Ending.FINISHED
+        # With bytes unread.
+        await backend.aclose()
+        while await client.receive_some():
+            pass
+        await client.aclose()
+        await it.all_ended()
+        assert [ending for _, _, ending in it.endings] == [Ending.FINISHED]
+
+
+@trio_test
+async def test_others_have_their_turn_while_connections_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relay, "_SWEEP_BATCH", 2)
+    async with bench() as it:
+        for _ in range(10):
+            it.join()
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count)
+            await it.relay._sweep(1.0)
+            assert turns >= 5  # twenty directions, two at a time, and some for the start
+            nursery.cancel_scope.cancel()
 
 
 # What happened before the two were joined

@@ -14,7 +14,7 @@ from sniproxy.engine.ending import Ending
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
-from sniproxy.engine.relay import Relay
+from sniproxy.engine.relay import Relay, _Flow
 from tests.support.sockets import plain, tcp_pair, unix_pair
 
 
@@ -46,6 +46,11 @@ class Bench:
     def join_these(self, near: socket.socket, far: socket.socket, first: bytes = b"") -> None:
         self.limit.add()
         self.relay.join(plain(near), plain(far), self.left, first=first)
+
+    def up(self) -> _Flow:
+        """Return the direction from the near end, of the first connection that there is."""
+        flows = [each for each in self.loop.watchers() if isinstance(each, _Flow)]
+        return next(flow for flow in flows if flow.on_end is not None)
 
     def left(self, up: int, down: int, ending: Ending) -> None:
         self.endings.append((up, down, ending))

@@ -1,9 +1,13 @@
 """Pairs of connected sockets, and what a test wants to do with them."""
 
 import _socket
+import array
+import fcntl
 import hashlib
 import socket
 import struct
+import termios
+import time
 from collections.abc import Iterator
 
 
@@ -30,6 +34,16 @@ def reset(sock: socket.socket) -> None:
     """Close a TCP socket with a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+def say(client: socket.socket, near: _socket.socket, data: bytes) -> None:
+    """Send, and wait until all of it is at the other end."""
+    client.sendall(data)
+    deadline = time.monotonic() + 5
+    there = array.array("i", [0])
+    while there[0] < len(data):
+        assert time.monotonic() < deadline
+        fcntl.ioctl(near, termios.FIONREAD, there)
 
 
 def receive_all(sock: socket.socket) -> bytes:
