@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import shutil
+import ssl
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import tls_bridge.log
+from mutual_tls.dial import DialReason
+from mutual_tls.end import TLSReason
+from mutual_tls.relay import Ending
 from sniproxy import session
 from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.hosts import HostReason
@@ -24,17 +29,28 @@ from sniproxy.wire.hello import MAX_HANDSHAKE
 from sniproxy_hostname import Hostname, InvalidHostname
 from tests.support.answers import ROWS
 from tests.support.daemon import PATIENCE, start_daemon
+from tls_bridge.http_connect import MOST_HEADER
+from tls_bridge.refusal import ANSWERS, BridgeReason
 
 ROOT = Path(__file__).parents[1]
 MAN = ROOT / "man"
 PAGES = {path.name: path.read_text() for path in sorted(MAN.iterdir())}
 
-# Each has the same headings in the same order. The directory is no program, and has none of those
+# Each has the same headings in the same order. Directories are no programs, and have none of those
 # that speak of one.
 PROGRAMS = {
     "sniproxy.8": "sniproxy",
     "sniproxy-hostname.1": "sniproxy_hostname",
     "sniproxy-listen.8": "sniproxy.listen",
+    "tls-bridge.8": "tls_bridge",
+    "tls-bridge-peer.8": "tls_bridge.peer",
+}
+
+# Those that serve, and the packages of each.
+SERVICES = {
+    "sniproxy.8": ["sniproxy"],
+    "tls-bridge.8": ["sniproxy", "mutual_tls", "tls_bridge"],
+    "tls-bridge-peer.8": ["sniproxy", "mutual_tls", "tls_bridge"],
 }
 HEADINGS = [
     *["NAME", "SYNOPSIS", "DESCRIPTION", "INTERFACE", "OPTIONS", "SIGNALS", "ENVIRONMENT", "FILES"],
@@ -56,7 +72,8 @@ OTHERS = {
 # What mandoc says of the machine and not of the page: whether it has the manuals of others, and an
 # index of them.
 OF_THE_MACHINE = re.compile(
-    r"STYLE: referenced manual not found: Xr (?!sniproxy)|^mandoc: outdated mandoc\.db lacks "
+    r"STYLE: referenced manual not found: Xr (?!sniproxy|tls-bridge)|"
+    r"^mandoc: outdated mandoc\.db lacks "
 )
 
 # b3sum's, in an example.
@@ -65,6 +82,7 @@ OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
 
 every_page = pytest.mark.parametrize("page", PAGES)
 every_program = pytest.mark.parametrize("page", PROGRAMS)
+every_service = pytest.mark.parametrize("page", SERVICES)
 
 
 def section(page: str, heading: str, macro: str = "Sh") -> str:
@@ -147,9 +165,11 @@ def test_what_it_refers_to_is_there(page: str) -> None:
         assert target in ours | OTHERS
     for heading in re.findall(r"^\.Sx (.+?)(?: \.| ,)?$", PAGES[page], re.MULTILINE):
         assert re.search(rf"^\.S[hs] {heading}$", PAGES[page], re.MULTILINE)
-    # Sections of sniproxy-hosts(5) that other pages name.
-    for heading in re.findall(r"^\.Dq (\w+)\nin\n\.Xr sniproxy-hosts 5", PAGES[page], re.MULTILINE):
-        assert f"\n.Ss {heading}\n" in PAGES["sniproxy-hosts.5"]
+    # Sections of other pages.
+    for heading, name, number in re.findall(
+        r"^\.Dq (.+)\nin\n\.Xr (\S+) (\d)", PAGES[page], re.MULTILINE
+    ):
+        assert f"\n.Ss {heading}\n" in PAGES[f"{name}.{number}"]
 
 
 def test_every_page_is_installed() -> None:
@@ -189,6 +209,8 @@ def test_no_option_is_named_that_does_not_exist(page: str) -> None:
     [
         ("sniproxy.8", ["--version", "--no-such-option", "--version >/dev/full"]),
         ("sniproxy-listen.8", ["--version", "--no-such-option", "--version >/dev/full"]),
+        ("tls-bridge.8", ["--version", "--no-such-option", "--version >/dev/full"]),
+        ("tls-bridge-peer.8", ["--version", "--no-such-option", "--version >/dev/full"]),
         ("sniproxy-hostname.1", ["a.example", "_b", "--no-such-option", "a.example >/dev/full"]),
     ],
 )
@@ -280,6 +302,68 @@ def test_every_event_is_there_with_its_fields(capfd: pytest.CaptureFixture[str])
     assert described == events
 
 
+def test_every_event_of_the_bridge_is_there_with_its_fields(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    log = tls_bridge.log.Log("tls-bridge")
+    log.refusal(BridgeReason.NO_ROUTE, "192.0.2.1:1", "a.example:443", "p", "more")
+    refused = re.findall(r"(\w+)=", capfd.readouterr().err)
+    events = {"bug": ["text"]}
+    for package in "sniproxy/service", "tls_bridge":
+        for path in (ROOT / package).rglob("*.py"):
+            for word, fields in events_in(path):
+                events[word] = refused if fields is None else fields
+    # What becomes of an identity is told by a function that was passed.
+    told = re.findall(r'_on_event\("(\w+)"', (ROOT / "mutual_tls" / "identity.py").read_text())
+    assert told
+    events |= {word: ["detail"] for word in told}
+    described = {}
+    for head in items(section("tls-bridge.8", "Log", "Ss")):
+        cm, word, ar, *fields = head.split()
+        assert (cm, ar) == ("Cm", "Ar")
+        described[word] = fields
+    assert described == events
+
+
+def test_every_reason_of_the_bridge_is_there_with_its_answer() -> None:
+    described = {}
+    for head in items(section("tls-bridge.8", "Reasons for refusals", "Ss")):
+        found = re.fullmatch(r"Cm (\w+) Pq (\d+) (\w+) (\d+)", head)
+        assert found is not None, head
+        described[found[1]] = (int(found[2]), found[3], int(found[4]))
+    assert described == {
+        str(reason): (answer.status, answer.error, int(answer.alert))
+        for reason, answer in ANSWERS.items()
+    }
+    assert list(described) == sorted(described)
+    assert section("tls-bridge.8", "Reasons for refusals", "Ss") in section(
+        "tls-bridge.8", "DIAGNOSTICS"
+    )
+
+
+def test_the_answers_are_for_all_reasons_of_the_bridge() -> None:
+    lists = {
+        each
+        for each in StrEnum.__subclasses__()
+        if each.__name__.endswith("Reason")
+        and each.__module__.startswith(("mutual_tls.", "tls_bridge."))
+    }
+    assert lists == {BridgeReason, DialReason, TLSReason}
+    assert {reason for each in lists for reason in each} == ANSWERS.keys()
+
+
+def test_every_reason_in_the_page_of_the_directories_exists() -> None:
+    words = [head.removeprefix("Cm ") for head in items(section("tls-bridge.5", "DIAGNOSTICS"))]
+    assert words == sorted(words)
+    assert set(words) <= set(map(str, ANSWERS))
+
+
+def test_every_ending_of_the_bridge_is_there() -> None:
+    source = section("tls-bridge.8", "Log", "Ss")
+    for ending in Ending:
+        assert re.search(rf"^\.Cm {ending}$", source, re.MULTILINE)
+
+
 def test_every_ending_is_there() -> None:
     source = section("sniproxy.8", "Log", "Ss")
     for ending in session._ENDINGS.values():
@@ -294,37 +378,50 @@ def test_what_the_sandbox_forbids_is_there(hosts: Path) -> None:
     assert set(forbidden) <= {head.removeprefix("Cm ") for head in heads}
 
 
-def test_every_variable_is_there() -> None:
+@every_service
+def test_every_variable_is_there(page: str) -> None:
     read = re.compile(r"""environ(?:ment)?(?:\.get\(|\[)"(\w+)"|"(\w+)" in (?:os\.)?environ""")
     found = {
         name
-        for path in (ROOT / "sniproxy").rglob("*.py")
+        for package in SERVICES[page]
+        for path in (ROOT / package).rglob("*.py")
         for names in read.findall(path.read_text())
         for name in names
         if name
     }
     found |= {"LISTEN_FDS", "LISTEN_PID"}  # taken out by a loop
-    heads = items(section("sniproxy.8", "ENVIRONMENT"))
+    if page == "tls-bridge.8":
+        found.add("LISTEN_FDNAMES")  # so is this, which means nothing to the others
+    if "mutual_tls" in SERVICES[page]:
+        paths = ssl.get_default_verify_paths()
+        found |= {paths.openssl_cafile_env, paths.openssl_capath_env}
+    heads = items(section(page, "ENVIRONMENT"))
     assert found == {name for head in heads for name in re.findall(r"[A-Z]\w+", head[3:])}
 
 
-def test_every_signal_is_there() -> None:
-    described = re.findall(r"SIG[A-Z0-9]+", " ".join(items(section("sniproxy.8", "SIGNALS"))))
+@every_service
+def test_every_signal_is_there(page: str) -> None:
+    described = re.findall(r"SIG[A-Z0-9]+", " ".join(items(section(page, "SIGNALS"))))
     known = [*workers._ORDERS, *signals._IGNORED]
     assert described == [each.name for each in known]
+
+
+@every_service
+def test_the_ranges_of_options_are_right(page: str) -> None:
+    for option in "--workers", "--max-connections":
+        command = [sys.executable, "-P", "-m", PROGRAMS[page], option, "0"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        allowed = re.search(r"from 1 to \d+\b", done.stderr)
+        assert allowed is not None
+        assert re.search(rf"{allowed[0]}\b", section(page, "OPTIONS"))
 
 
 def test_the_numbers_are_right() -> None:
     text = PAGES["sniproxy.8"].replace("\n", " ")
     assert f"{MAX_HANDSHAKE:,} bytes, in at most {MAX_WIRE:,} bytes" in text
-    for option in "--workers", "--max-connections":
-        command = [sys.executable, "-P", "-m", "sniproxy", option, "0"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-        allowed = re.search(r"from 1 to \d+\b", done.stderr)
-        assert allowed is not None
-        assert re.search(rf"{allowed[0]}\b", section("sniproxy.8", "OPTIONS"))
     said = text.partition("So a hard limit of ")[2].partition(". ")[0]
     numbers = [int(each.replace(",", "")) for each in re.findall(r"\d[\d,]*\d", said)]
     assert len(numbers) == 6
     for limit, connections in zip(numbers[::2], numbers[1::2], strict=True):
         assert descriptors.share(limit, MOST_PIPES).connections == connections
+    assert f"more than {MOST_HEADER:,} bytes" in PAGES["tls-bridge.8"]
