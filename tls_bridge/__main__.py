@@ -5,6 +5,7 @@ import sniproxy.service.process1  # noqa: F401  # isort: skip
 
 import sys
 from _socket import socket
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -99,25 +100,31 @@ def _ingress_config(argv: Sequence[str] | None) -> Config | None:
         help="clients speak TLS, and their server name is the host that they want",
     )
     parser.add_service_options()
-    options = parser.understand(argv)
+
+    def check(options: Namespace) -> None:
+        if len(options.pairs) % 2:
+            parser.error(f"{options.pairs[-1]!a} is a REGEX without a PEER")
+        for pattern, peer in _in_pairs(options.pairs):
+            try:
+                parse_pattern(pattern, peer)
+            except ValueError as error:
+                parser.error(str(error))
+
+    options = parser.understand(argv, check)
     if options is None:
         return None
-    if len(options.pairs) % 2:
-        parser.error(f"{options.pairs[-1]!a} is a REGEX without a PEER")
-    pairs = tuple(zip(options.pairs[::2], options.pairs[1::2], strict=True))
-    for pattern, peer in pairs:
-        try:
-            parse_pattern(pattern, peer)
-        except ValueError as error:
-            parser.error(str(error))
     return Config(
         sni=options.sni,
-        pairs=pairs,
+        pairs=tuple(_in_pairs(options.pairs)),
         files=tuple(path.absolute() for path in options.file),
         identity=options.identity and options.identity.absolute(),
         server_name=options.server_name,
         **service_fields(options),
     )
+
+
+def _in_pairs(words: list[str]) -> list[tuple[str, str]]:
+    return list(zip(words[::2], words[1::2], strict=True))
 
 
 def _peer_config(argv: Sequence[str] | None) -> Config | None:

@@ -139,6 +139,8 @@ class Sessions:
 class Session:
     """What the three stories have in common: their time limit, and how they end."""
 
+    is_tls_client = False
+
     def __init__(self, shared: Sessions, client: socket, address: Address) -> None:
         self.shared = shared
         self.client = client
@@ -229,6 +231,8 @@ class Session:
         self.shared.limit.remove()
 
     def _left(self, up: int, down: int, ending: Ending) -> None:
+        if self.is_tls_client:  # the relay has counted from the plain end
+            up, down = down, up
         shared = self.shared
         if shared.config.log_connections:
             shared.log.event(
@@ -400,6 +404,7 @@ class ServerNameIngress(Outward):
 class PeerSide(Session):
     """An ingress has connected; it says CONNECT inside mutual TLS."""
 
+    is_tls_client = True
     end: TLSEnd | None = None
     asked: Asked | None = None
 

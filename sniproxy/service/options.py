@@ -141,8 +141,16 @@ class OptionParser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="store_true", help="print this")
         self.add_argument("--version", action="store_true", help="print the version")
 
-    def understand(self, argv: Sequence[str] | None) -> argparse.Namespace | None:
+    def understand(
+        self,
+        argv: Sequence[str] | None,
+        check: Callable[[argparse.Namespace], None] = lambda options: None,
+    ) -> argparse.Namespace | None:
         """Return the options in `argv`; None if they ask to be told something, which is done.
+
+        Args:
+            argv: the command line.
+            check: called with the options, to say what else is wrong with them, by `error`.
 
         Raises:
             UsageError: there is something wrong with them.
@@ -163,6 +171,7 @@ class OptionParser(argparse.ArgumentParser):
                 f"--max-connections {options.max_connections} is less than one for each of "
                 f"{options.workers} workers"
             )
+        check(options)
         if options.check_options:
             look_up_user(options.user)
             return None

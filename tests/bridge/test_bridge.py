@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,44 @@ def test_connect_reaches_a_service_that_only_the_peer_knows(it: Bridge) -> None:
         check_echo(client)
     assert "name=web.internal:80 peer=p up=5 down=5" in ingress.wait_for_log("connection")
     assert "ending=finished" in peer.wait_for_log("connection")
+
+
+def test_both_sides_count_what_the_client_says_as_up(it: Bridge) -> None:
+    peer, ingress = it.start_peer("--log", "connections"), it.start_ingress("--log", "connections")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        write(it.peer_place / "allow/web.internal/80", f"127.0.0.1:{listening.getsockname()[1]}")
+        client, _ = ask(ingress, connect())
+        service, _ = listening.accept()
+        with client, service:
+            client.sendall(b"question")
+            client.shutdown(socket.SHUT_WR)
+            assert receive_all(service) == b"question"
+            service.sendall(b"no")
+    for daemon in ingress, peer:
+        assert " up=8 down=2 " in daemon.wait_for_log("connection")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["x"], "'x' is a REGEX without a PEER"),
+        (["(", "p"], "'(' is no regular expression"),
+        (["x", "../p"], "'../p' is no name of a peer"),
+        (["x", "host:0"], "there is no port 0"),
+    ],
+)
+def test_wrong_pairs_are_told_of(words: list[str], why: str) -> None:
+    for options in [], ["--check-options"]:
+        done = subprocess.run(
+            [sys.executable, "-m", "tls_bridge", *options, *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == 100
+        assert why in done.stderr
 
 
 def test_what_comes_with_the_connect_is_not_lost(it: Bridge) -> None:
