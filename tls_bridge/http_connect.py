@@ -27,6 +27,8 @@ _HOP_BY_HOP = frozenset(
     }
 )
 
+_VERSIONS = frozenset({b"1.0", b"1.1"})
+
 Headers = list[tuple[bytes, bytes]]
 Receive = Callable[[], Awaitable[bytes]]
 
@@ -81,8 +83,11 @@ class Asked:
         if event.method != b"CONNECT":
             method = event.method.decode("ascii", "backslashreplace")
             raise Refusal(BridgeReason.NOT_CONNECT, f"its method is {method}")
+        if event.http_version not in _VERSIONS:
+            raise Refusal(BridgeReason.BAD_REQUEST, "its version is neither HTTP/1.1 nor 1.0")
         # RFC 9110 §9.3.6: "A CONNECT request message does not have content."
-        if not isinstance(self._next_event(), h11.EndOfMessage):
+        is_framed = any(name == b"transfer-encoding" for name, _ in event.headers)
+        if is_framed or not isinstance(self._next_event(), h11.EndOfMessage):
             raise Refusal(BridgeReason.BAD_REQUEST, "a CONNECT has no content")
         early, _ = connection.trailing_data
         return Request(target(event.target), _end_to_end(event.headers), early + data)
