@@ -454,20 +454,40 @@ async def test_both_ends_stalled_and_both_gone(near_first: bool) -> None:
 @trio_test
 async def test_a_client_that_is_found_gone_by_what_is_sent_to_it_takes_the_backend_along() -> None:
     async with bench() as it:
-        client, backend = it.join()
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        it.join_these(near, far)
         with trio.move_on_after(0.1):
-            await client.send_all(bytes(64 << 20))
+            await it.stream(client).send_all(bytes(64 << 20))
+        it.stream(backend)  # it is closed at the end
         up = it.up()
         assert up.stalled
         assert up.back is not None
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        client.socket.close()
+        reset(client)
         wait_for(up.source, select.POLLERR)
         # In a turn, before the loop has told of it: the kernel tells of an error only once.
-        assert await backend.socket.send(b"x") == 1
+        assert backend.send(b"x") == 1
         up.back.pump()
         await it.all_ended()
         assert [ending for _, _, ending in it.endings] == [Ending.NEAR_RESET]
+
+
+@trio_test
+async def test_what_is_said_to_a_client_that_has_reset_is_answered_with_a_reset() -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        it.join_these(near, far)
+        it.stream(backend)  # it is closed at the end
+        up = it.up()
+        reset(client)
+        wait_for(up.source, select.POLLERR)
+        backend.send(b"to nobody")
+        up.pump()
+        await it.all_ended()
+        assert it.endings == [(0, 0, Ending.NEAR_RESET)]
+        with pytest.raises(ConnectionResetError):
+            backend.recv(1, socket.MSG_DONTWAIT)
 
 
 @trio_test
