@@ -24,6 +24,7 @@ message. A source that fills the buffer again and again is spliced through a pip
 the bytes never enter this process.
 """
 
+import contextlib
 import errno
 import os
 from _socket import AF_UNIX, MSG_DONTWAIT, SHUT_WR, SO_LINGER, SO_SNDBUF, SOL_SOCKET, socket
@@ -520,6 +521,9 @@ class _Flow:
         on_end, up, down = self.on_end, self.moved, back.moved
         assert on_end is not None
         self._give_up_far(back)
+        # Once more does no harm, and where both ends had ended already nobody has done it.
+        with contextlib.suppress(OSError):  # ENOTCONN: reset meanwhile
+            self.source.shutdown(SHUT_WR)
         self.relay.last_words.add(
             self.source,
             lambda other: on_end(up, down, other or ending),

@@ -59,7 +59,7 @@ class Running:
     async def _main(self) -> None:
         self.loop = EventLoop(self.faults.append)
         self.pipes = PipePool(limit=1)
-        self.relay = Relay(self.loop, self.pipes, self.faults.append)
+        self.relay = self.make_relay()
         self.limit = ConnectionLimit()
         self._token = trio.lowlevel.current_trio_token()
         self._end = trio.Event()
@@ -71,6 +71,9 @@ class Running:
             nursery.cancel_scope.cancel()
         self.loop.shut()
         self.pipes.close()
+
+    def make_relay(self) -> Relay:
+        return Relay(self.loop, self.pipes, self.faults.append)
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a function in the thread of the relay."""
@@ -156,12 +159,15 @@ class Peers(RuleBasedStateMachine):
     @rule(side=_SIDES)
     def break_off(self, side: str) -> None:
         """Go away, with a reset where there is such a thing."""
+        self.go_away(side)
+        self.is_broken = True
+        del self.ends[side]
+
+    def go_away(self, side: str) -> None:
         if side == "client":
             reset(self.ends[side])
         else:
             self.ends[side].close()
-        self.is_broken = True
-        del self.ends[side]
 
     @precondition(lambda self: self.is_broken)
     @rule()
