@@ -1,0 +1,184 @@
+"""Connecting: addresses in turn, and what went wrong."""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import trio
+from trio.testing import trio_test
+
+from mutual_tls.dial import DialError, DialReason, Endpoint, dial, is_local, resolve
+from sniproxy.engine.loop import EventLoop
+
+V4, V6 = socket.AF_INET, socket.AF_INET6
+
+
+class Resolver(trio.abc.HostnameResolver):
+    """Knows the addresses that it was told."""
+
+    def __init__(self, *found: tuple[socket.AddressFamily, str, int]) -> None:
+        self._found = found
+
+    async def getaddrinfo(self, *args: object, **kwargs: object) -> list[tuple[object, ...]]:  # type: ignore[override]
+        if not self._found:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [
+            (
+                family,
+                socket.SOCK_STREAM,
+                6,
+                "",
+                (host, port) if family == V4 else (host, port, 0, 0),
+            )
+            for family, host, port in self._found
+        ]
+
+    async def getnameinfo(self, *args: object) -> tuple[str, str]:
+        raise NotImplementedError
+
+
+@contextmanager
+def name_is(*found: tuple[socket.AddressFamily, str, int]) -> Iterator[Endpoint]:
+    before = trio.socket.set_custom_hostname_resolver(Resolver(*found))
+    try:
+        yield Endpoint("name.example", 443)
+    finally:
+        trio.socket.set_custom_hostname_resolver(before)
+
+
+async def dialled(endpoint: Endpoint, *, local: bool = True) -> tuple[str, int]:
+    """Return where a connection has gone."""
+    loop = EventLoop(lambda error: None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        try:
+            with trio.fail_after(5):
+                sock = await dial(loop, endpoint, None if local else is_local)
+            address: tuple[str, int] = sock.getpeername()[:2]
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            sock.close()
+        finally:
+            nursery.cancel_scope.cancel()
+    loop.shut()
+    return address
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+    return port
+
+
+@contextmanager
+def silent_port() -> Iterator[int]:
+    """A port that does not answer: its queue is full."""
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.socket())
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        for _ in range(2):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listening.getsockname())
+        yield listening.getsockname()[1]
+
+
+@trio_test
+async def test_an_address_is_connected_to_as_it_is() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+        assert await dialled(Endpoint(*address)) == address
+
+
+@trio_test
+async def test_families_take_turns() -> None:
+    found = [(V6, "2001:db8::1", 1), (V6, "2001:db8::2", 1), (V4, "192.0.2.1", 1)]
+    with name_is(*found) as endpoint:
+        assert [address[0] for _, address in await resolve(endpoint)] == [
+            *("2001:db8::1", "192.0.2.1", "2001:db8::2"),
+        ]
+
+
+@trio_test
+async def test_the_next_address_is_tried_at_once_if_one_refuses() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with name_is((V4, "127.0.0.1", closed_port()), (V4, "127.0.0.1", port)) as endpoint:
+            began = trio.current_time()
+            assert await dialled(endpoint) == ("127.0.0.1", port)
+            assert trio.current_time() - began < 0.2
+
+
+@trio_test
+async def test_the_next_address_is_tried_beside_one_that_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, silent_port() as silent:
+        port = listening.getsockname()[1]
+        with name_is((V4, "127.0.0.1", silent), (V4, "127.0.0.1", port)) as endpoint:
+            assert await dialled(endpoint) == ("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ([], DialReason.UNRESOLVED),
+        ([(V4, "127.0.0.1", 0)], DialReason.REFUSED),
+        ([(V4, "127.0.0.1", 0), (V4, "255.255.255.255", 9)], DialReason.REFUSED),
+        ([(V4, "255.255.255.255", 9)], DialReason.UNREACHABLE),
+    ],
+)
+@trio_test
+async def test_what_went_wrong(
+    found: list[tuple[socket.AddressFamily, str, int]], reason: DialReason
+) -> None:
+    port = closed_port()
+    with (
+        name_is(*((family, host, own or port) for family, host, own in found)) as endpoint,
+        pytest.raises(ExceptionGroup) as caught,
+    ):
+        await dialled(endpoint)
+    [error] = caught.value.exceptions
+    assert isinstance(error, DialError)
+    assert error.reason is reason
+
+
+@trio_test
+async def test_a_name_that_leads_here_is_forbidden_where_that_is_asked_for() -> None:
+    with (
+        name_is((V4, "127.0.0.1", 9), (V6, "::1", 9)) as endpoint,
+        pytest.raises(ExceptionGroup) as caught,
+    ):
+        await dialled(endpoint, local=False)
+    [error] = caught.value.exceptions
+    assert isinstance(error, DialError)
+    assert error.reason is DialReason.FORBIDDEN
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        *((each, True) for each in ("127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1")),
+        *((each, True) for each in ("169.254.169.254", "fe80::1", "::ffff:169.254.169.254")),
+        *((each, True) for each in ("0.0.0.0", "::", "224.0.0.1", "ff02::1")),
+        *((each, False) for each in ("192.0.2.1", "10.0.0.1", "2001:db8::1", "fd00::1")),
+    ],
+)
+def test_what_is_local(address: str, expected: bool) -> None:
+    assert is_local(ipaddress.ip_address(address)) == expected
+
+
+@trio_test
+async def test_who_has_no_time_leaves_no_socket() -> None:
+    before = os.listdir("/proc/self/fd")
+    loop = EventLoop(lambda error: None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        with silent_port() as silent, trio.move_on_after(0.1) as scope:
+            await dial(loop, Endpoint("127.0.0.1", silent))
+        assert scope.cancelled_caught
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    assert os.listdir("/proc/self/fd") == before
