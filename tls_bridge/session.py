@@ -100,6 +100,7 @@ class Sessions:
         self.log = log
         self.limit = limit
         self.nursery = nursery
+        relay.last_words.is_place_wanted = limit.is_place_wanted
         self.resumption = resumption.Sessions()
         self.served = self.refused = 0
         # Clients who have not said yet what they want, the oldest first.
@@ -117,7 +118,12 @@ class Sessions:
         self.loop.let_tasks_run()
 
     def make_room(self) -> bool:
-        """Let go who has been silent the longest; return whether there was anybody."""
+        """Let go who needs the place the least; return whether there was anybody.
+
+        First one who has received all that there was for it; then who has been silent the longest.
+        """
+        if self.relay.last_words.make_room():
+            return True
         for scope in self.silent.values():
             if not scope.cancel_called:
                 scope.cancel()
