@@ -19,10 +19,11 @@ from sniproxy.service.options import OptionParser, service_fields
 from sniproxy.service.start import drop_privileges, run_program, run_service, share_descriptors
 from sniproxy.service.syslogd import Syslog
 from tls_bridge.config import Config
+from tls_bridge.ingress import Ingress, ServerNameIngress
 from tls_bridge.log import Log
+from tls_bridge.peer_side import PeerSide
 from tls_bridge.routes import Routes, parse_pattern
 from tls_bridge.serve import Begin, serve
-from tls_bridge.session import Ingress, PeerSide, ServerNameIngress
 
 _INGRESS = "tls-bridge"
 _PEER = "tls-bridge-peer"

@@ -224,6 +224,16 @@ def has_been_here(headers: Headers, pseudonym: str) -> bool:
     return any(len(words) > 1 and words[1] == pseudonym.encode() for words in passed)
 
 
+def check_loop(request: Request, pseudonym: str) -> None:
+    """Check that the request has not come by here before.
+
+    Raises:
+        Refusal: it has.
+    """
+    if has_been_here(request.headers, pseudonym):
+        raise Refusal(BridgeReason.LOOP, "it has come by here before, Via says")
+
+
 def _end_to_end(headers: "h11._headers.Headers") -> Headers:
     """Return the fields that are for the next hop."""
     named = {

@@ -1,0 +1,208 @@
+"""The stories of a client that is to be carried to a peer.
+
+- `Ingress`: it says CONNECT, which goes on to the peer, inside mutual TLS.
+- `ServerNameIngress`: it says a ClientHello, whose server name becomes the CONNECT.
+"""
+
+import socket as std
+import ssl
+from _socket import socket
+from collections.abc import Sequence
+from functools import partial
+
+import h11
+import trio
+
+from mutual_tls.dial import DialError, Endpoint, dial
+from mutual_tls.end import TLSEnd, TLSError, TLSReason, listen_to_the_end, receive_some, send_all
+from mutual_tls.identity import IdentityError
+from mutual_tls.verify import Certificate, CertificateError, Rule, matches
+from sniproxy.engine.listener import Address
+from sniproxy.wire import Alert, HelloError, HelloReader, alert_record
+from sniproxy_hostname import Hostname, InvalidHostname
+from tls_bridge.forwarded import read_proxy_v1, show_forwarded
+from tls_bridge.http_connect import (
+    Asked,
+    Headers,
+    Response,
+    check_loop,
+    read_response,
+    request_bytes,
+)
+from tls_bridge.refusal import ANSWERS, BridgeReason, Refusal
+from tls_bridge.routes import Peer, Routes
+from tls_bridge.session import Session, Sessions
+
+# Bytes received at a time while the tunnel does not stand.
+_CHUNK = 1 << 14
+
+# Statuses below it open the tunnel; RFC 9110 §9.3.6: "Any 2xx (Successful) response".
+_NOT_SUCCESSFUL = 300
+
+
+class Outward(Session):
+    """A story that leads to a peer."""
+
+    def __init__(
+        self, shared: Sessions, client: socket, address: Address, *, routes: Routes
+    ) -> None:
+        super().__init__(shared, client, address)
+        self.routes = routes
+
+    async def ask_peer(self, headers: Headers) -> tuple[TLSEnd, Response]:
+        """Reach the peer for the target, and pass the CONNECT on to it."""
+        assert self.target is not None
+        peer = self.routes.find(self.target.host, self.target.port)
+        self.peer = peer.name
+        end, context = await self._reach(peer)
+        connection = h11.Connection(h11.CLIENT)
+        via = (b"Via", f"1.1 {self.shared.pseudonym}".encode())
+        forwarded = [show_forwarded(self.source)] if self.source else []
+        kept = [(name, value) for name, value in headers if name != b"forwarded"]
+        await end.send(request_bytes(connection, self.target, [*kept, via, *forwarded]))
+        most = self.shared.config.most_body
+        try:
+            response = await read_response(connection, end.receive, most)
+        except TLSError as error:
+            if error.reason is TLSReason.TLS_CLOSED:
+                # With TLS 1.3 it is only now that we hear what it says of our certificate.
+                raise Refusal(BridgeReason.PEER_CLOSED, str(error)) from None
+            raise
+        self.shared.resumption.keep(context, peer.server_name, end.ssl)
+        if response.status >= _NOT_SUCCESSFUL:
+            await end.end()
+        return end, response
+
+    async def _reach(self, peer: Peer) -> tuple[TLSEnd, ssl.SSLContext]:
+        """Connect to the first address of a peer that answers, and do the handshake there."""
+        last: DialError | TLSError | Refusal | None = None
+        deadline = self.began + self.shared.config.setup_seconds
+        for number, address in enumerate(peer.addresses):
+            # What is left of the time is for those who are left of them.
+            share = (deadline - trio.current_time()) / (len(peer.addresses) - number)
+            with trio.move_on_after(share) as scope:
+                try:
+                    return await self._shake_hands(peer, address)
+                except (DialError, TLSError) as error:
+                    last = error
+            if scope.cancelled_caught:
+                last = Refusal(BridgeReason.PEER_SILENT, f"{address} did not answer in time")
+            if self.far is not None:
+                self.far.close()
+                self.far = None
+        assert last is not None
+        raise last
+
+    async def _shake_hands(self, peer: Peer, address: Endpoint) -> tuple[TLSEnd, ssl.SSLContext]:
+        try:
+            context = peer.identity.client_context(check_hostname=peer.rules is None)
+        except IdentityError as error:
+            raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+        self.far = await dial(self.shared.loop, address)
+        check = None if peer.rules is None else partial(check_server, peer.rules)
+        end = TLSEnd(
+            self.shared.loop,
+            self.far,
+            context,
+            server_name=peer.server_name,
+            check=check,
+            session=self.shared.resumption.find(context, peer.server_name),
+        )
+        await end.shake_hands()
+        return end, context
+
+
+class Ingress(Outward):
+    """A client says CONNECT."""
+
+    def __init__(
+        self, shared: Sessions, client: socket, address: Address, *, routes: Routes
+    ) -> None:
+        super().__init__(shared, client, address, routes=routes)
+        self.asked = Asked(partial(receive_some, shared.loop, client, _CHUNK))
+
+    async def tell(self) -> None:
+        """Pass the CONNECT on, and its answer back."""
+        request = await self.asked.read()
+        if request is None:
+            return
+        self.is_understood(request.target)
+        check_loop(request, self.shared.pseudonym)
+        end, response = await self.ask_peer(request.headers)
+        if response.status >= _NOT_SUCCESSFUL:
+            reason = response.reason.decode("ascii", "backslashreplace")
+            self.report(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
+            await send_all(self.shared.loop, self.client, self.asked.pass_back(response))
+            return await listen_to_the_end(self.shared.loop, self.client)
+        await send_all(self.shared.loop, self.client, self.asked.accept(response.headers))
+        self.join(self.client, end, response.body, request.early)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with a status."""
+        answer = self.asked.refuse(refusal.reason, str(refusal), self.shared.program)
+        await send_all(self.shared.loop, self.client, answer)
+        await listen_to_the_end(self.shared.loop, self.client)
+
+
+class ServerNameIngress(Outward):
+    """A client says a ClientHello, which is passed on with all that follows, undecrypted."""
+
+    alert: Alert | None = None  # that a hello deserves which can't be read
+
+    async def tell(self) -> None:
+        """Make a CONNECT of the server name."""
+        received, header = await self._read_hello()
+        if not received:
+            return
+        end, response = await self.ask_peer(header)
+        if response.status >= _NOT_SUCCESSFUL:
+            reason = response.reason.decode("ascii", "backslashreplace")
+            raise Refusal(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
+        self.join(self.client, end, response.body, received)
+
+    async def _read_hello(self) -> tuple[bytes, Headers]:
+        """Return what the client has sent so far, its hello in front; nothing if it has gone."""
+        received = await receive_some(self.shared.loop, self.client, _CHUNK)
+        if self.client.family == std.AF_UNIX:
+            # Whoever may connect to the Unix socket is trusted with this, too.
+            while (rest := read_proxy_v1(received)) is None:
+                if not (more := await receive_some(self.shared.loop, self.client, _CHUNK)):
+                    return b"", []
+                received += more
+            self.source, received = rest
+        reader = HelloReader()
+        data = received
+        try:
+            while (hello := reader.feed(data) if data else None) is None:
+                if not (data := await receive_some(self.shared.loop, self.client, _CHUNK)):
+                    return b"", []
+                received += data
+            host = Hostname(hello.required_server_name())
+        except HelloError as error:
+            self.alert = error.alert
+            raise Refusal(BridgeReason.BAD_HELLO, f"{error.reason}: {error}") from None
+        except InvalidHostname as error:
+            raise Refusal(BridgeReason.NO_ROUTE, str(error)) from None
+        self.is_understood(Endpoint(host, self.routes.port(host)))
+        return received, []
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with an alert."""
+        alert = self.alert or ANSWERS[refusal.reason].alert
+        await send_all(self.shared.loop, self.client, alert_record(alert))
+        await listen_to_the_end(self.shared.loop, self.client)
+
+
+def check_server(rules: Sequence[Rule], der: bytes) -> None:
+    """Check that a server is somebody whom the rules allow.
+
+    Raises:
+        TLSError: it is not.
+    """
+    try:
+        certificate = Certificate.parse(der)
+    except CertificateError as error:
+        raise TLSError(TLSReason.UNTRUSTED, str(error)) from None
+    if not matches(rules, certificate, is_server=True):
+        names = ", ".join((*certificate.dns, *certificate.uris, *certificate.common_names))
+        raise TLSError(TLSReason.WRONG_NAME, f"its certificate is for {names or 'nobody'}")

@@ -1,0 +1,133 @@
+"""The story of an ingress that has connected: it says CONNECT, and the service is dialled."""
+
+import contextlib
+import errno
+import os
+import socket as std
+from _socket import socket
+from ipaddress import ip_address
+
+import trio
+
+from mutual_tls.dial import DialError, DialReason, Endpoint, connect, dial, is_local
+from mutual_tls.end import TLSEnd, TLSError, send_all
+from mutual_tls.identity import IdentityError
+from mutual_tls.verify import Certificate, CertificateError
+from sniproxy.engine.loop import EventLoop
+from sniproxy.wire import proxy_v1_header
+from tls_bridge.allowed import check_client, find_service
+from tls_bridge.forwarded import forwarded_for
+from tls_bridge.http_connect import (
+    Asked,
+    Headers,
+    check_loop,
+)
+from tls_bridge.refusal import BridgeReason, Refusal
+from tls_bridge.session import Session
+
+# Seconds between two attempts at a Unix socket whose backlog is full.
+_RETRY = 0.02
+
+
+class PeerSide(Session):
+    """An ingress has connected; it says CONNECT inside mutual TLS."""
+
+    is_tls_client = True
+    end: TLSEnd | None = None
+    asked: Asked | None = None
+
+    async def tell(self) -> None:
+        """Dial the service; only then say that the tunnel stands."""
+        shared = self.shared
+        shown: list[bytes] = []
+        try:
+            context = shared.identities(shared.directory / "identity").server_context()
+        except IdentityError as error:
+            raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+        end = TLSEnd(self.shared.loop, self.client, context, server_side=True, check=shown.append)
+        await end.shake_hands()
+        self.end, self.asked = end, Asked(end.receive)
+        request = await self.asked.read()
+        if request is None:
+            return
+        self.is_understood(request.target)
+        certificate = read_certificate(shown[-1])
+        check_client(shared.directory, certificate)
+        check_loop(request, shared.pseudonym)
+        service = find_service(shared.directory, request.target, certificate)
+        self.far = await self._dial(service.where)
+        if service.send_proxy_v1:
+            await send_all(self.shared.loop, self.far, self._proxy_header(request.headers))
+        via = (b"Via", f"1.1 {shared.pseudonym}".encode())
+        await end.send(self.asked.accept([via]))
+        self.join(self.far, end, request.early, b"")
+
+    async def _dial(self, where: Endpoint | str) -> socket:
+        if isinstance(where, str):
+            return await dial_unix(self.shared.loop, where)
+        try:
+            ip_address(where.host)
+        except ValueError:
+            # A name may lead anywhere; to this machine only if that is what was written.
+            return await dial(self.shared.loop, where, is_local)
+        return await dial(self.shared.loop, where)
+
+    def _proxy_header(self, headers: Headers) -> bytes:
+        """Return a PROXY header with the client's address: the ingress says it, in Forwarded."""
+        assert self.target is not None
+        source = forwarded_for(headers) or (self.source[:2] if self.source else None)
+        if source is None:
+            return proxy_v1_header(None, None)
+        try:
+            destination = self.client.getsockname()[:2]
+            header = proxy_v1_header(source, destination)
+        except (OSError, ValueError):
+            header = proxy_v1_header(None, None)
+        if header != proxy_v1_header(None, None):
+            return header
+        # The client did not come to an address of ours that is of its kind; the header wants one.
+        any_address = "::" if ":" in source[0] else "0.0.0.0"
+        return proxy_v1_header(source, (any_address, self.target.port))
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with a status, inside TLS, if there is TLS."""
+        if self.end is None or self.asked is None:
+            return
+        with contextlib.suppress(TLSError):
+            answer = self.asked.refuse(refusal.reason, str(refusal), self.shared.program)
+            await self.end.send(answer)
+            await self.end.end()
+
+
+def read_certificate(der: bytes) -> Certificate:
+    """Read the certificate of a client.
+
+    Raises:
+        Refusal: it can't be read.
+    """
+    try:
+        return Certificate.parse(der)
+    except CertificateError as error:
+        raise Refusal(BridgeReason.CLIENT_NOT_ALLOWED, str(error)) from None
+
+
+async def dial_unix(loop: EventLoop, path: str) -> socket:
+    """Return a non-blocking socket that is connected to a Unix socket.
+
+    Raises:
+        DialError: nobody listens there.
+    """
+    sock = socket(std.AF_UNIX, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC)
+    try:
+        # While its backlog is full; nothing tells when that has changed.
+        while (number := await connect(loop, sock, path)) == errno.EAGAIN:  # noqa: ASYNC110
+            await trio.sleep(_RETRY)
+        if number:
+            raise DialError(DialReason.REFUSED, f"{path}: {os.strerror(number)}")
+    except OSError as error:  # the path is too long
+        sock.close()
+        raise DialError(DialReason.REFUSED, f"{path}: {error}") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
