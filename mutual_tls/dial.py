@@ -31,6 +31,9 @@ _OPTIONS = (
     (std.IPPROTO_TCP, std.TCP_USER_TIMEOUT, tcp.USER_TIMEOUT),
 )
 
+# What is no fault of the other side.
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -159,6 +162,8 @@ async def _dial_in_turn(
         late.close()
     if connected:
         return connected[0]
+    for number in _EXHAUSTED.intersection(errors):
+        raise OSError(number, os.strerror(number))
     is_refused = errno.ECONNREFUSED in errors
     reason = DialReason.REFUSED if is_refused else DialReason.UNREACHABLE
     number = errno.ECONNREFUSED if is_refused else (errors or [errno.EHOSTUNREACH])[0]
@@ -174,7 +179,12 @@ async def _attempt(
     errors: list[int],
     has_failed: trio.Event,
 ) -> None:
-    sock = socket(family, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC, 0)
+    try:
+        sock = socket(family, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC, 0)
+    except OSError as error:
+        errors.append(error.errno or errno.EMFILE)
+        has_failed.set()
+        return
     try:
         for option in _OPTIONS:
             sock.setsockopt(*option)

@@ -143,7 +143,8 @@ class Routes:
         """Yield what may stand for a host: its own directory, then suffixes, the longest first."""
         hosts = self._directory / "hosts"
         yield hosts / host
-        if not host[-1].isdigit() and ":" not in host:  # an address has no suffixes
+        # An address has no suffixes; the last label of a name is no number.
+        if ":" not in host and not host.rpartition(".")[2].isdigit():
             while "." in host:
                 host = host.partition(".")[2]
                 yield hosts / f"_.{host}"

@@ -1,5 +1,6 @@
 """Connecting: addresses in turn, and what went wrong."""
 
+import errno
 import ipaddress
 import os
 import socket
@@ -168,6 +169,20 @@ async def test_a_name_that_leads_here_is_forbidden_where_that_is_asked_for() -> 
 )
 def test_what_is_local(address: str, expected: bool) -> None:
     assert is_local(ipaddress.ip_address(address)) == expected
+
+
+@trio_test
+async def test_without_a_descriptor_it_is_not_the_other_side_that_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("mutual_tls.dial.socket", refuse)
+    loop = EventLoop(lambda error: None)
+    with pytest.raises(OSError, match="Too many open files"):
+        await dial(loop, Endpoint("127.0.0.1", 9))
+    loop.shut()
 
 
 @trio_test
