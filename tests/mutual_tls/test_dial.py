@@ -53,18 +53,21 @@ def name_is(*found: tuple[socket.AddressFamily, str, int]) -> Iterator[Endpoint]
 async def dialled(endpoint: Endpoint, *, local: bool = True) -> tuple[str, int]:
     """Return where a connection has gone."""
     loop = EventLoop(lambda error: None)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(loop.run)
-        try:
-            with trio.fail_after(5):
-                sock = await dial(loop, endpoint, None if local else is_local)
-            address: tuple[str, int] = sock.getpeername()[:2]
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            sock.close()
-        finally:
-            nursery.cancel_scope.cancel()
-    loop.shut()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            try:
+                with trio.fail_after(5):
+                    sock = await dial(loop, endpoint, None if local else is_local)
+                address: tuple[str, int] = sock.getpeername()[:2]
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                sock.close()
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        # At once: what the collector closes later is missed by whoever counts descriptors.
+        loop.shut()
     return address
 
 
