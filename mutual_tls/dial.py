@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import trio
 
-from sniproxy.engine import tcp
+from sniproxy.engine.listener import CLIENT_OPTIONS
 from sniproxy.engine.loop import EventLoop
 
 # Seconds until the next address is tried beside those that have not answered: RFC 8305 §5,
@@ -21,18 +21,8 @@ _ATTEMPT_EVERY = 0.25
 # Addresses of one name that are tried: with 250 ms each there is no time for more.
 _MOST_ADDRESSES = 16
 
-# Keep-alive as towards clients: a dead peer is noticed after two minutes.
-_OPTIONS = (
-    (std.IPPROTO_TCP, std.TCP_NODELAY, 1),
-    (std.SOL_SOCKET, std.SO_KEEPALIVE, 1),
-    (std.IPPROTO_TCP, std.TCP_KEEPIDLE, 60),
-    (std.IPPROTO_TCP, std.TCP_KEEPINTVL, 10),
-    (std.IPPROTO_TCP, std.TCP_KEEPCNT, 6),
-    (std.IPPROTO_TCP, std.TCP_USER_TIMEOUT, tcp.USER_TIMEOUT),
-)
-
 # What is no fault of the other side.
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -162,7 +152,7 @@ async def _dial_in_turn(
         late.close()
     if connected:
         return connected[0]
-    for number in _EXHAUSTED.intersection(errors):
+    for number in EXHAUSTED.intersection(errors):
         raise OSError(number, os.strerror(number))
     is_refused = errno.ECONNREFUSED in errors
     reason = DialReason.REFUSED if is_refused else DialReason.UNREACHABLE
@@ -186,7 +176,7 @@ async def _attempt(
         has_failed.set()
         return
     try:
-        for option in _OPTIONS:
+        for option in CLIENT_OPTIONS:  # a dead peer is noticed as a dead client is
             sock.setsockopt(*option)
         if (number := await connect(loop, sock, address)) == 0:
             connected.append(sock)

@@ -5,7 +5,6 @@ All that can go wrong is a `Refusal`, and what the client is told of it stands i
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import socket as std
@@ -16,7 +15,7 @@ from pathlib import Path
 import trio
 
 from mutual_tls import resumption
-from mutual_tls.dial import DialError, Endpoint
+from mutual_tls.dial import EXHAUSTED, DialError, Endpoint
 from mutual_tls.end import TLSEnd, TLSError
 from mutual_tls.identity import Identities
 from mutual_tls.relay import Ending, TLSRelay
@@ -192,7 +191,7 @@ class Session:
             await self.refuse(refusal)
 
     def _fail(self, error: OSError) -> None:
-        if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}:
+        if error.errno in EXHAUSTED:
             self.shared.log.exhausted(error)
         # Else the client has gone.
         with contextlib.suppress(OSError):

@@ -70,7 +70,7 @@ _SHORTEST = struct.pack("@ll", 0, 1)
 # seconds without an answer. Most home routers and mobile networks forget a silent connection after
 # some minutes; one probe a minute also keeps it alive there. One that vanishes amid a download is
 # noticed after tcp.USER_TIMEOUT.
-_CLIENT_OPTIONS = (
+CLIENT_OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
@@ -148,7 +148,7 @@ def _set_client_options(listener: Socket) -> list[tuple[int, int, int]]:
     if listener.family == socket.AF_UNIX:
         return []
     missing = []
-    for option in _CLIENT_OPTIONS:
+    for option in CLIENT_OPTIONS:
         try:
             listener.setsockopt(*option)
         except OSError as error:

@@ -159,7 +159,7 @@ def test_an_option_that_plain_tcp_does_not_have_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     no_such_option = (socket.IPPROTO_TCP, 9999, 1)
-    monkeypatch.setattr("sniproxy.engine.listener._CLIENT_OPTIONS", (no_such_option,))
+    monkeypatch.setattr("sniproxy.engine.listener.CLIENT_OPTIONS", (no_such_option,))
     with (
         socket.create_server(("127.0.0.1", 0)) as bound,
         pytest.raises(OSError, match="Protocol not available"),
