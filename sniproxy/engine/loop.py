@@ -139,9 +139,10 @@ class EventLoop:
         await self._wait(fd, select.EPOLLOUT)
 
     async def _wait(self, fd: int, events: int) -> None:
-        self.watch(fd, _WaitingTask(self, trio.lowlevel.current_task()), events)
+        waiting = _WaitingTask(self, trio.lowlevel.current_task())
+        self.watch(fd, waiting, events)
         try:
-            await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
+            await trio.lowlevel.wait_task_rescheduled(waiting.cancel)
         finally:
             # Unless the loop has ended first, and with it the set.
             if fd in self._watchers:
@@ -234,6 +235,11 @@ class _WaitingTask:
             trio.lowlevel.reschedule(self._task)
             self._task = None
             self._loop.let_tasks_run()
+
+    def cancel(self, _: object) -> trio.lowlevel.Abort:
+        """Forget the task: trio wakes it, and an event that comes before it runs must not."""
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
     def abort(self) -> None:
         """Wake the task: it will find out by itself that the loop has ended."""

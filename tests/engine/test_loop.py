@@ -360,3 +360,20 @@ async def test_a_task_may_ask_for_a_turn_or_close_while_the_loop_sleeps() -> Non
         nursery.cancel_scope.cancel()
     loop.shut()
     far.close()
+
+
+@trio_test
+async def test_an_event_behind_a_cancellation_wakes_nobody_twice() -> None:
+    faults: list[Exception] = []
+    loop = EventLoop(faults.append)
+    near, far = socket.socketpair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.wait_readable, near.fileno())
+        await trio.testing.wait_all_tasks_blocked()
+        # Cancelled, and not run yet; and then the event is told.
+        nursery.cancel_scope.cancel()
+        loop._dispatch([(near.fileno(), select.EPOLLIN)])
+    assert faults == []
+    loop.shut()
+    near.close()
+    far.close()
