@@ -16,8 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 NGINX_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+
+
+class AnySetup(Protocol):
+    """What every setup says: a new directory for the program, and the port to listen on."""
+
+    @property
+    def directory(self) -> Path: ...  # noqa: D102
+    @property
+    def port(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -58,13 +68,13 @@ class Peer:
     """
 
     name: str
-    start: Callable[[Setup], subprocess.Popen[bytes]]
+    start: Callable[[Any], subprocess.Popen[bytes]]
     version: list[str]
     missing: str
     header: bool = True
 
     @contextmanager
-    def running(self, setup: Setup) -> Iterator["Running"]:
+    def running(self, setup: AnySetup) -> Iterator["Running"]:
         """Run it; it listens from the beginning, and is gone at the end."""
         setup.directory.mkdir()
         process = self.start(setup)
@@ -170,7 +180,7 @@ def _haproxy(setup: Setup, *, splice: bool) -> subprocess.Popen[bytes]:
             server one unix@{setup.backend} {"send-proxy" if setup.header else ""}
         """,
     )
-    return _start(setup, "haproxy", "-db", "-f", str(config))
+    return start(setup.directory, "haproxy", "-db", "-f", str(config))
 
 
 def _nginx(setup: Setup) -> subprocess.Popen[bytes]:
@@ -201,7 +211,7 @@ def _nginx(setup: Setup) -> subprocess.Popen[bytes]:
         }}
         """,
     )
-    return _start(setup, "nginx", "-p", str(setup.directory), "-c", str(config))
+    return start(setup.directory, "nginx", "-p", str(setup.directory), "-c", str(config))
 
 
 def _c_sniproxy(setup: Setup) -> subprocess.Popen[bytes]:
@@ -221,15 +231,17 @@ table hosts {{
 {names}}}
 """,
     )
-    return _start(setup, "/usr/sbin/sniproxy", "-f", "-n", "40000", "-c", str(config))
+    return start(setup.directory, "/usr/sbin/sniproxy", "-f", "-n", "40000", "-c", str(config))
 
 
-def _start(setup: Setup, *command: str) -> subprocess.Popen[bytes]:
-    with (setup.directory / "log").open("wb") as log:
+def start(directory: Path, *command: str) -> subprocess.Popen[bytes]:
+    """Start a program; what it prints goes to a log in its directory."""
+    with (directory / "log").open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def _package(program: str, package: str) -> str:
+def package(program: str, package: str) -> str:
+    """Return the package that is to be installed for a program; "" if it is there."""
     return "" if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") else package
 
 
@@ -245,26 +257,25 @@ PEERS = [
         "HAProxy",
         lambda setup: _haproxy(setup, splice=False),
         ["haproxy", "-v"],
-        _package("haproxy", "haproxy"),
+        package("haproxy", "haproxy"),
     ),
     Peer(
         "HAProxy, splice",
         lambda setup: _haproxy(setup, splice=True),
         ["haproxy", "-v"],
-        _package("haproxy", "haproxy"),
+        package("haproxy", "haproxy"),
     ),
     Peer(
         "nginx stream",
         _nginx,
         ["nginx", "-v"],
-        _package("nginx", "nginx-light")
-        or ("" if NGINX_STREAM.exists() else "libnginx-mod-stream"),
+        package("nginx", "nginx-light") or ("" if NGINX_STREAM.exists() else "libnginx-mod-stream"),
     ),
     Peer(
         "sniproxy in C",
         _c_sniproxy,
         ["/usr/sbin/sniproxy", "-V"],
-        _package("/usr/sbin/sniproxy", "sniproxy"),
+        package("/usr/sbin/sniproxy", "sniproxy"),
         header=False,
     ),
 ]

@@ -10,33 +10,77 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results.json"
-PLOT = ROOT / "docs" / "bench.svg"
-README = ROOT / "README.md"
 BEGIN, END = "<!-- bench: begin -->\n", "<!-- bench: end -->\n"
 
-OURS = "sniproxy"
-TITLE = "sniproxy beside the better of HAProxy and nginx"
 
-# Those whom the ratios compare us with: the better of them.
-COMPARED = ("HAProxy", "HAProxy, splice", "nginx stream")
+@dataclass(frozen=True)
+class Report:
+    """What is made of results.
 
-# What the README shows: titles, and the metrics behind them.
-SHOWN = {
-    "CPU per connection, µs": "connect: CPU, µs",
-    "CPU per connection, 10,000 hosts, µs": "connect, 10,000 hosts: CPU, µs",
-    "CPU per connection, PROXY header, µs": "connect, PROXY header: CPU, µs",
-    "CPU per connection beside the idle ones, µs": "connect beside idle: CPU, µs",
-    "download, s/GB": "bulk down, 1 stream: time, s/GB",
-    "download, CPU s/GB": "bulk down, 1 stream: CPU, s/GB",
-    "upload, s/GB": "bulk up, 1 stream: time, s/GB",
-    "upload, CPU s/GB": "bulk up, 1 stream: CPU, s/GB",
-    "8 streams both ways, s/GB": "bulk both, 8 streams: time, s/GB",
-    "8 streams both ways, CPU s/GB": "bulk both, 8 streams: CPU, s/GB",
-    "round trip of a byte, µs": "ping: round trip, µs",
-    "CPU per message, 500 busy connections, µs": "500 busy: CPU, µs",
-    "private memory per idle connection, KB": "idle: private memory each, KB",
-}
+    Attributes:
+        title: Of the plot.
+        ours: Whose ratios are told.
+        compared: To whom: the better of them.
+        shown: The rows of table and plot: titles, and the metrics behind them.
+        results: Where the figures are kept,
+        plot: the bars,
+        document: and the table, between its marks.
+    """
+
+    title: str
+    ours: str
+    compared: tuple[str, ...]
+    shown: dict[str, str]
+    results: Path
+    plot: Path
+    document: Path
+
+
+ROUTING = Report(
+    "sniproxy beside the better of HAProxy and nginx",
+    "sniproxy",
+    ("HAProxy", "HAProxy, splice", "nginx stream"),
+    {
+        "CPU per connection, µs": "connect: CPU, µs",
+        "CPU per connection, 10,000 hosts, µs": "connect, 10,000 hosts: CPU, µs",
+        "CPU per connection, PROXY header, µs": "connect, PROXY header: CPU, µs",
+        "CPU per connection beside the idle ones, µs": "connect beside idle: CPU, µs",
+        "download, s/GB": "bulk down, 1 stream: time, s/GB",
+        "download, CPU s/GB": "bulk down, 1 stream: CPU, s/GB",
+        "upload, s/GB": "bulk up, 1 stream: time, s/GB",
+        "upload, CPU s/GB": "bulk up, 1 stream: CPU, s/GB",
+        "8 streams both ways, s/GB": "bulk both, 8 streams: time, s/GB",
+        "8 streams both ways, CPU s/GB": "bulk both, 8 streams: CPU, s/GB",
+        "round trip of a byte, µs": "ping: round trip, µs",
+        "CPU per message, 500 busy connections, µs": "500 busy: CPU, µs",
+        "private memory per idle connection, KB": "idle: private memory each, KB",
+    },
+    ROOT / "bench" / "results.json",
+    ROOT / "docs" / "bench.svg",
+    ROOT / "README.md",
+)
+
+TLS = Report(
+    "tls-bridge beside the best of HAProxy, nginx and stunnel",
+    "tls-bridge",
+    ("HAProxy", "HAProxy, HTTP", "nginx", "stunnel"),
+    {
+        f"{title}, {side}{unit}": metric.format(side)
+        for title, unit, metric in (
+            ("CPU per connection, full handshake", ", µs", "full handshake, {}: CPU, µs"),
+            ("CPU per connection, resumed", ", µs", "resumed handshake, {}: CPU, µs"),
+            ("download, CPU", ", s/GB", "bulk down, {}: CPU, s/GB"),
+            ("upload, CPU", ", s/GB", "bulk up, {}: CPU, s/GB"),
+            ("round trip of a byte", ", µs", "ping, {}: round trip, µs"),
+            ("memory per idle connection", ", KB", "idle, {}: private memory each, KB"),
+            ("the same, busy before", ", KB", "idle after bulk, {}: private memory each, KB"),
+        )
+        for side in ("ingress", "peer")
+    },
+    ROOT / "bench" / "tls-results.json",
+    ROOT / "docs" / "tls-bench.svg",
+    ROOT / "docs" / "speed.md",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +88,7 @@ class Results:
     """Medians, and ratios.
 
     Attributes:
+        report: What is made of them.
         machine: What they were measured on.
         rounds: How often.
         slices: And how often in each,
@@ -56,6 +101,7 @@ class Results:
             for a while slows down both. (Where connections are idle, from the same round.)
     """
 
+    report: Report
     machine: str
     rounds: int
     slices: int
@@ -69,6 +115,7 @@ class Results:
     def of(
         cls,
         values: Mapping[str, Mapping[str, Sequence[float]]],
+        report: Report,
         versions: dict[str, str],
         rounds: int,
         slices: int,
@@ -82,21 +129,26 @@ class Results:
         }
         ratios = {}
         for metric, by_name in values.items():
-            others = [name for name in COMPARED if name in by_name]
-            if OURS in by_name and others:
+            others = [name for name in report.compared if name in by_name]
+            if report.ours in by_name and others:
                 better = min(others, key=medians[metric].__getitem__)
-                pairs = zip(by_name[OURS], by_name[better], strict=True)
+                pairs = zip(by_name[report.ours], by_name[better], strict=True)
                 if each := [ours / theirs for ours, theirs in pairs if theirs]:
                     ratios[metric] = median(each)
-        return cls(_machine(), rounds, slices, connect_slices, idle, versions, medians, ratios)
+        return cls(
+            report, _machine(), rounds, slices, connect_slices, idle, versions, medians, ratios
+        )
 
     def keep(self) -> None:
-        """Keep them: as JSON, as a plot, and as the table in the README."""
-        RESULTS.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
-        PLOT.write_text(self.plot(), "utf-8")
-        before, rest = README.read_text("utf-8").split(BEGIN)
+        """Keep them: as JSON, as a plot, and as the table in a document."""
+        report, figures = self.report, asdict(self)
+        del figures["report"]
+        text = json.dumps(figures, indent=2, ensure_ascii=False)
+        report.results.write_text(text + "\n", "utf-8")
+        report.plot.write_text(self.plot(), "utf-8")
+        before, rest = report.document.read_text("utf-8").split(BEGIN)
         _, after = rest.split(END)
-        README.write_text(before + BEGIN + self.markdown() + END + after, "utf-8")
+        report.document.write_text(before + BEGIN + self.markdown() + END + after, "utf-8")
 
     def text(self) -> str:
         """Return all of it as a table."""
@@ -114,13 +166,13 @@ class Results:
         return "\n".join([self._caption(), "", *lines])
 
     def markdown(self) -> str:
-        """Return the rows that the README shows."""
+        """Return the rows that the document shows."""
         names = list(self.versions)
         lines = [
             f"| | {' | '.join(names)} | ratio |",
             f"| --- |{' ---: |' * (len(names) + 1)}",
         ]
-        for title, metric in SHOWN.items():
+        for title, metric in self.report.shown.items():
             medians = self.medians.get(metric, {})
             cells = [_number(medians[name]) if name in medians else "" for name in names]
             ratio = _ratio(self.ratios.get(metric))
@@ -130,7 +182,9 @@ class Results:
     def plot(self) -> str:
         """Return the same rows as bars, each as a share of what the better peer takes."""
         bars = [
-            (title, self.ratios[metric]) for title, metric in SHOWN.items() if metric in self.ratios
+            (title, self.ratios[metric])
+            for title, metric in self.report.shown.items()
+            if metric in self.ratios
         ]
         unit, left, top, step = 220, 350, 64, 26
         width, height = left + 2 * unit + 30, top + step * len(bars) + 16
@@ -138,7 +192,7 @@ class Results:
             f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"
  width="{width}" height="{height}" font-family="sans-serif" font-size="13">""",
             f'<rect width="{width}" height="{height}" fill="#fff"/>',
-            f'<text x="12" y="24" font-size="16" font-weight="bold">{TITLE}</text>',
+            f'<text x="12" y="24" font-size="16" font-weight="bold">{self.report.title}</text>',
             '<text x="12" y="44" fill="#555">shorter is better; the line is where they are</text>',
         ]
         for row, (title, ratio) in enumerate(bars):

@@ -12,7 +12,6 @@ the slices say one by one. Nothing here passes or fails: machines differ, ratios
 import argparse
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,13 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from load import BENCH, Load
 from peers import PEERS, TWO_WORKERS, Peer, Running, Setup
-from report import Results
+from report import ROUTING, Results
 
-BENCH = Path(__file__).parent
 sys.path.insert(0, str(BENCH.parent))
 
-from tests.support import hellos  # noqa: E402 - from this checkout
+from tests.support import hellos
 
 DIRECT = "direct"
 
@@ -57,46 +56,6 @@ class Size(NamedTuple):
 QUICK = Size(1, 1, 200, 100, 5_000_000, 100, 1000, 1000)
 
 
-class Load:
-    """The clients and the backend: bench/load.c."""
-
-    def __init__(self, directory: Path) -> None:
-        self._program = directory / "load"
-        compiler: list[str | Path] = ["cc", "-O2", "-Wall", "-o", self._program, BENCH / "load.c"]
-        subprocess.run(compiler, check=True)
-        self._hello = directory / "hello"
-        self._hello.write_bytes(hellos.chromium_hello(host(0)))
-
-    @contextmanager
-    def backend(self, path: Path, port: int) -> Iterator[None]:
-        """Run the backend on a Unix socket and a port."""
-        command: list[str | Path] = [self._program, "backend", path, str(port)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            try:
-                process.stdout.readline()  # "ready"
-                yield
-            finally:
-                process.kill()
-
-    def run(self, kind: str, port: int, *arguments: object) -> dict[str, float]:
-        """Run clients to their end; return what they print."""
-        with self.ready(kind, port, *arguments) as clients:
-            return self.go_on(clients)
-
-    def ready(self, kind: str, port: int, *arguments: object) -> subprocess.Popen[str]:
-        """Start clients; some print "ready" first, and wait for standard input."""
-        command = [str(self._program), kind, str(port), str(self._hello), *map(str, arguments)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def go_on(self, clients: subprocess.Popen[str]) -> dict[str, float]:
-        """Let clients that are ready go on to their end; return what they print."""
-        out, _ = clients.communicate("\n")
-        if clients.returncode:
-            raise RuntimeError(f"the clients failed: {clients.args!r}")
-        return {name: float(value) for name, value in (line.split() for line in out.splitlines())}
-
-
 class Proxy(NamedTuple):
     """One that is running, or nothing between clients and backend."""
 
@@ -112,8 +71,9 @@ class Proxy(NamedTuple):
 class Bench:
     """What is measured, and the results: for each metric, for each proxy, a value a slice."""
 
-    def __init__(self, load: Load, size: Size, only: str) -> None:
+    def __init__(self, load: Load, hello: Path, size: Size, only: str) -> None:
         self._load = load
+        self._hello = hello
         self.size = size
         self._only = only
         self.values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -129,7 +89,7 @@ class Bench:
         kernel has read the directories.
         """
         count = max(hosts, self.size.connections)
-        self._load.run("connect", proxy.port, hosts, AT_A_TIME, count)
+        self._load.run("connect", proxy.port, self._hello, hosts, AT_A_TIME, count)
 
     def connect(self, title: str, proxy: Proxy, hosts: int = 1) -> None:
         """Connect, a byte back, close."""
@@ -158,7 +118,7 @@ class Bench:
         self.warm_up(proxy)
         time.sleep(0.5)  # for the last to be closed
         before = proxy.running.private_bytes()
-        with self._load.ready("idle", proxy.port, many) as clients:
+        with self._load.ready("idle", proxy.port, self._hello, many) as clients:
             assert clients.stdout is not None
             clients.stdout.readline()
             memory = proxy.running.private_bytes() - before
@@ -175,7 +135,7 @@ class Bench:
         self, proxy: Proxy, kind: str, *arguments: object
     ) -> tuple[float, float, dict[str, float]]:
         """Run clients; return the seconds, the proxy's processor seconds, and what they print."""
-        with self._load.ready(kind, proxy.port, *arguments) as clients:
+        with self._load.ready(kind, proxy.port, self._hello, *arguments) as clients:
             if kind == "ping":
                 assert clients.stdout is not None
                 clients.stdout.readline()
@@ -217,7 +177,7 @@ def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) 
     """Measure everything, round after round."""
     size = bench.size
     with ExitStack() as stack:
-        stack.enter_context(load.backend(stage.backend, stage.backend_port))
+        stack.enter_context(load.serving("backend", stage.backend, stage.backend_port))
 
         def start(peers: list[Peer], hosts: int = 1, *, header: bool = False) -> list[Proxy]:
             proxies = []
@@ -280,17 +240,20 @@ def main() -> int:
             print(f"bench: skipped {peer.name}: the package {peer.missing} is not installed")
         else:
             peers.append(peer)
-    size = raise_limits(QUICK if options.quick else Size())
+    size = QUICK if options.quick else Size()
+    size = size._replace(idle=raise_limits(size.idle))
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         # Workers of other users must come through to the backend.
         directory = Path(name)
         directory.chmod(0o755)
-        load = Load(directory)
-        bench = Bench(load, size, options.only)
+        load = Load(directory, "load.c")
+        hello = directory / "hello"
+        hello.write_bytes(hellos.chromium_hello(host(0)))
+        bench = Bench(load, hello, size, options.only)
         run(bench, load, Stage(directory), peers, options.rounds)
     versions = {DIRECT: ""} | {peer.name: peer.show_version() for peer in peers}
     results = Results.of(
-        bench.values, versions, options.rounds, size.slices, size.connect_slices, size.idle
+        bench.values, ROUTING, versions, options.rounds, size.slices, size.connect_slices, size.idle
     )
     print(results.text())
     if options.save:
@@ -298,16 +261,16 @@ def main() -> int:
     return 0
 
 
-def raise_limits(size: Size) -> Size:
-    """Allow as many descriptors as a proxy takes, or hold as many idle as we get them for."""
+def raise_limits(idle: int) -> int:
+    """Allow as many descriptors as a proxy takes for so many idle ones; return for how many."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = max(PER_IDLE * size.idle, hard)
+    limit = max(PER_IDLE * idle, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     except (OSError, ValueError):
         limit = hard
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    return size._replace(idle=min(size.idle, limit // PER_IDLE // 1000 * 1000))
+    return min(idle, limit // PER_IDLE // 1000 * 1000)
 
 
 if __name__ == "__main__":

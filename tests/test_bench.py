@@ -29,3 +29,25 @@ def test_it_measures_everything_once() -> None:
     ):
         assert any(line.startswith(metric) for line in lines), f"{metric} is missing"
     assert "sniproxy --workers 2" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (Debian package gcc)")
+@pytest.mark.skipif(
+    not Path("/usr/include/openssl/ssl.h").exists(),
+    reason="no headers of OpenSSL (Debian package libssl-dev)",
+)
+def test_it_measures_tls_once() -> None:
+    command = [sys.executable, str(BENCH / "tls.py"), "--quick", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for metric in (
+        "full handshake, ingress: CPU, µs",
+        "resumed handshake, peer: CPU, µs",
+        "bulk down, ingress: CPU, s/GB",
+        "bulk up, peer: time, s/GB",
+        "ping, peer: round trip, µs",
+        "idle, ingress: private memory each, KB",
+        "idle after bulk, peer: private memory each, KB",
+    ):
+        assert any(line.startswith(metric) for line in lines), f"{metric} is missing"

@@ -159,6 +159,14 @@ def _given_directories(config: Config) -> list[Path]:
     return [*given, config.identity] if config.identity else given
 
 
+def _linked_directories(directory: Path) -> list[Path]:
+    """Return where links lead to that are identities, or are in one: they may lead anywhere."""
+    identities = [directory / "identity", *directory.glob("peers/*/identity")]
+    links = [*identities, *(path for each in identities for path in each.glob("*"))]
+    targets = (path.resolve() for path in links if path.is_symlink())
+    return [path if path.is_dir() else path.parent for path in targets]
+
+
 def _run(
     program: str,
     read: Callable[[Sequence[str] | None], Config | None],
@@ -189,7 +197,8 @@ def _run(
     with attempt("enter the sandbox (--no-sandbox does without)"):
         # Some modules are loaded when they are first needed.
         modules = [Path(path) for path in sys.path if path]
-        readable = [directory, *_READABLE, *modules, *_given_directories(config)]
+        given = [*_given_directories(config), *_linked_directories(directory)]
+        readable = [directory, *_READABLE, *modules, *given]
         forbidden = sandbox.enter(readable, may_connect=True) if config.sandbox else ["nothing"]
     log.event("sandbox", forbids=",".join(forbidden))
     listening = [(sock, _story(program, is_sni=is_sni, routes=routes)) for sock, is_sni in taken]

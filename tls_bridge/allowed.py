@@ -77,6 +77,6 @@ def _where(path: Path, value: str) -> Endpoint | str:
 
 def _check(path: Path, rules: list[Rule], certificate: Certificate) -> None:
     if not matches(rules, certificate, is_server=False):
-        names = [*certificate.dns, *certificate.uris, *certificate.common_names]
-        shown = ", ".join(names) or "a certificate without a name"
+        names = (*certificate.dns, *certificate.uris, *certificate.common_names)
+        shown = ", ".join(dict.fromkeys(names)) or "a certificate without a name"
         raise Refusal(BridgeReason.CLIENT_NOT_ALLOWED, f"{path} does not have {shown}")

@@ -204,5 +204,6 @@ def check_server(rules: Sequence[Rule], der: bytes) -> None:
     except CertificateError as error:
         raise TLSError(TLSReason.UNTRUSTED, str(error)) from None
     if not matches(rules, certificate, is_server=True):
-        names = ", ".join((*certificate.dns, *certificate.uris, *certificate.common_names))
-        raise TLSError(TLSReason.WRONG_NAME, f"its certificate is for {names or 'nobody'}")
+        names = (*certificate.dns, *certificate.uris, *certificate.common_names)
+        shown = ", ".join(dict.fromkeys(names)) or "nobody"
+        raise TLSError(TLSReason.WRONG_NAME, f"its certificate is for {shown}")
