@@ -208,7 +208,6 @@ def run(
 
 def make_identities(directory: Path) -> None:
     """Make an authority, and a client and a server by it, with keys on P-256."""
-
     openssl_path = shutil.which("openssl") or "openssl"
 
     def openssl(*arguments: object) -> None:
