@@ -82,6 +82,8 @@ async def resolve(endpoint: Endpoint) -> list[tuple[std.AddressFamily, tuple[str
     Raises:
         DialError: it has none.
     """
+    if (literal := _family(endpoint.host)) is not None:
+        return [(literal, (endpoint.host, endpoint.port))]
     kinds: dict[std.AddressFamily, list[tuple[str, int]]] = {}
     try:
         found = await trio.socket.getaddrinfo(
@@ -103,6 +105,17 @@ async def resolve(endpoint: Endpoint) -> list[tuple[std.AddressFamily, tuple[str
         if number < len(addresses)
     ]
     return turns[:_MOST_ADDRESSES]
+
+
+def _family(host: str) -> std.AddressFamily | None:
+    """Return what kind of address it is; None if it is a name, or has a scope."""
+    for family in std.AF_INET, std.AF_INET6:
+        try:
+            std.inet_pton(family, host)
+        except (OSError, ValueError):
+            continue
+        return family
+    return None
 
 
 async def dial(
@@ -136,14 +149,10 @@ async def _dial_in_turn(
     connected: list[socket] = []
     errors: list[int] = []
     try:
-        async with trio.open_nursery() as nursery:
-            for family, address in addresses:
-                has_failed = trio.Event()
-                nursery.start_soon(
-                    _attempt, loop, nursery, family, address, connected, errors, has_failed
-                )
-                with trio.move_on_after(_ATTEMPT_EVERY):
-                    await has_failed.wait()
+        if len(addresses) == 1:  # which takes no tasks
+            await _attempt(loop, *addresses[0], connected, errors)
+        else:
+            await _race(loop, addresses, connected, errors)
     except BaseException:  # trio.Cancelled: there is no more time
         for sock in connected:
             sock.close()
@@ -160,34 +169,49 @@ async def _dial_in_turn(
     raise DialError(reason, f"{what}: {os.strerror(number)}")
 
 
+async def _race(
+    loop: EventLoop,
+    addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]],
+    connected: list[socket],
+    errors: list[int],
+) -> None:
+    async def attempt(family: std.AddressFamily, address: tuple[str, int]) -> None:
+        await _attempt(loop, family, address, connected, errors)
+        if connected:
+            nursery.cancel_scope.cancel()
+        has_failed.set()
+
+    async with trio.open_nursery() as nursery:
+        for family, address in addresses:
+            has_failed = trio.Event()
+            nursery.start_soon(attempt, family, address)
+            with trio.move_on_after(_ATTEMPT_EVERY):
+                await has_failed.wait()
+
+
 async def _attempt(
     loop: EventLoop,
-    nursery: trio.Nursery,
     family: std.AddressFamily,
     address: tuple[str, int],
     connected: list[socket],
     errors: list[int],
-    has_failed: trio.Event,
 ) -> None:
+    """Connect to one address; the socket, or the error number, goes to one of the lists."""
     try:
         sock = socket(family, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC, 0)
     except OSError as error:
-        errors.append(error.errno or errno.EMFILE)
-        has_failed.set()
-        return
+        return errors.append(error.errno or errno.EMFILE)
     try:
         for option in CLIENT_OPTIONS:  # a dead peer is noticed as a dead client is
             sock.setsockopt(*option)
-        if (number := await connect(loop, sock, address)) == 0:
-            connected.append(sock)
-            nursery.cancel_scope.cancel()
-            return
-        errors.append(number)
-        has_failed.set()
-        sock.close()
+        number = await connect(loop, sock, address)
     except BaseException:
         sock.close()
         raise
+    if number == 0:
+        return connected.append(sock)
+    sock.close()
+    errors.append(number)
 
 
 async def connect(loop: EventLoop, sock: socket, address: tuple[str, int] | str | bytes) -> int:

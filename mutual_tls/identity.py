@@ -276,12 +276,12 @@ class Identities:
 
     def __init__(self, on_event: Callable[[str, str], None]) -> None:
         self._on_event = on_event
-        self._known: dict[Path, Identity] = {}
+        self._known: dict[str | Path, Identity] = {}
 
-    def __call__(self, directory: Path) -> Identity:
+    def __call__(self, directory: str | Path) -> Identity:
         """Return the identity in a directory."""
         if directory not in self._known:
-            self._known[directory] = Identity(directory, self._on_event)
+            self._known[directory] = Identity(Path(directory), self._on_event)
         return self._known[directory]
 
 

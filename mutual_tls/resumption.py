@@ -13,10 +13,13 @@ from typing import Final, NamedTuple
 # for hours.
 _RENEW_AFTER: Final = 60.0
 
+# Seconds until one is looked for again where there was none: to look costs as much.
+_LOOK_AGAIN_AFTER: Final = 1.0
+
 
 class _Kept(NamedTuple):
     context: ssl.SSLContext
-    session: ssl.SSLSession
+    session: ssl.SSLSession | None
     renew_at: float
 
 
@@ -47,5 +50,7 @@ class Sessions:
         if kept is not None and kept.context is context and now < kept.renew_at:
             return
         session = connection.session
-        if session is not None and session.has_ticket:
+        if session is None or not session.has_ticket:
+            self._kept[server_name] = _Kept(context, None, now + _LOOK_AGAIN_AFTER)
+        else:
             self._kept[server_name] = _Kept(context, session, now + _RENEW_AFTER)

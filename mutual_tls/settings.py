@@ -4,6 +4,8 @@ A file holds one value a line. `#` begins a comment, at the begin of a line or a
 so that a value may hold one inside. Blank lines are skipped, and white space around a value is
 taken away.
 
+To read anew is to look again: what stat(2) shows to be the same as before is not opened.
+
 Law: every call blocks for a bounded time, and what can't be read in full is an error, never a
 shorter list. Only what is absent may be taken for unset, and it has an exception of its own,
 `FileNotFoundError`.
@@ -13,6 +15,7 @@ import errno
 import os
 import re
 import stat
+import time
 from pathlib import Path
 
 __all__ = ["SettingsError", "exists", "read_lines", "read_names", "read_value", "read_values"]
@@ -29,21 +32,62 @@ _MOST_ENTRIES = 1000
 # terminal must not become ours (open(2)).
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
+# Seconds within which a file may be changed again without a trace: its times are those of the
+# kernel's clock, whose ticks take up to 10 ms. What was changed so recently is read again.
+_SETTLED = 1.0
+
+# Files and directories that are remembered; then all are forgotten, which bounds the memory.
+_MOST_REMEMBERED = 4096
+
 _NOT_REGULAR = "it is not a regular file"
 
 # ASCII only: another kind of space is a part of the value, and what reads the value refuses it.
 _WHITE_SPACE = " \t\r\v\f"
 _COMMENT = re.compile(rf"(?:^|(?<=[{_WHITE_SPACE}]))#.*", re.DOTALL)
 
+StrPath = str | Path
+
+# What tells a file from the one that was in its place before, and from itself before it changed.
+_Signature = tuple[int, int, int, int, int]
+
+
+class _Seen:
+    """What was looked at while something was read.
+
+    Attributes:
+        signatures: Paths, and what was there.
+        is_settled: Whether another look would tell that something has changed.
+    """
+
+    __slots__ = ("_now", "is_settled", "signatures")
+
+    def __init__(self) -> None:
+        self.signatures: list[tuple[str, _Signature]] = []
+        self.is_settled = True
+        self._now = time.time()
+
+    def note(self, path: str, status: os.stat_result) -> None:
+        """Note what is going to be read."""
+        self.signatures.append((path, _signature(status)))
+        if abs(self._now - status.st_ctime) < _SETTLED:
+            self.is_settled = False
+
+
+# Values, each with the number of its line; 0 is the name of an entry of a directory.
+_Lines = list[tuple[int, str]]
+
+# What was read, by its path, and whether that might have been a directory.
+_known: dict[tuple[str, bool], tuple[list[tuple[str, _Signature]], _Lines]] = {}
+
 
 class SettingsError(Exception):
     """A setting is there, and can't be read. The message says which and why, for a person."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: StrPath, reason: str) -> None:
         super().__init__(f"unable to read {path}: {reason}")
 
 
-def read_values(path: Path) -> list[str]:
+def read_values(path: StrPath) -> list[str]:
     """Return the values in the file at `path`, in their order.
 
     Raises:
@@ -53,20 +97,16 @@ def read_values(path: Path) -> list[str]:
     return [value for _, value in read_lines(path)]
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
+def read_lines(path: StrPath) -> list[tuple[int, str]]:
     """Return the values in the file at `path`, each with the number of its line.
 
     Raises:
         FileNotFoundError, SettingsError: as `read_values`.
     """
-    fd = _open(path, path)
-    try:
-        return _parse_lines(path, _read(fd, path, _LARGEST))
-    finally:
-        os.close(fd)
+    return _read_or_remember(path, may_be_directory=False)
 
 
-def read_value(path: Path) -> str:
+def read_value(path: StrPath) -> str:
     """Return the one value in the file at `path`.
 
     Raises:
@@ -79,7 +119,7 @@ def read_value(path: Path) -> str:
     return values[0]
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(path: StrPath) -> list[str]:
     """Return the names that the directory or the file at `path` lists.
 
     In a directory, an entry is a value by its name if it is an empty file or a directory. A file
@@ -94,16 +134,10 @@ def read_names(path: Path) -> list[str]:
         FileNotFoundError: nothing is there.
         SettingsError: as `read_values`, for the file or for any entry; or there are too many.
     """
-    fd = _open(path, path)
-    try:
-        if not stat.S_ISDIR(os.fstat(fd).st_mode):
-            return _parse(path, _read(fd, path, _LARGEST))
-        return _read_directory(fd, path)
-    finally:
-        os.close(fd)
+    return [value for _, value in _read_or_remember(path, may_be_directory=True)]
 
 
-def exists(path: Path) -> bool:
+def exists(path: StrPath) -> bool:
     """Tell whether there is an entry at `path`, such as the empty file `send-proxy-v1`.
 
     Whatever it is: a link to nothing was put there on purpose, too.
@@ -120,57 +154,98 @@ def exists(path: Path) -> bool:
     return True
 
 
-def _read_directory(fd: int, path: Path) -> list[str]:
+def _read_or_remember(path: StrPath, *, may_be_directory: bool) -> _Lines:
+    path = os.fspath(path)
+    known = _known.get((path, may_be_directory))
+    if known is not None and all(_look(each) == signature for each, signature in known[0]):
+        return known[1]
+    fd = _open(path, path)
+    try:
+        seen = _Seen()
+        if may_be_directory and stat.S_ISDIR(os.fstat(fd).st_mode):
+            lines = _read_directory(fd, path, seen)
+        else:
+            lines = _parse(path, _read(fd, path, _LARGEST, seen))
+    finally:
+        os.close(fd)
+    if seen.is_settled:
+        if len(_known) >= _MOST_REMEMBERED:
+            _known.clear()
+        _known[path, may_be_directory] = seen.signatures, lines
+    return lines
+
+
+def _look(path: str) -> _Signature | None:
+    try:
+        return _signature(os.stat(path))
+    except OSError:
+        return None  # whoever opens it will find out why
+
+
+def _signature(status: os.stat_result) -> _Signature:
+    # A file that was renamed into place may have the size and the time of the one before, and one
+    # that was written in place has its inode. ctime can't be set, inode(7).
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _read_directory(fd: int, path: str, seen: _Seen) -> _Lines:
     # All from the directory that was opened, even while a link to it is being swapped.
+    seen.note(path, os.fstat(fd))
     try:
         entries = sorted(name for name in os.listdir(fd) if not name.startswith("."))
     except OSError as error:
         raise SettingsError(path, _reason(error)) from None
     if len(entries) > _MOST_ENTRIES:
         raise SettingsError(path, f"it has more than {_MOST_ENTRIES} entries")
-    values: list[str] = []
+    lines: _Lines = []
     left = _LARGEST
     for name in entries:
-        entry_path = path / name
+        entry_path = f"{path}/{name}"
         try:
             entry = _open(name, entry_path, directory=fd)
         except FileNotFoundError:
+            seen.is_settled = False  # a link to nothing, which may lead to something soon
             continue
         try:
             content = b""
-            if not stat.S_ISDIR(os.fstat(entry).st_mode):
-                content = _read(entry, entry_path, left)
+            if stat.S_ISDIR((status := os.fstat(entry)).st_mode):
+                seen.note(entry_path, status)
+            else:
+                content = _read(entry, entry_path, left, seen)
         finally:
             os.close(entry)
         left -= len(content)
-        values += _parse(entry_path, content) if content else [_entry_value(entry_path)]
-    return values
+        lines += _parse(entry_path, content) if content else [_entry_value(path, name)]
+    return lines
 
 
-def _entry_value(path: Path) -> str:
+def _entry_value(path: str, name: str) -> tuple[int, str]:
     try:
-        path.name.encode()
+        name.encode()
     except UnicodeEncodeError:
-        raise SettingsError(path.parent, "the name of an entry is not UTF-8") from None
-    return path.name
+        raise SettingsError(path, "the name of an entry is not UTF-8") from None
+    return 0, name
 
 
-def _open(name: Path | str, path: Path, *, directory: int | None = None) -> int:
+def _open(name: str, path: str, *, directory: int | None = None) -> int:
     try:
         return os.open(name, _FLAGS, dir_fd=directory)
     except FileNotFoundError:
         raise
     except NotADirectoryError as error:
-        raise FileNotFoundError(error.errno, error.strerror, os.fspath(path)) from None
+        raise FileNotFoundError(error.errno, error.strerror, path) from None
     except (OSError, ValueError) as error:
         raise SettingsError(path, _reason(error)) from None
 
 
-def _read(fd: int, path: Path, most: int) -> bytes:
+def _read(fd: int, path: str, most: int, seen: _Seen) -> bytes:
     try:
-        # Before a read: reading from a device or a terminal may do something.
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        # Before a read: reading from a device or a terminal may do something. And what is changed
+        # while it is read is not what was noted here.
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise SettingsError(path, _NOT_REGULAR)
+        seen.note(path, status)
         # Not by its size: files in /proc and /sys have none.
         content = b""
         while len(content) <= most and (piece := os.read(fd, most + 1 - len(content))):
@@ -179,14 +254,12 @@ def _read(fd: int, path: Path, most: int) -> bytes:
         raise SettingsError(path, _reason(error)) from None
     if len(content) > most:
         raise SettingsError(path, f"there are more than {_LARGEST} bytes")
+    if len(content) != status.st_size:
+        seen.is_settled = False  # in /proc contents change and leave no trace
     return content
 
 
-def _parse(path: Path, content: bytes) -> list[str]:
-    return [value for _, value in _parse_lines(path, content)]
-
-
-def _parse_lines(path: Path, content: bytes) -> list[tuple[int, str]]:
+def _parse(path: str, content: bytes) -> _Lines:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:

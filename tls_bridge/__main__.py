@@ -212,7 +212,7 @@ def _run(
             config,
             log,
             notifier,
-            partial(serve, program, listening, directory, identities, config, share, log),
+            partial(serve, program, listening, identities, config, share, log),
             stop_listening,
         )
     finally:

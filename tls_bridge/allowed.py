@@ -9,7 +9,6 @@
 Nothing else may be reached: this is no open proxy.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 from mutual_tls.dial import Endpoint
@@ -26,27 +25,27 @@ class Service(NamedTuple):
     send_proxy_v1: bool
 
 
-def check_client(directory: Path, certificate: Certificate) -> None:
+def check_client(certificate: Certificate) -> None:
     """Check that somebody may connect at all.
 
     Raises:
         Refusal: they may not.
     """
     try:
-        rules = rules_in(directory / "clients")
+        rules = rules_in("clients")
     except SettingsError as error:
         raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
-    _check(directory / "clients", rules or [], certificate)
+    _check("clients", rules or [], certificate)
 
 
-def find_service(directory: Path, target: Endpoint, certificate: Certificate) -> Service:
+def find_service(target: Endpoint, certificate: Certificate) -> Service:
     """Return what is to be connected for a client that asks for `target`.
 
     Raises:
         Refusal: it may not be reached.
     """
-    place = directory / "allow" / target.host
-    path = place / str(target.port)
+    place = f"allow/{target.host}"
+    path = f"{place}/{target.port}"
     try:
         try:
             values = read_values(path)
@@ -55,18 +54,18 @@ def find_service(directory: Path, target: Endpoint, certificate: Certificate) ->
                 message = f"{place} has no {target.port}"
                 raise Refusal(BridgeReason.PORT_NOT_ALLOWED, message) from None
             raise Refusal(BridgeReason.NO_ROUTE, f"nothing is said of {target.host}") from None
-        if (rules := rules_in(place / "clients")) is not None:
-            _check(place / "clients", rules, certificate)
+        if (rules := rules_in(f"{place}/clients")) is not None:
+            _check(f"{place}/clients", rules, certificate)
         if len(values) > 1:
             raise SettingsError(path, f"it has {len(values)} values, not one")
         return Service(
-            _where(path, values[0]) if values else target, exists(place / "send-proxy-v1")
+            _where(path, values[0]) if values else target, exists(f"{place}/send-proxy-v1")
         )
     except SettingsError as error:
         raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
 
 
-def _where(path: Path, value: str) -> Endpoint | str:
+def _where(path: str, value: str) -> Endpoint | str:
     if "/" in value:
         return value
     try:
@@ -75,7 +74,7 @@ def _where(path: Path, value: str) -> Endpoint | str:
         raise SettingsError(path, f"{value!a}: {error}") from None
 
 
-def _check(path: Path, rules: list[Rule], certificate: Certificate) -> None:
+def _check(path: str, rules: list[Rule], certificate: Certificate) -> None:
     if not matches(rules, certificate, is_server=False):
         names = (*certificate.dns, *certificate.uris, *certificate.common_names)
         shown = ", ".join(dict.fromkeys(names)) or "a certificate without a name"

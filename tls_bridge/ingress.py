@@ -4,6 +4,7 @@
 - `ServerNameIngress`: it says a ClientHello, whose server name becomes the CONNECT.
 """
 
+import contextlib
 import socket as std
 import ssl
 from _socket import socket
@@ -75,23 +76,17 @@ class Outward(Session):
 
     async def _reach(self, peer: Peer) -> tuple[TLSEnd, ssl.SSLContext]:
         """Connect to the first address of a peer that answers, and do the handshake there."""
-        last: DialError | TLSError | Refusal | None = None
+        *first, last = peer.addresses
         deadline = self.began + self.shared.config.setup_seconds
-        for number, address in enumerate(peer.addresses):
+        for number, address in enumerate(first):
             # What is left of the time is for those who are left of them.
             share = (deadline - trio.current_time()) / (len(peer.addresses) - number)
-            with trio.move_on_after(share) as scope:
-                try:
-                    return await self._shake_hands(peer, address)
-                except (DialError, TLSError) as error:
-                    last = error
-            if scope.cancelled_caught:
-                last = Refusal(BridgeReason.PEER_SILENT, f"{address} did not answer in time")
+            with contextlib.suppress(DialError, TLSError), trio.move_on_after(share):
+                return await self._shake_hands(peer, address)
             if self.far is not None:
                 self.far.close()
                 self.far = None
-        assert last is not None
-        raise last
+        return await self._shake_hands(peer, last)
 
     async def _shake_hands(self, peer: Peer, address: Endpoint) -> tuple[TLSEnd, ssl.SSLContext]:
         try:

@@ -41,7 +41,7 @@ class PeerSide(Session):
         shared = self.shared
         shown: list[bytes] = []
         try:
-            context = shared.identities(shared.directory / "identity").server_context()
+            context = shared.identities("identity").server_context()
         except IdentityError as error:
             raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
         end = TLSEnd(self.shared.loop, self.client, context, server_side=True, check=shown.append)
@@ -52,9 +52,9 @@ class PeerSide(Session):
             return
         self.is_understood(request.target)
         certificate = read_certificate(shown[-1])
-        check_client(shared.directory, certificate)
+        check_client(certificate)
         check_loop(request, shared.pseudonym)
-        service = find_service(shared.directory, request.target, certificate)
+        service = find_service(request.target, certificate)
         self.far = await self._dial(service.where)
         if service.send_proxy_v1:
             await send_all(self.shared.loop, self.far, self._proxy_header(request.headers))

@@ -22,6 +22,7 @@ from mutual_tls.dial import Endpoint
 from mutual_tls.identity import Identity
 from mutual_tls.settings import (
     SettingsError,
+    StrPath,
     exists,
     read_lines,
     read_names,
@@ -80,7 +81,7 @@ class Routes:
     def __init__(
         self,
         directory: Path,
-        identities: Callable[[Path], Identity],
+        identities: Callable[[StrPath], Identity],
         on_bad_line: Callable[[Path, int, str], None],
         pairs: Sequence[tuple[str, str]] = (),
         files: Sequence[Path] = (),
@@ -88,6 +89,8 @@ class Routes:
         server_name: str | None = None,
     ) -> None:
         self._directory = directory
+        # What paths begin with: nothing, in the current directory.
+        self._within = "" if directory == Path() else f"{directory}/"
         self._identities = identities
         self._on_bad_line = on_bad_line
         self._pairs = [parse_pattern(pattern, peer) for pattern, peer in pairs]
@@ -109,12 +112,12 @@ class Routes:
         try:
             for place in self._places(host):
                 try:
-                    name = read_value(place / "peer")
+                    name = read_value(f"{place}/peer")
                 except FileNotFoundError:
                     if exists(place):
-                        raise SettingsError(place / "peer", "it is absent") from None
+                        raise SettingsError(f"{place}/peer", "it is absent") from None
                     continue
-                self._check_port(place / "ports", port)
+                self._check_port(f"{place}/ports", port)
                 return self._peer(name)
             for pattern in self._patterns():
                 if pattern.matches(host):
@@ -130,7 +133,7 @@ class Routes:
             Refusal: it can't be read.
         """
         for place in self._places(host):
-            path = place / "port"
+            path = f"{place}/port"
             try:
                 return parse_port(path, read_value(path))
             except FileNotFoundError:
@@ -139,17 +142,18 @@ class Routes:
                 raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
         return 443
 
-    def _places(self, host: str) -> Iterator[Path]:
+    def _places(self, host: str) -> Iterator[str]:
         """Yield what may stand for a host: its own directory, then suffixes, the longest first."""
-        hosts = self._directory / "hosts"
-        yield hosts / host
+        # Joined by hand, here and below: pathlib takes longer than the system calls.
+        hosts = f"{self._within}hosts"
+        yield f"{hosts}/{host}"
         # An address has no suffixes; the last label of a name is no number.
         if ":" not in host and not host.rpartition(".")[2].isdigit():
             while "." in host:
                 host = host.partition(".")[2]
-                yield hosts / f"_.{host}"
+                yield f"{hosts}/_.{host}"
 
-    def _check_port(self, path: Path, port: int) -> None:
+    def _check_port(self, path: str, port: int) -> None:
         try:
             allowed = [parse_port(path, name) for name in read_names(path)]
         except FileNotFoundError:
@@ -162,24 +166,24 @@ class Routes:
             return self._peer_by_address(name)
         if not _PEER.fullmatch(name):
             raise Refusal(BridgeReason.MISCONFIGURED, f"{name!a} is no name of a peer")
-        place = self._directory / "peers" / name
+        place = f"{self._within}peers/{name}"
+        path = f"{place}/address"
         try:
-            texts = read_values(place / "address")
-            addresses = [_endpoint(place / "address", text) for text in texts]
-            if not addresses:
-                raise SettingsError(place / "address", "it has no address in it")
+            addresses = [_endpoint(path, text) for text in read_values(path)]
         except FileNotFoundError:
-            raise SettingsError(place / "address", "it is absent") from None
+            raise SettingsError(path, "it is absent") from None
+        if not addresses:
+            raise SettingsError(path, "it has no address in it")
         try:
-            server_name = read_value(place / "server-name")
+            server_name = read_value(f"{place}/server-name")
         except FileNotFoundError:
             server_name = addresses[0].host
         return Peer(
             name,
             addresses,
             server_name,
-            self._identities(place / "identity"),
-            rules_in(place / "servers"),
+            self._identities(f"{place}/identity"),
+            rules_in(f"{place}/servers"),
         )
 
     def _peer_by_address(self, text: str) -> Peer:
@@ -256,7 +260,7 @@ def parse_pattern(pattern: str, peer: str) -> Pattern:
     return Pattern(compiled.fullmatch, peer)
 
 
-def parse_port(path: Path, text: str) -> int:
+def parse_port(path: str, text: str) -> int:
     """Return the number of a port.
 
     Raises:
@@ -267,7 +271,7 @@ def parse_port(path: Path, text: str) -> int:
     raise SettingsError(path, f"{text!a} is no port")
 
 
-def rules_in(path: Path) -> list[Rule] | None:
+def rules_in(path: str) -> list[Rule] | None:
     """Return the rules in a file or directory; None if it is absent.
 
     Raises:
@@ -281,7 +285,7 @@ def rules_in(path: Path) -> list[Rule] | None:
         raise SettingsError(path, str(error)) from None
 
 
-def _endpoint(path: Path, text: str) -> Endpoint:
+def _endpoint(path: StrPath, text: str) -> Endpoint:
     try:
         return Endpoint.parse(text)
     except ValueError as error:

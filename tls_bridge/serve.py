@@ -3,7 +3,6 @@
 from _socket import socket
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import trio
 
@@ -29,7 +28,6 @@ Begin = Callable[[Sessions, socket, Address], Session]
 async def serve(
     program: str,
     listening: Sequence[tuple[socket, Begin]],
-    directory: Path,
     identities: Identities,
     config: Config,
     share: Share,
@@ -51,9 +49,7 @@ async def serve(
         await service.start(orders.receive)
         service.start_soon(loop.run)
         async with trio.open_nursery() as conversations:
-            sessions = Sessions(
-                program, config, directory, identities, loop, relay, log, limit, conversations
-            )
+            sessions = Sessions(program, config, identities, loop, relay, log, limit, conversations)
             listeners = [
                 Listener(
                     loop,

@@ -38,7 +38,6 @@ class Sessions:
 
     Args:
         program: its name, for Via and Proxy-Status.
-        directory: the working directory.
         nursery: where connections have their tasks until their tunnel stands.
     """
 
@@ -46,7 +45,6 @@ class Sessions:
         self,
         program: str,
         config: Config,
-        directory: Path,
         identities: Identities,
         loop: EventLoop,
         relay: TLSRelay,
@@ -60,7 +58,6 @@ class Sessions:
         place = f"{os.uname().nodename}:{program}:{Path.cwd()}"
         self.pseudonym = f"{program}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
         self.config = config
-        self.directory = directory
         self.identities = identities
         self.loop = loop
         self.relay = relay
