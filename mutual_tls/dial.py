@@ -82,7 +82,7 @@ async def resolve(endpoint: Endpoint) -> list[tuple[std.AddressFamily, tuple[str
     Raises:
         DialError: it has none.
     """
-    if (literal := _family(endpoint.host)) is not None:
+    if (literal := address_family(endpoint.host)) is not None:
         return [(literal, (endpoint.host, endpoint.port))]
     kinds: dict[std.AddressFamily, list[tuple[str, int]]] = {}
     try:
@@ -107,7 +107,7 @@ async def resolve(endpoint: Endpoint) -> list[tuple[std.AddressFamily, tuple[str
     return turns[:_MOST_ADDRESSES]
 
 
-def _family(host: str) -> std.AddressFamily | None:
+def address_family(host: str) -> std.AddressFamily | None:
     """Return what kind of address it is; None if it is a name, or has a scope."""
     for family in std.AF_INET, std.AF_INET6:
         try:

@@ -24,8 +24,9 @@ from abc import ABC, abstractmethod
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
-from typing import Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -87,14 +88,16 @@ class Certificate:
     is_authority: bool
 
     @classmethod
-    def parse(cls, der: bytes) -> Self:
+    def parse(cls, der: bytes) -> "Certificate":
         """Read a certificate, as `SSLObject.getpeercert(binary_form=True)` gives it.
+
+        Whom we know already is not read again.
 
         Raises:
             CertificateError: it is no certificate, or has names of a kind that can't be read.
         """
         try:
-            return cls._parse(x509.load_der_x509_certificate(der))
+            return _parse_certificate(der)
         except (
             ValueError,
             TypeError,
@@ -107,7 +110,12 @@ class Certificate:
             raise CertificateError(f"unable to read the certificate: {error!a}") from error
 
     @classmethod
-    def _parse(cls, certificate: x509.Certificate) -> Self:
+    def of(cls, certificate: x509.Certificate) -> Self:
+        """Read a parsed certificate.
+
+        Raises:
+            ValueError and others of the package cryptography: as in `parse`.
+        """
         dns: list[str] = []
         uris: list[str] = []
         addresses: list[Address] = []
@@ -215,6 +223,17 @@ class Rule(ABC):
         """
 
 
+# Certificates, and rules, that are remembered, for those who come again and again. To read a
+# certificate takes half as long as to resume a session.
+_MOST_KNOWN: Final = 256
+
+
+@lru_cache(maxsize=_MOST_KNOWN)
+def _parse_certificate(der: bytes) -> Certificate:
+    return Certificate.of(x509.load_der_x509_certificate(der))
+
+
+@lru_cache(maxsize=_MOST_KNOWN)
 def parse_rule(text: str) -> Rule:
     """Read one rule; see the module for its kinds.
 

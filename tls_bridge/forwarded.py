@@ -44,10 +44,10 @@ def show_forwarded(address: Address) -> tuple[bytes, bytes]:
     An IPv6 address stands in brackets, and what has a colon in it stands in quotation marks.
     """
     host, port = address[:2]
-    mapped = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(mapped, ipaddress.IPv6Address) and mapped.ipv4_mapped is not None:
-        mapped = mapped.ipv4_mapped
-    return b"Forwarded", f'for="{Endpoint(str(mapped), port)}"'.encode()
+    if ":" in host:
+        literal = ipaddress.IPv6Address(host.partition("%")[0])
+        host = str(literal.ipv4_mapped or literal)
+    return b"Forwarded", f'for="{Endpoint(host, port)}"'.encode()
 
 
 def forwarded_for(headers: list[tuple[bytes, bytes]]) -> tuple[str, int] | None:

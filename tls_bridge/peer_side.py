@@ -5,11 +5,18 @@ import errno
 import os
 import socket as std
 from _socket import socket
-from ipaddress import ip_address
 
 import trio
 
-from mutual_tls.dial import DialError, DialReason, Endpoint, connect, dial, is_local
+from mutual_tls.dial import (
+    DialError,
+    DialReason,
+    Endpoint,
+    address_family,
+    connect,
+    dial,
+    is_local,
+)
 from mutual_tls.end import TLSEnd, TLSError, send_all
 from mutual_tls.identity import IdentityError
 from mutual_tls.verify import Certificate, CertificateError
@@ -65,12 +72,9 @@ class PeerSide(Session):
     async def _dial(self, where: Endpoint | str) -> socket:
         if isinstance(where, str):
             return await dial_unix(self.shared.loop, where)
-        try:
-            ip_address(where.host)
-        except ValueError:
-            # A name may lead anywhere; to this machine only if that is what was written.
-            return await dial(self.shared.loop, where, is_local)
-        return await dial(self.shared.loop, where)
+        # A name may lead anywhere; to this machine only if that is what was written.
+        is_name = address_family(where.host.partition("%")[0]) is None  # it may have a scope
+        return await dial(self.shared.loop, where, is_local if is_name else None)
 
     def _proxy_header(self, headers: Headers) -> bytes:
         """Return a PROXY header with the client's address: the ingress says it, in Forwarded."""
