@@ -1,24 +1,35 @@
 """systemd with the units that we ship, in a machine with tenants."""
 
-import json
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import pytest
 
-from tests.support.daemon import PATIENCE, eventually
+from tests.support.daemon import eventually
 from tests.support.hellos import hello_bytes
 from tests.support.machine import Machine
+from tests.support.units import (
+    SERVICE,
+    commands,
+    ended,
+    heard,
+    journal,
+    main_pid,
+    settings,
+    show,
+    started,
+    state,
+    wait_for_log,
+)
 
 ROOT = Path(__file__).parents[2]
 UNITS = ("sniproxy.socket", "sniproxy.service", "sniproxy@.service")
 SYSTEM = "/etc/systemd/system"
 PYTHON, SHELL = ("python3", "-c"), ("sh", "-euc")
-SERVICE, COPY = "sniproxy.service", "sniproxy@next.service"
+COPY = "sniproxy@next.service"
 
 # The backend of the tenant whose name is the instance.
 SITE = """
@@ -114,12 +125,6 @@ os.chdir = chdir
 """
 
 
-def commands(unit: str) -> list[str]:
-    """Return what the comment at the top of a unit says that one should type, or write."""
-    head = (ROOT / "systemd" / unit).read_text().partition("\n\n")[0]
-    return [line.removeprefix("#     ") for line in head.splitlines() if line.startswith("#     ")]
-
-
 @pytest.fixture(scope="module")
 def machine(machine: Machine) -> Machine:
     """The machine, as the comments in the units have it; one tenant has a host."""
@@ -181,42 +186,6 @@ def page(tenant: str) -> str:
     return f"This is {tenant}.example. I see a Unix socket, and not who you are.\n"
 
 
-def show(machine: Machine, what: str, unit: str = SERVICE) -> str:
-    """Return a property of a unit."""
-    return machine.run("systemctl", "show", f"--property={what}", "--value", unit).stdout.strip()
-
-
-def state(machine: Machine, unit: str = SERVICE) -> str:
-    return show(machine, "ActiveState", unit)
-
-
-def main_pid(machine: Machine, unit: str = SERVICE) -> int:
-    """Return the process id, as it is in the machine; 0 if there is none."""
-    return int(show(machine, "MainPID", unit))
-
-
-def journal(machine: Machine, unit: str = SERVICE) -> list[tuple[int, str]]:
-    """Return what the daemon and systemd have said since the last start: priorities and lines."""
-    entries = machine.run(
-        *("journalctl", "--output=json", f"--unit={unit}"),
-        f"_SYSTEMD_INVOCATION_ID={show(machine, 'InvocationID', unit)}",
-    )
-    lines = [json.loads(line) for line in entries.stdout.splitlines()]
-    return [(int(line["PRIORITY"]), line["MESSAGE"]) for line in lines]
-
-
-def wait_for_log(machine: Machine, word: str, unit: str = SERVICE) -> tuple[int, str]:
-    """Return the first line that has `word` in it, and its priority."""
-    found: list[tuple[int, str]] = []
-
-    def is_there() -> bool:
-        found.extend(line for line in journal(machine, unit) if word in line[1].split())
-        return bool(found)
-
-    eventually(is_there)
-    return found[0]
-
-
 @contextmanager
 def changed(machine: Machine, *settings: str, starts: bool = True) -> Iterator[None]:
     """Run it with a drop-in, as `systemctl edit` makes them."""
@@ -233,51 +202,7 @@ def changed(machine: Machine, *settings: str, starts: bool = True) -> Iterator[N
         machine.run("systemctl", "restart", "sniproxy.socket", SERVICE)
 
 
-@contextmanager
-def started(machine: Machine, *argv: str) -> Iterator["subprocess.Popen[str]"]:
-    """A program that runs in the machine."""
-    process = machine.start(*argv)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        for stream in process.stdin, process.stdout, process.stderr:
-            assert stream is not None
-            stream.close()
-
-
-def heard(stream: IO[str] | None, lines: int = 1) -> list[str]:
-    """Return the next lines that a program says."""
-    assert stream is not None
-    return [stream.readline().rstrip("\n") for _ in range(lines)]
-
-
-def ended(program: "subprocess.Popen[str]") -> tuple[list[str], str]:
-    """End its standard input; return what else it says, and what on standard error."""
-    # Not `communicate`, which doesn't know what has been read ahead for `heard`.
-    assert program.stdin is not None
-    assert program.stdout is not None
-    assert program.stderr is not None
-    program.stdin.close()
-    lines, errors = program.stdout.read().splitlines(), program.stderr.read()
-    program.wait(PATIENCE)
-    return lines, errors
-
-
 # --- The files -----------------------------------------------------------------------------------
-
-
-def settings(unit: str) -> dict[str, list[tuple[str, str]]]:
-    """Return the settings of a unit by section, in their order."""
-    sections: dict[str, list[tuple[str, str]]] = {}
-    for line in (ROOT / "systemd" / unit).read_text().splitlines():
-        if line.startswith("["):
-            section = sections.setdefault(line, [])
-        elif line and not line.startswith("#"):
-            key, _, value = line.partition("=")
-            section.append((key, value))
-    return sections
 
 
 def test_the_copies_have_the_settings_of_the_service() -> None:

@@ -259,16 +259,18 @@ class Machine:
         # In there, where links lead where they should.
         self.run("install", "-D", f"--mode={mode:o}", "/dev/stdin", path, input=text)
 
-    def install_wheel(self, venv: str = "/opt/sniproxy") -> None:
+    def install_wheel(self, *extras: str, venv: str = "/opt/sniproxy") -> None:
         """Install the checkout, as a wheel, into a new environment of the machine's Python.
 
         It is made out here, where there is a network and pip has been configured.
         """
         _take_time()
         pyproject = tomllib.loads((_CHECKOUT / "pyproject.toml").read_text())
+        project = pyproject["project"]
+        optional = [each for extra in extras for each in project["optional-dependencies"][extra]]
         # With the dependencies goes what builds the wheel, so that a second time no network is
         # needed.
-        wanted = [*pyproject["project"]["dependencies"], *pyproject["build-system"]["requires"]]
+        wanted = [*project["dependencies"], *optional, *pyproject["build-system"]["requires"]]
         with tempfile.TemporaryDirectory(prefix="sniproxy-") as folder:
             made = Path(folder, "upper", Path(venv).name)
             for directory in made.parent, made, Path(folder, "work"):
@@ -285,7 +287,8 @@ class Machine:
             with _kept(f"wheels-{_digest([_SUITE, *wanted])}") as (wheels, new):
                 if new is not None:
                     run(*pip, "wheel", f"--wheel-dir={new}", *wanted)
-            run(*pip, "install", "--no-index", f"--find-links={wheels}", str(_CHECKOUT))
+            checkout = f"{_CHECKOUT}[{','.join(extras)}]" if extras else str(_CHECKOUT)
+            run(*pip, "install", "--no-index", f"--find-links={wheels}", checkout)
             shutil.copytree(made, self.root / venv.removeprefix("/"), symlinks=True)
 
 

@@ -1,0 +1,108 @@
+"""What tests ask of the units that we ship: of their files, and of systemd in a machine."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Final
+
+from tests.support.daemon import PATIENCE, eventually
+from tests.support.machine import Machine
+
+UNITS: Final = Path(__file__).parents[2] / "systemd"
+SERVICE: Final = "sniproxy.service"
+
+# --- The files -----------------------------------------------------------------------------------
+
+
+def commands(unit: str) -> list[str]:
+    """Return what the comment at the top of a unit says that one should type, or write."""
+    head = (UNITS / unit).read_text().partition("\n\n")[0]
+    return [line.removeprefix("#     ") for line in head.splitlines() if line.startswith("#     ")]
+
+
+def settings(unit: str) -> dict[str, list[tuple[str, str]]]:
+    """Return the settings of a unit by section, in their order."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for line in (UNITS / unit).read_text().splitlines():
+        if line.startswith("["):
+            section = sections.setdefault(line, [])
+        elif line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            section.append((key, value))
+    return sections
+
+
+# --- systemd -------------------------------------------------------------------------------------
+
+
+def show(machine: Machine, what: str, unit: str = SERVICE) -> str:
+    """Return a property of a unit."""
+    return machine.run("systemctl", "show", f"--property={what}", "--value", unit).stdout.strip()
+
+
+def state(machine: Machine, unit: str = SERVICE) -> str:
+    return show(machine, "ActiveState", unit)
+
+
+def main_pid(machine: Machine, unit: str = SERVICE) -> int:
+    """Return the process id, as it is in the machine; 0 if there is none."""
+    return int(show(machine, "MainPID", unit))
+
+
+def journal(machine: Machine, unit: str = SERVICE) -> list[tuple[int, str]]:
+    """Return what the daemon and systemd have said since the last start: priorities and lines."""
+    entries = machine.run(
+        *("journalctl", "--output=json", f"--unit={unit}"),
+        f"_SYSTEMD_INVOCATION_ID={show(machine, 'InvocationID', unit)}",
+    )
+    lines = [json.loads(line) for line in entries.stdout.splitlines()]
+    return [(int(line["PRIORITY"]), line["MESSAGE"]) for line in lines]
+
+
+def wait_for_log(machine: Machine, word: str, unit: str = SERVICE) -> tuple[int, str]:
+    """Return the first line that has `word` in it, and its priority."""
+    found: list[tuple[int, str]] = []
+
+    def is_there() -> bool:
+        found.extend(line for line in journal(machine, unit) if word in line[1].split())
+        return bool(found)
+
+    eventually(is_there)
+    return found[0]
+
+
+# --- Programs ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def started(machine: Machine, *argv: str) -> Iterator["subprocess.Popen[str]"]:
+    """A program that runs in the machine."""
+    process = machine.start(*argv)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for stream in process.stdin, process.stdout, process.stderr:
+            assert stream is not None
+            stream.close()
+
+
+def heard(stream: IO[str] | None, lines: int = 1) -> list[str]:
+    """Return the next lines that a program says."""
+    assert stream is not None
+    return [stream.readline().rstrip("\n") for _ in range(lines)]
+
+
+def ended(program: "subprocess.Popen[str]") -> tuple[list[str], str]:
+    """End its standard input; return what else it says, and what on standard error."""
+    # Not `communicate`, which doesn't know what has been read ahead for `heard`.
+    assert program.stdin is not None
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdin.close()
+    lines, errors = program.stdout.read().splitlines(), program.stderr.read()
+    program.wait(PATIENCE)
+    return lines, errors
