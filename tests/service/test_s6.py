@@ -15,6 +15,16 @@ import pytest
 from sniproxy.config import Config
 from tests.support import hellos
 from tests.support.backends import RawBackend, TlsBackend, host_directory
+from tests.support.bridge import (
+    INGRESS,
+    PEER,
+    Echo,
+    connect,
+    read_header,
+    write,
+    write_identity,
+)
+from tests.support.bridge import SERVICE as WEB
 from tests.support.certificates import Certificates
 from tests.support.daemon import PATIENCE, eventually
 from tests.support.enclosure import Enclosure, why_no_enclosure
@@ -28,6 +38,7 @@ ADDRESS = ("127.0.0.1", 443)
 SHIPPED = Path(__file__).parents[2] / "s6"
 SCAN = "/run/service"
 SERVICE = f"{SCAN}/sniproxy"
+INGRESS_NAME, PEER_NAME = "tls-bridge", "tls-bridge-peer"
 
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 _no_enclosure = why_no_enclosure()
@@ -40,26 +51,28 @@ pytestmark = [
 
 
 class Service:
-    """The service in its machine."""
+    """A service in its machine."""
 
-    def __init__(self, inside: Enclosure) -> None:
+    def __init__(self, inside: Enclosure, name: str = "sniproxy") -> None:
         self.inside = inside
+        self.name = name
+        self._place = f"{SCAN}/{name}"
 
     def svc(self, *options: str) -> None:
-        self.inside.run("s6-svc", f"-T{_milliseconds(PATIENCE)}", *options, SERVICE)
+        self.inside.run("s6-svc", f"-T{_milliseconds(PATIENCE)}", *options, self._place)
 
     def wait(self, state: str) -> None:
-        self.inside.run("s6-svwait", f"-t{_milliseconds(PATIENCE)}", state, SERVICE)
+        self.inside.run("s6-svwait", f"-t{_milliseconds(PATIENCE)}", state, self._place)
 
     def status(self, *options: str) -> list[str]:
-        return self.inside.run("s6-svstat", *options, SERVICE).split()
+        return self.inside.run("s6-svstat", *options, self._place).split()
 
     def pid(self) -> int:
         return int(*self.status("-p"))
 
     def log(self) -> list[str]:
         """Return the lines of the log, without the time."""
-        text = (self.inside / "/var/log/sniproxy/current").read_text()
+        text = (self.inside / f"/var/log/{self.name}/current").read_text()
         return [line.partition(" ")[2] for line in text.splitlines()]
 
     def wait_for_log(self, word: str) -> None:
@@ -97,11 +110,15 @@ def inside() -> Iterator[Enclosure]:
                 inside.end(signal.SIGKILL)
 
 
+def installations() -> list[str]:
+    """Return the commands of the README: for sniproxy, and for tls-bridge."""
+    return re.findall(r"```sh\n(.*?)```", (SHIPPED / "README.md").read_text(), re.DOTALL)
+
+
 @pytest.fixture
 def service(inside: Enclosure) -> Iterator[Service]:
     """The service, installed and ready."""
-    _, _, commands = (SHIPPED / "README.md").read_text().partition("```sh\n")
-    inside.run("sh", "-e", "-c", commands.partition("```")[0])
+    inside.run("sh", "-e", "-c", installations()[0])
     service = Service(inside)
     service.wait("-U")
     yield service
@@ -322,6 +339,101 @@ def test_the_end_of_s6(service: Service) -> None:
     assert "drained served=1 refused=0 cut=0" in service.log()[-1]
 
 
-def test_no_drain_is_killed() -> None:
-    milliseconds = int((SHIPPED / "sniproxy/timeout-kill").read_text())
+@pytest.mark.parametrize("name", ["sniproxy", INGRESS_NAME, PEER_NAME])
+def test_no_drain_is_killed(name: str) -> None:
+    milliseconds = int((SHIPPED / name / "timeout-kill").read_text())
     assert milliseconds > _milliseconds(Config().drain_seconds)
+
+
+# --- tls-bridge ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bridge(inside: Enclosure) -> Iterator[dict[str, Service]]:
+    """Both sides, installed and ready, with a service behind them."""
+    inside.run("sh", "-e", "-c", installations()[1])
+    ingress, peer = inside / "/srv/tls-bridge/main", inside / "/srv/tls-bridge-peer/main"
+    write(ingress / "hosts" / WEB / "peer", "rack\n")
+    write(ingress / "peers/rack/address", "127.0.0.1:8443\n")
+    write(ingress / "peers/rack/server-name", PEER)
+    write_identity(ingress / "peers/rack/identity", INGRESS)
+    echo = inside.do(Echo)
+    write(peer / "clients" / INGRESS)
+    write(peer / "allow" / WEB / "80", f"127.0.0.1:{echo.port}")
+    write_identity(peer / "identity", PEER)
+    for place in "tls-bridge/main/peers/rack", "tls-bridge-peer/main":
+        key = f"/srv/{place}/identity/key.pem"
+        inside.run("sh", "-ec", f"chgrp tls-bridge {key} && chmod 640 {key}")
+    services = {name: Service(inside, name) for name in (INGRESS_NAME, PEER_NAME)}
+    for service in services.values():
+        service.wait("-U")
+    yield services
+    echo.close()
+    for service in services.values():
+        sys.stdout.write("".join(f"{line}\n" for line in service.log()))
+
+
+def tunnel(inside: Enclosure) -> socket.socket:
+    """Return a client that has got to the service."""
+    client = inside.connect(("127.0.0.1", 8080))
+    client.sendall(connect(f"{WEB}:80"))
+    assert read_header(client).startswith(b"HTTP/1.1 200 ")
+    return client
+
+
+def says_it_back(client: socket.socket) -> bool:
+    client.sendall(b"ping")
+    return receive_exactly(client, 4) == b"ping"
+
+
+def test_both_sides_are_ready(bridge: dict[str, Service]) -> None:
+    for name, service in bridge.items():
+        inside = service.inside
+        # The kernel keeps 15 bytes of a name.
+        [pid] = inside.processes(name[:15])
+        assert service.pid() == pid
+        user = inside.run("id", "--user", "tls-bridge").strip()
+        status = Path("/proc", str(pid), "status").read_text()
+        assert f"\nUid:\t{user}\t{user}\t{user}\t{user}\n" in status
+        service.wait_for_log("listening")
+    # The client that asked whether it is ready.
+    bridge[PEER_NAME].wait_for_log("reason=tls_closed")
+    assert [line.split()[1] for line in bridge[INGRESS_NAME].log()] == ["sandbox", "listening"]
+    with tunnel(bridge[INGRESS_NAME].inside) as client:
+        assert says_it_back(client)
+
+
+@pytest.mark.parametrize("name", [INGRESS_NAME, PEER_NAME])
+def test_a_side_drains_and_starts_anew(bridge: dict[str, Service], name: str) -> None:
+    service = bridge[name]
+    old = service.pid()
+    with tunnel(service.inside) as client:
+        service.svc("-h")
+        service.wait_for_log("draining open=1")
+        # Who is in lives on.
+        assert says_it_back(client)
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b""
+    service.wait_for_log("drained served=1")
+    eventually(lambda: service.pid() not in (old, -1))
+    service.wait("-U")
+    with tunnel(service.inside) as client:
+        assert says_it_back(client)
+
+
+@pytest.mark.parametrize("name", [INGRESS_NAME, PEER_NAME])
+def test_a_side_that_is_called_wrongly_stays_down(bridge: dict[str, Service], name: str) -> None:
+    service = bridge[name]
+    service.svc("-wD", "-d")
+    run = service.inside / f"/etc/s6/{name}/run"
+    run.write_text(f"{run.read_text().rstrip()} --verbose\n")
+    service.svc("-u")
+    service.wait_for_log("fatal: unable to understand the options: unknown option '--verbose'")
+    eventually(lambda: service.status("-o", "wantedup,exitcode") == ["false", "100"])
+
+
+def test_both_sides_have_the_same_files() -> None:
+    for path in "finish", "notification-fd", "timeout-kill", "data/check", "log/notification-fd":
+        ingress, peer = (SHIPPED / name / path for name in (INGRESS_NAME, PEER_NAME))
+        assert ingress.read_text() == peer.read_text()
+        assert ingress.stat().st_mode == peer.stat().st_mode
