@@ -274,7 +274,7 @@ def test_the_service_sees_no_more_programs_than_it_needs(installed: Machine) -> 
 
 
 def test_the_pages_and_papers(installed: Machine) -> None:
-    for page in (ROOT / "man").iterdir():
+    for page in (ROOT / "man").glob("sniproxy*"):
         text = installed.run("zcat", f"/usr/share/man/man{page.suffix[1:]}/{page.name}.gz").stdout
         assert ".Nd " in text
         assert "/opt/sniproxy" not in text
@@ -284,6 +284,12 @@ def test_the_pages_and_papers(installed: Machine) -> None:
     runs = installed.run("grep", "-rhoE", "(/opt|/usr/bin)/sniproxy.*", f"{doc}/examples").stdout
     assert "/usr/bin/sniproxy-listen :443\n" in runs
     assert "/opt" not in runs
+
+
+def test_nothing_of_tls_bridge_is_in_it(installed: Machine) -> None:
+    files = installed.run("dpkg-query", "--listfiles", "sniproxy").stdout.splitlines()
+    assert "/usr/lib/systemd/system/sniproxy.socket" in files
+    assert [path for path in files if re.search(r"tls.bridge|mutual.tls", path)] == []
 
 
 def test_every_package_in_it_has_its_licence_in_the_copyright_file(installed: Machine) -> None:
