@@ -1,5 +1,6 @@
 """A far end that closes with bytes unread: what it has written before arrives, all of it."""
 
+import _socket
 import socket
 import struct
 
@@ -78,6 +79,53 @@ async def test_the_connection_counts_until_all_has_arrived(half_closed: bool) ->
         await read_slowly(client, talks=False)
         await client.aclose()
         await it.all_ended()
+
+
+@trio_test
+async def test_the_connection_counts_until_all_has_arrived_at_who_ends_meanwhile() -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        await client.send_all(UNREAD)
+        await say_and_close(backend, 2_000_000)
+        await trio.sleep(0.1)
+        await client.send_eof()
+        await trio.sleep(0.3)
+        assert it.limit.open == 1
+        assert len(await read_slowly(client, talks=False)) == 2_000_000
+        await it.all_ended()
+        assert [ending for _, _, ending in it.endings] == [Ending.FAR_RESET]
+
+
+@trio_test
+async def test_a_fault_of_one_of_them_is_told_and_ends_that_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with bench() as it:
+        client, backend = it.join()
+        faulty = it.up().source
+        other, other_backend = it.join()
+        unacknowledged = tcp.unacknowledged
+
+        def fail(sock: _socket.socket) -> int:
+            if sock is faulty:
+                raise ZeroDivisionError
+            return unacknowledged(sock)
+
+        monkeypatch.setattr(tcp, "unacknowledged", fail)
+        for end, far_end in (client, backend), (other, other_backend):
+            await end.send_all(UNREAD)
+            await say_and_close(far_end, 1_000_000)
+        with trio.fail_after(5):
+            while it.limit.open == 2:  # noqa: ASYNC110 - nothing tells of it
+                await trio.sleep(0.01)
+        assert [type(fault) for fault in it.faults] == [ZeroDivisionError]
+        it.faults.clear()
+        with pytest.raises(trio.BrokenResourceError):
+            await read_slowly(client, talks=False)
+        assert len(await read_slowly(other, talks=False)) == 1_000_000
+        await other.aclose()
+        await it.all_ended()
+        assert [ending for _, _, ending in it.endings] == [Ending.CUT, Ending.FAR_RESET]
 
 
 @trio_test
@@ -308,6 +356,16 @@ async def test_the_timeout_is_back_when_the_client_reads_on(
         assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == tcp.USER_TIMEOUT
 
 
+def test_the_timeout_stays_where_nothing_waits_for_the_client() -> None:
+    """It may have vanished: then what is sent next is not to wait for a quarter of an hour."""
+    client, near = tcp_pair()
+    with client, near:
+        tcp.set_user_timeout(near)
+        tcp.spare_slow_reader(near, 30)
+        found = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert found == tcp.USER_TIMEOUT
+
+
 def test_where_the_timeout_can_not_be_changed_it_stays() -> None:
     sock, other = unix_pair()
     with sock, other:
@@ -365,6 +423,21 @@ async def test_a_half_closed_connection_has_a_limit_of_its_own(
         began = trio.current_time()
         await it.limit.wait_until_empty()
         assert 100 <= trio.current_time() - began <= 100 * 5 / 4
+        assert [ending for _, _, ending in it.endings] == [Ending.HALF_CLOSED]
+
+
+@trio_test
+async def test_a_backend_that_reads_no_more_has_the_same_limit(clock: MockClock) -> None:
+    """Though neither has said its end."""
+    async with bench(half_closed_seconds=10) as it:
+        client, backend = it.join()
+        await trio.sleep(20)
+        backend.socket.shutdown(socket.SHUT_RD)
+        await client.send_all(b"nobody reads this")
+        await trio.sleep(0.1)
+        assert it.up().pending is Ending.FAR_RESET
+        with trio.fail_after(10 * 5 / 4):
+            await it.limit.wait_until_empty()
         assert [ending for _, _, ending in it.endings] == [Ending.HALF_CLOSED]
 
 

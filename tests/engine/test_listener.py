@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock, trio_test
 
 from sniproxy.engine.limit import ConnectionLimit
-from sniproxy.engine.listener import Listener, take_listening_socket
+from sniproxy.engine.listener import Listener, NotListeningError, take_listening_socket
 from sniproxy.engine.loop import EventLoop
 
 
@@ -155,6 +155,14 @@ async def test_what_multipath_tcp_does_not_have_plain_clients_have_all_the_same(
         listener.close()
 
 
+def test_a_unix_socket_that_may_be_and_does_not_listen() -> None:
+    with (
+        socket.socket(socket.AF_UNIX) as sock,
+        pytest.raises(NotListeningError, match=r"^it is a Unix socket that does not listen$"),
+    ):
+        take_listening_socket(sock.fileno(), may_be_unix=True)
+
+
 def test_an_option_that_plain_tcp_does_not_have_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -245,6 +253,15 @@ async def test_closing_takes_along_who_is_in_the_queue(clock: MockClock) -> None
         it.listener.close()
         assert len(it.accepted) == 100
         it.listener.close()  # as often as one likes
+
+
+@trio_test
+async def test_closing_takes_along_who_is_behind_a_lost_connection(clock: MockClock) -> None:
+    async with bench() as it:
+        it.socket.failures = [errno.ECONNABORTED]
+        it.connect(3)
+        it.listener.close()
+        assert len(it.accepted) == 3
 
 
 @trio_test

@@ -363,6 +363,135 @@ async def test_a_task_may_ask_for_a_turn_or_close_while_the_loop_sleeps() -> Non
 
 
 @trio_test
+async def test_the_loop_is_woken_once_and_only_while_it_sleeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each time is a system call, and most of those who ask do so in a turn."""
+    loop = EventLoop(lambda error: None)
+    write, woken = os.eventfd_write, 0
+
+    def count(fd: int, value: int) -> None:
+        nonlocal woken
+        woken += 1
+        write(fd, value)
+
+    class Twice(Recorder):
+        def on_event(self, events: int) -> None:
+            super().on_event(events)
+            if len(self.events) < 2:
+                loop.call_soon(self)
+
+    monkeypatch.setattr(os, "eventfd_write", count)
+    watchers = [Twice() for _ in range(3)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        for times in 1, 2:
+            for watcher in watchers:
+                watcher.events.clear()
+                loop.call_soon(watcher)
+            assert woken == times
+            for watcher in watchers:
+                await until(watcher, 2)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert woken == times
+        near, far = socket.socketpair()
+        loop.watch(near.fileno(), woken_by_event := Twice(), select.EPOLLIN | select.EPOLLET)
+        far.send(b"x")
+        await until(woken_by_event, 2)
+        assert woken == 2
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    near.close()
+    far.close()
+
+
+class Epoll:
+    """An epoll set that keeps how long its user was ready to wait."""
+
+    def __init__(self, epoll: select.epoll) -> None:
+        self._epoll = epoll
+        self.waits: list[float] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._epoll, name)
+
+    def poll(self, timeout: float, most: int) -> list[tuple[int, int]]:
+        self.waits.append(timeout)
+        return self._epoll.poll(timeout, most)
+
+
+@trio_test
+async def test_the_next_event_is_waited_for_unless_a_task_is_to_run() -> None:
+    loop = EventLoop(lambda error: None)
+    loop._epoll = epoll = Epoll(loop._epoll)  # type: ignore[assignment]
+    near, far = socket.socketpair()
+    other, other_far = socket.socketpair()
+    recorder = Recorder()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        loop.watch(near.fileno(), recorder, select.EPOLLIN | select.EPOLLET)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+
+        async def waits_after_event() -> list[float]:
+            epoll.waits.clear()
+            far.send(b"x")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            return epoll.waits
+
+        short = loop_module._SHORT_WAIT
+        assert await waits_after_event() == [short, short]
+        nursery.start_soon(loop.wait_readable, other.fileno())
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        epoll.waits.clear()
+        other_far.send(b"x")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        # Once or twice: until the task has run, the event is still there.
+        assert epoll.waits[0] == short
+        assert set(epoll.waits[1:]) == {0}
+        # And that is over with the next one.
+        assert await waits_after_event() == [short, short]
+        assert len(recorder.events) == 2
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    for end in near, far, other, other_far:
+        end.close()
+
+
+@trio_test
+async def test_a_task_can_wait_until_it_can_read_or_write() -> None:
+    loop = EventLoop(lambda error: None)
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    went_on: list[str] = []
+
+    async def wait(what: str) -> None:
+        await (loop.wait_readable if what == "read" else loop.wait_writable)(near.fileno())
+        went_on.append(what)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(loop.run)
+        with pytest.raises(BlockingIOError):
+            while True:
+                near.send(bytes(1 << 16))
+        for what, event in (
+            ("write", lambda: far.recv(1 << 24)),
+            ("read", lambda: far.send(b"x")),
+        ):
+            nursery.start_soon(wait, what)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert what not in went_on
+            while what not in went_on:
+                event()
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        assert loop.watchers() == []
+        nursery.cancel_scope.cancel()
+    loop.shut()
+    near.close()
+    far.close()
+
+
+@trio_test
 async def test_an_event_behind_a_cancellation_wakes_nobody_twice() -> None:
     faults: list[Exception] = []
     loop = EventLoop(faults.append)

@@ -188,6 +188,25 @@ async def test_a_large_message_now_and_then_is_not_spliced(splices: Splices) -> 
         await it.all_ended()
 
 
+@pytest.mark.parametrize("is_much", [True, False])
+@trio_test
+async def test_half_of_what_the_buffer_takes_is_much(splices: Splices, is_much: bool) -> None:
+    async with bench() as it:
+        client, near = tcp_pair()
+        backend, far = unix_pair()
+        it.join_these(near, far)
+        up = it.up()
+        size = relay._CHUNK // 2 - (0 if is_much else 1)
+        for _ in range(3):
+            say(client, up.source, bytes(size))
+            up.pump()
+            assert len(received_already(backend)) == size
+        assert (splices.count > 0) == is_much
+        client.close()
+        backend.close()
+        await it.all_ended()
+
+
 @trio_test
 async def test_who_chats_after_much_is_no_longer_spliced(splices: Splices) -> None:
     async with bench() as it:
@@ -213,6 +232,20 @@ async def test_an_idle_connection_holds_no_pipe() -> None:
             pipe = it.relay.pipes.take()
             assert pipe is not None
             it.relay.pipes.give(pipe)
+
+
+@trio_test
+async def test_a_direction_that_has_ended_holds_no_pipe() -> None:
+    async with bench() as it:
+        it.relay.pipes = PipePool(limit=1)
+        client, backend = it.join()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send_noise, client, MUCH, b"up")
+            await expect_noise(backend, MUCH, b"up")
+        assert it.limit.open == 1
+        pipe = it.relay.pipes.take()
+        assert pipe is not None
+        it.relay.pipes.give(pipe)
 
 
 @trio_test
@@ -286,6 +319,27 @@ async def test_a_reset_by_the_client_ends_the_backend() -> None:
         await client.aclose()
         assert await backend.receive_some() == b""
         await it.all_ended()
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+@trio_test
+async def test_a_client_that_hangs_up_without_an_error_ends_the_backend(has_ended: bool) -> None:
+    """As Unix sockets do: of TCP nearly always an error tells that nobody reads any more."""
+    async with bench() as it:
+        client, near = unix_pair()
+        backend, far = unix_pair()
+        it.join_these(near, far)
+        end = it.stream(backend)
+        client.sendall(b"hello")
+        assert await end.receive_some() == b"hello"
+        if has_ended:
+            client.shutdown(socket.SHUT_WR)
+            assert await end.receive_some() == b""
+            assert it.limit.open == 1
+        client.close()
+        await it.all_ended()
+        assert it.endings == [(5, 0, Ending.FINISHED)]
+        assert await end.receive_some() == b""
 
 
 @trio_test
