@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sniproxy.service.notify import Notifier
 from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory, joined
 from tests.support.daemon import Daemon, eventually, start_daemon
@@ -253,6 +254,16 @@ def test_the_watchdog_is_kept_quiet_at_half_its_time(hosts: Path, supervisor: Su
             while True:
                 supervisor.hear("WATCHDOG")
         daemon.signal(signal.SIGCONT)
+
+
+def test_the_time_of_the_watchdog_is_in_microseconds(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (supervisor.environment | {"WATCHDOG_USEC": "1500000"}).items():
+        monkeypatch.setenv(name, value)
+    notifier = Notifier()
+    assert notifier.watchdog == 1.5
+    notifier.close()
 
 
 def test_a_watchdog_for_another_process_is_not_ours(hosts: Path, supervisor: Supervisor) -> None:

@@ -147,6 +147,17 @@ def test_a_syslogd_that_does_not_read_is_not_waited_for(dev_log: str) -> None:
             log.write(LOG_INFO, "x" * 100)
 
 
+def test_an_event_goes_to_syslogd_where_that_is_asked_for(
+    dev_log: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with listen_as_syslogd(dev_log) as syslogd, closing(Syslog("sniproxy")) as log:
+        Log(log).event("word", LOG_WARNING, key=1)
+        line = syslogd.recv(1000, socket.MSG_DONTWAIT).decode()
+    assert line.startswith("<28>")
+    assert line.endswith(f" sniproxy[{os.getpid()}]: word key=1")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("address", "shown"),
     [
@@ -280,6 +291,14 @@ def test_a_noisy_host_is_told_of_again(log: Log, lines: Lines, now: list[float])
         now[0] += 1
     written = lines()
     assert 20 + 8 <= len(written) <= 20 + 10
+
+
+def test_a_client_that_was_not_told_of_is_at_a_host_that_was(log: Log, lines: Lines) -> None:
+    refuse(log, "not_listening", is_host=True, times=1000)
+    lines()
+    refuse(log, "not_listening", client="192.0.2.2:1", is_host=True, times=2)
+    [line] = lines()
+    assert "client=192.0.2.2:1 " in line
 
 
 def test_another_reason_of_the_same_client_and_host_is_told_of(log: Log, lines: Lines) -> None:

@@ -193,6 +193,10 @@ def test_an_older_kernel_gives_what_it_has(version: int, expected: list[str]) ->
     assert entered(prepare) == ["new_privileges", *expected, *WITHOUT_LANDLOCK]
 
 
+# AUDIT_ARCH_..., linux/audit.h: 64 bits, the lowest byte first, and the number of elf.h.
+ARCHITECTURES = {"x86_64": 0xC0000000 | 62, "aarch64": 0xC0000000 | 183}
+
+
 @pytest.mark.parametrize(
     "machine", sorted({"x86_64", "aarch64", "riscv64", "alpha", "mips64"} - {os.uname().machine})
 )
@@ -204,6 +208,7 @@ def test_on_a_machine_with_other_numbers_nothing_wrong_is_tried(
     if machine in sandbox._CALLS:
         # Not entered, then: only that there is one, and each comparison leads somewhere.
         program = sandbox._filter(sandbox._CALLS[machine], [socket.AF_UNIX, socket.AF_INET])
+        assert program[1] == (sandbox._IF_EQUAL, 1, 0, ARCHITECTURES[machine])
         assert all(at + 1 + max(each[1:3]) < len(program) for at, each in enumerate(program[:-1]))
     else:
         has_landlock = sandbox._landlock_version() > 0

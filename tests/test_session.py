@@ -2,9 +2,12 @@
 
 import _socket
 import os
+import select
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,10 @@ from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
 from sniproxy.hosts import HostError, HostReason, HostsDirectory
 from sniproxy.log import Log
+from sniproxy.serve import serve
+from sniproxy.service.descriptors import Share
+from sniproxy.service.notify import Notifier
+from sniproxy.service.signals import Signals
 from sniproxy.session import ALERTS, Session, Sessions
 from sniproxy_hostname import Hostname, directory_namer
 from tests.support import hellos
@@ -327,6 +334,27 @@ async def test_a_backlog_that_stays_full_is_given_up_at_the_deadline(
 
 
 @trio_test
+async def test_a_full_backlog_is_tried_soon_and_then_less_and_less_often(
+    clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with door() as it, await it.connect() as client:
+        times: list[float] = []
+
+        def fail(host: Hostname) -> None:
+            times.append(trio.current_time())
+            if len(times) == 11:
+                raise HostError(HostReason.NOT_LISTENING, "enough")
+            raise HostError(HostReason.BACKEND_BUSY, "full")
+
+        monkeypatch.setattr(it.hosts, "connect", fail)
+        await client.send_all(HELLO)
+        await receive_to_end(client)
+        pauses = [after - before for before, after in pairwise(times)]
+        milliseconds = [1, 2, 4, 8, 16, 32, 64, 100, 100, 100]
+        assert pauses == pytest.approx([each / 1000 for each in milliseconds])
+
+
+@trio_test
 async def test_a_client_that_leaves_a_full_backlog_is_forgotten(
     clock: MockClock, hosts: Path
 ) -> None:
@@ -393,6 +421,25 @@ async def test_only_who_is_silent_makes_room(clock: MockClock, backend: socket.s
         assert "reason=capacity" in it.log.lines[-1]
         for sock in (*clients, connection):
             sock.close()
+
+
+@trio_test
+async def test_who_has_left_without_a_word_makes_room_without_a_line() -> None:
+    async with door() as it:
+        await trio.testing.wait_all_tasks_blocked()
+        client, accepted = tcp_pair()
+        it.sessions.begin(plain(accepted), client.getsockname())
+        [silent] = it.sessions.waiting.items()
+        client.close()
+        # It has ended by now, and the loop has not told of it yet.
+        poll = select.poll()
+        poll.register(silent._client, select.POLLRDHUP)
+        assert poll.poll(PATIENCE * 1000)
+        it.limit.capacity = 1
+        assert it.sessions.make_room()
+        assert it.limit.open == 0
+        assert it.sessions.refused == 0
+        assert it.log.lines == []
 
 
 @trio_test
@@ -571,6 +618,42 @@ async def test_a_bug_in_one_session_ends_that_one_alone(
             await third.send_all(HELLO)
             with (await trio.to_thread.run_sync(backend.accept))[0] as connection:
                 assert connection.recv(1 << 16) == HELLO
+
+
+class Orders(Signals):
+    """What is asked for, but not by signals."""
+
+    async def receive(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+
+
+@trio_test
+async def test_a_bug_in_a_turn_is_told_and_the_service_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(host: Hostname) -> None:
+        raise ZeroDivisionError(host)
+
+    log, orders = Notes(), Orders()
+    hosts = HostsDirectory(directory_namer(hashed=False))
+    monkeypatch.setattr(hosts, "connect", fail)
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        listening = take_listening_socket(bound.fileno())
+        async with trio.open_nursery() as nursery:
+            share, notifier = Share(connections=10, pipes=1), Notifier({})
+            nursery.start_soon(
+                partial(serve, listening, hosts, CONFIG, share, log, orders, notifier)
+            )
+            with trio.fail_after(PATIENCE):
+                for _ in range(2):
+                    async with await trio.open_tcp_stream(*bound.getsockname()) as client:
+                        await client.send_all(HELLO)
+                        with pytest.raises(trio.BrokenResourceError):
+                            await client.receive_some()
+            orders.drain.set()
+    hosts.close()
+    assert log.lines.count("bug ZeroDivisionError: example.com") == 2
+    assert log.lines[-1] == "drained served=0 refused=0 cut=0"
 
 
 @trio_test
