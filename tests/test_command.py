@@ -143,6 +143,7 @@ def test_standard_input_is_no_listening_tcp_socket(
     assert f"it is {called};" in line
     assert "pass one like this: sniproxy-listen :443 sniproxy " in line
     assert "systemd service: StandardInput=socket, and a socket unit of the same name" in line
+    assert line.endswith(", or Sockets=)")
 
 
 def test_standard_input_is_closed() -> None:
@@ -293,6 +294,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     options = parser.understand([])
     assert options is not None
     assert ServiceOptions(**service_fields(options)) == ServiceOptions()
+    assert _config([]) == Config()
 
 
 def test_help_and_version_need_no_socket() -> None:
@@ -300,6 +302,9 @@ def test_help_and_version_need_no_socket() -> None:
     assert "--hashed" in result.stdout
     for option in "--workers N", "--max-connections N", "--no-owner-check", "--log {errors,":
         assert option in result.stdout
+    for option in "--drain", "--idle-timeout", "--half-closed-timeout":
+        assert f"\n  {option} SECONDS" in result.stdout
+    assert "\n  --user NAME[:GROUP]" in result.stdout
     assert (result.returncode, result.stderr) == (0, "")
     result = run("--version")
     assert result.stdout == f"sniproxy {sniproxy.__version__}\n"
@@ -497,6 +502,26 @@ def test_a_mistake_under_inetd_has_its_exit_code(hosts: Path) -> None:
         fd = listening.fileno()
         process = subprocess.run([*PROGRAM, "--x"], stdin=fd, stdout=fd, stderr=fd, timeout=10)
     assert process.returncode == 100
+
+
+def test_a_mistake_under_inetd_is_told_to_syslogd(tmp_path: Path) -> None:
+    path = str(tmp_path / "log")
+    script = (
+        "import sys; from sniproxy.service import syslogd; syslogd._DEV_LOG = sys.argv.pop(1); "
+        "from sniproxy.__main__ import main; sys.exit(main())"
+    )
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslogd,
+        socket.create_server(("127.0.0.1", 0)) as listening,
+    ):
+        syslogd.bind(path)
+        fd = listening.fileno()
+        command = [sys.executable, "-P", "-c", script, path, "--x"]
+        process = subprocess.run(command, stdin=fd, stdout=fd, stderr=fd, timeout=10)
+        line = syslogd.recv(1000, socket.MSG_DONTWAIT).decode()
+    assert process.returncode == 100
+    assert line.startswith("<27>")  # daemon.err
+    assert ": fatal: unable to understand the options: unknown option '--x'" in line
 
 
 def test_it_may_have_as_many_descriptors_as_the_hard_limit_says(hosts: Path) -> None:
