@@ -106,7 +106,7 @@ def take_listening_socket(fd: int, *, may_be_unix: bool = False) -> Socket:
         raise
     if not stat.S_ISSOCK(mode):
         raise NotListeningError(f"it is {_kind_of_file(fd, mode)}")
-    listener = Socket(fileno=os.dup(fd))
+    listener = Socket(fileno=os.dup(fd))  # which is close-on-exec, unlike dup(2)'s
     try:
         if kind := _kind_of_socket(listener, may_be_unix=may_be_unix):
             raise NotListeningError(f"it is {kind}")
@@ -116,7 +116,6 @@ def take_listening_socket(fd: int, *, may_be_unix: bool = False) -> Socket:
         # And another holder may take it away: systemd does, for each service that it starts on the
         # socket. Then accept waits, but not for long.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SHORTEST)
-        os.set_inheritable(listener.fileno(), False)
         _set_client_options(listener)
     except BaseException:
         listener.close()

@@ -334,7 +334,6 @@ class _Flow:
                     break
                 except OSError as error:
                     if error.errno not in _NO_SPLICE:
-                        self.return_pipe(pipe)
                         return self._source_failed()
                     self.relay.can_splice = False
                     self.relay.loop.call_soon(self)
