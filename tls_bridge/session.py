@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import socket as std
-from _socket import SO_LINGER, SOL_SOCKET, socket
+from _socket import MSG_DONTWAIT, MSG_PEEK, SO_LINGER, SOL_SOCKET, socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,11 +88,16 @@ class Sessions:
         """
         if self.relay.last_words.make_room():
             return True
-        for scope in self.silent.values():
-            if not scope.cancel_called:
-                scope.cancel()
-                return True
-        return False
+        is_unheard = False
+        for session, scope in self.silent.items():
+            if scope.cancel_called:
+                continue
+            if session.has_unread():
+                is_unheard = True  # whose task has not had its turn; after that we are asked again
+                continue
+            scope.cancel()
+            return True
+        return is_unheard
 
     def cut(self) -> int:
         """End whoever is left; return how many."""
@@ -159,6 +164,13 @@ class Session:
     async def refuse(self, refusal: Refusal) -> None:
         """Tell the client."""
         raise NotImplementedError
+
+    def has_unread(self) -> bool:
+        """Tell whether the client has said something that nobody has read yet."""
+        try:
+            return bool(self.client.recv(1, MSG_PEEK | MSG_DONTWAIT))
+        except OSError:
+            return False
 
     def is_understood(self, target: Endpoint) -> None:
         """Note what the client wants: from now on it is not the one who is silent."""
