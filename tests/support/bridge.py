@@ -91,12 +91,14 @@ class Bridge:
         write(self.peer_place / "clients" / INGRESS)
         write(self.peer_place / "allow" / SERVICE / "80", f"127.0.0.1:{self.echo.port}")
 
-    def start_peer(self, *options: str) -> Daemon:
+    def start_peer(self, *options: str, under: tuple[str, ...] = ()) -> Daemon:
         return self._stack.enter_context(
-            start(self.peer_socket, self.peer_place, "tls_bridge.peer", *options)
+            start(self.peer_socket, self.peer_place, "tls_bridge.peer", *options, under=under)
         )
 
-    def start_ingress(self, *options: str, unix: Path | None = None) -> Daemon:
+    def start_ingress(
+        self, *options: str, unix: Path | None = None, under: tuple[str, ...] = ()
+    ) -> Daemon:
         if unix is None:
             listening = socket.create_server(("127.0.0.1", 0))
         else:
@@ -105,13 +107,19 @@ class Bridge:
             listening.listen()
         self._stack.enter_context(listening)
         return self._stack.enter_context(
-            start(listening, self.ingress_place, "tls_bridge", *options)
+            start(listening, self.ingress_place, "tls_bridge", *options, under=under)
         )
 
 
 @contextmanager
-def start(listening: socket.socket, place: Path, module: str, *options: str) -> Iterator[Daemon]:
-    with Daemon(listening, place, options, module=module) as daemon:
+def start(
+    listening: socket.socket,
+    place: Path,
+    module: str,
+    *options: str,
+    under: tuple[str, ...] = (),
+) -> Iterator[Daemon]:
+    with Daemon(listening, place, options, module=module, under=under) as daemon:
         daemon.wait_for_log("listening")
         yield daemon
 

@@ -1,0 +1,128 @@
+"""More clients than there are descriptors for."""
+
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support.bridge import Bridge, Daemon, ask, bridge, connect, read_header
+from tests.support.daemon import eventually
+from tests.support.sockets import receive_exactly
+
+OK = b"HTTP/1.1 200 "
+FEW = ("prlimit", "--nofile=64")
+
+# No more than wait in the queue of a socket as Python opens it, 128.
+NUMBER = 120
+
+
+@pytest.fixture
+def it(tmp_path: Path) -> Iterator[Bridge]:
+    with bridge(tmp_path) as made:
+        yield made
+
+
+def allow_descriptors(daemon: Daemon, number: int | None) -> None:
+    """Limit the descriptors of a running program; None is as many as it had."""
+    _, hard = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+    soft = hard if number is None else number
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def lowest_free(daemon: Daemon) -> int:
+    """Return the number that the next descriptor will have."""
+    taken = {int(each.name) for each in Path(f"/proc/{daemon.process.pid}/fd").iterdir()}
+    return min(set(range(len(taken) + 1)) - taken)
+
+
+def ask_all_at_once(ingress: Daemon, stopped: Daemon, stack: ExitStack) -> list[socket.socket]:
+    """Return clients who have all said CONNECT while a program did not run."""
+    stopped.signal(signal.SIGSTOP)
+    clients = []
+    for _ in range(NUMBER):
+        client = stack.enter_context(ingress.connect())
+        client.sendall(connect())
+        clients.append(client)
+    stopped.signal(signal.SIGCONT)
+    return clients
+
+
+def is_served(client: socket.socket) -> bool:
+    """Tell whether a client is served, or, which is the only other way, refused by the ingress."""
+    header = read_header(client)
+    if not header.startswith(OK):
+        assert header.startswith(b"HTTP/1.1 502 ")
+        assert b"error=connection_terminated" in header
+        return False
+    client.sendall(b"hello")
+    assert receive_exactly(client, 5) == b"hello"
+    return True
+
+
+def test_an_ingress_with_few_descriptors_serves_one_after_the_other(it: Bridge) -> None:
+    it.start_peer()
+    ingress = it.start_ingress(under=FEW)
+    with ExitStack() as stack:
+        for client in ask_all_at_once(ingress, ingress, stack):
+            assert is_served(client)
+            client.close()
+    assert not [line for line in ingress.log() if "refused" in line or "exhausted" in line]
+
+
+def test_a_peer_with_few_descriptors_refuses_who_is_in_its_handshake(it: Bridge) -> None:
+    """Others wait for the place, and it has not said yet what it wants."""
+    peer = it.start_peer(under=FEW)
+    ingress = it.start_ingress()
+    with ExitStack() as stack:
+        served = 0
+        for client in ask_all_at_once(ingress, peer, stack):
+            served += is_served(client)
+            client.close()
+        assert 0 < served < NUMBER
+        client, header = ask(ingress, connect())
+        stack.enter_context(client)
+        assert header.startswith(OK)
+    assert "refused" in peer.wait_for_log("reason=capacity")
+
+
+@pytest.mark.parametrize("who", ["ingress", "peer"])
+def test_the_machine_has_no_descriptor_left(it: Bridge, who: str) -> None:
+    daemons = {"peer": it.start_peer(), "ingress": it.start_ingress()}
+    ingress, short = daemons["ingress"], daemons[who]
+    client, header = ask(ingress, connect())
+    with client:
+        assert header.startswith(OK)
+        # An open tunnel goes on, and a new client waits at the door.
+        allow_descriptors(short, 1)
+        with ingress.connect() as waiting:
+            waiting.sendall(connect())
+            assert "Too many open files" in short.wait_for_log("exhausted")
+            client.sendall(b"hello")
+            assert receive_exactly(client, 5) == b"hello"
+            allow_descriptors(short, None)
+            assert is_served(waiting)
+    assert not [line for each in daemons.values() for line in each.log() if "refused" in line]
+
+
+def test_the_last_descriptor_is_the_clients_own(it: Bridge) -> None:
+    """None is left to look up the host with: no host is taken for an absent one."""
+    it.start_peer()
+    ingress = it.start_ingress()
+    before = ingress.descriptors()
+    client, header = ask(ingress, connect())
+    client.close()
+    eventually(lambda: ingress.descriptors() == before)
+    allow_descriptors(ingress, lowest_free(ingress) + 1)
+    client, header = ask(ingress, connect())
+    client.close()
+    assert header.startswith(b"HTTP/1.1 500 ")
+    assert b"Too many open files" in header
+    assert "reason=misconfigured" in ingress.wait_for_log("refused")
+    allow_descriptors(ingress, None)
+    client, header = ask(ingress, connect())
+    with client:
+        assert header.startswith(OK)
