@@ -5,6 +5,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -21,10 +22,19 @@ def authority(name: str = "") -> trustme.CA:
     return trustme.CA(organization_name=name or "tests")
 
 
-def write_identity(directory: Path, name: str, ca: trustme.CA | None = None) -> None:
+def write_identity(
+    directory: Path,
+    name: str,
+    ca: trustme.CA | None = None,
+    *,
+    not_before: datetime | None = None,
+    not_after: datetime | None = None,
+) -> None:
     """Make an identity for `name`, which trusts the authority of this run."""
     directory.mkdir(parents=True, exist_ok=True)
-    issued = (ca or authority()).issue_cert(name, common_name=name)
+    issued = (ca or authority()).issue_cert(
+        name, common_name=name, not_before=not_before, not_after=not_after
+    )
     issued.cert_chain_pems[0].write_to_path(str(directory / "cert.pem"))
     issued.private_key_pem.write_to_path(str(directory / "key.pem"))
     authority().cert_pem.write_to_path(str(directory / "ca.pem"))

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
@@ -559,6 +560,45 @@ def test_an_identity_is_swapped_and_a_broken_one_kept_out(it: Bridge) -> None:
     ingress.wait_for_log("identity_loaded")
     write_identity(identity, INGRESS)
     assert served()
+
+
+def test_an_identity_that_expires_soon_is_told_of_once(it: Bridge) -> None:
+    end = datetime.now(UTC) + timedelta(hours=20)
+    write_identity(it.ingress_place / "peers/p/identity", INGRESS, not_after=end)
+    write_identity(it.peer_place / "identity", PEER, not_after=end)
+    peer, ingress = it.start_peer(), it.start_ingress()
+    for _ in range(2):
+        client, header = ask(ingress, connect())
+        client.close()
+        assert header.startswith(OK)
+    for daemon in peer, ingress:
+        line = daemon.wait_for_log("identity_expires")
+        assert f"the certificate expires at {end:%Y-%m-%dT%H:%M:%SZ}" in line
+        assert sum(" identity_expires " in each for each in daemon.log()) == 1
+
+
+@pytest.mark.parametrize("days", [(-2, -1), (1, 2)], ids=["no more", "not yet"])
+def test_the_certificate_of_the_peer_is_not_valid_now(it: Bridge, days: tuple[int, int]) -> None:
+    begin, end = (datetime.now(UTC) + timedelta(days=each) for each in days)
+    write_identity(it.peer_place / "identity", PEER, not_before=begin, not_after=end)
+    peer = it.start_peer()
+    fails(it, (502, "tls_certificate_error", "reason=expired"))
+    peer.wait_for_log("reason=rejected")
+    if end < datetime.now(UTC):
+        assert "the certificate has expired at" in peer.wait_for_log("identity_expires")
+
+
+def test_our_own_certificate_has_expired(it: Bridge) -> None:
+    end = datetime.now(UTC) - timedelta(days=1)
+    write_identity(it.ingress_place / "peers/p/identity", INGRESS, not_after=end)
+    peer, ingress = it.start_peer(), it.start_ingress()
+    client, header = ask(ingress, connect())
+    client.close()
+    assert (status(header), error(header)) == (502, "tls_alert_received")
+    # The alert says it, too; with another one that would be another story.
+    assert "ALERT_CERTIFICATE_EXPIRED" in ingress.wait_for_log("reason=rejected")
+    assert "the certificate has expired at" in ingress.wait_for_log("identity_expires")
+    peer.wait_for_log("reason=expired")
 
 
 def test_without_an_identity_nobody_is_served(it: Bridge) -> None:
