@@ -159,25 +159,26 @@ class TLSPeers(Peers):
         self.has_ended = dict.fromkeys(self.ends, False)
         self.is_broken = False
         self.given = plain(near), plain(far)
-        running = self.running
         shaking = threading.Thread(target=client.shake_hands)
         shaking.start()
-
-        async def join() -> None:
-            end = TLSEnd(
-                running.loop,
-                self.given[0],
-                context(version, server_side=not is_server),
-                server_side=not is_server,
-                server_name=NAME if is_server else None,
-            )
-            await end.shake_hands()
-            running.limit.add()
-            relay: TLSRelay = running.relay  # type: ignore[assignment]
-            relay.join(self.given[1], end, lambda *_: running.limit.remove())
-
-        trio.from_thread.run(join, trio_token=running._token)
+        token = self.running._token
+        trio.from_thread.run(self.carry, version, not is_server, trio_token=token)
         shaking.join(PATIENCE)
+
+    async def carry(self, version: ssl.TLSVersion, server_side: bool) -> None:
+        """Do the handshake, and join the two."""
+        running = self.running
+        end = TLSEnd(
+            running.loop,
+            self.given[0],
+            context(version, server_side=server_side),
+            server_side=server_side,
+            server_name=None if server_side else NAME,
+        )
+        await end.shake_hands()
+        running.limit.add()
+        relay: TLSRelay = running.relay  # type: ignore[assignment]
+        relay.join(self.given[1], end, lambda *_: running.limit.remove())
 
     def take(self, side: str, size: int = 1 << 20) -> bool:
         client: object = self.ends.get("client")

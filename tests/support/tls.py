@@ -82,13 +82,6 @@ class TLSBench:
             server_side=not server_side,
             server_name=NAME if server_side else None,
         )
-        end = TLSEnd(
-            self.loop,
-            near_plain,
-            context(version, server_side=server_side),
-            server_side=server_side,
-            server_name=None if server_side else NAME,
-        )
 
         async def greet() -> None:
             await peer.shake_hands()
@@ -97,12 +90,30 @@ class TLSBench:
         with trio.fail_after(5):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(greet)
-                await end.shake_hands()
-                self.limit.add()
-                self.relay.join(plain(inside), end, self.left)
+                await self.carry(plain(inside), near_plain, version, server_side=server_side)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(outside))
         self._ends += [stream.socket, far_plain]
         return stream, peer
+
+    async def carry(
+        self,
+        inside: _socket.socket,
+        near: _socket.socket,
+        version: ssl.TLSVersion,
+        *,
+        server_side: bool,
+    ) -> None:
+        """Do the handshake, and join the two."""
+        end = TLSEnd(
+            self.loop,
+            near,
+            context(version, server_side=server_side),
+            server_side=server_side,
+            server_name=None if server_side else NAME,
+        )
+        await end.shake_hands()
+        self.limit.add()
+        self.relay.join(inside, end, self.left)
 
     def left(self, up: int, down: int, ending: Ending) -> None:
         self.endings.append((up, down, ending))
