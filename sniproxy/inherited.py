@@ -1,11 +1,17 @@
-"""The listening sockets that whoever started us has bound: standard input, or LISTEN_FDS."""
+"""The listening sockets: what whoever started us has bound, on standard input or by LISTEN_FDS.
+
+Or else, where an option says so, sockets that we bind.
+"""
 
 import os
 from _socket import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from sniproxy.engine.listener import NotListeningError, take_listening_socket
 from sniproxy.service import listen_fds, standard
-from sniproxy.service.fatal import FatalError, UsageError
+from sniproxy.service.bind import listen_anywhere
+from sniproxy.service.fatal import FatalError, UsageError, attempt
 
 
 def take_listening_sockets(
@@ -48,3 +54,32 @@ def take_listening_sockets(
     except OSError as error:
         raise FatalError.of(f"use the socket of {where}", error) from error
     return taken
+
+
+def open_listening_sockets(places: Sequence[str]) -> list[socket]:
+    """Return listening sockets as `take_listening_sockets` does, that are opened for it.
+
+    Standard input is left as it is.
+
+    Args:
+        places: where to listen, as `bind.check` allows it.
+
+    Raises:
+        UsageError: sockets are passed, too. Their clients would wait for ever.
+        FatalError: a system call failed.
+    """
+    if listen_fds.take():
+        raise UsageError(
+            "unable to accept connections: LISTEN_FDS passes sockets, and options say where to "
+            "listen; do one or the other"
+        )
+    with attempt("start"):
+        standard.open_missing()
+    opened = []
+    with ExitStack() as stack:
+        for place in places:
+            with listen_anywhere(place) as listening, attempt(f"listen on {place}"):
+                opened.append(take_listening_socket(listening.fileno(), may_be_unix=True))
+            stack.callback(opened[-1].close)
+        stack.pop_all()
+    return opened

@@ -4,17 +4,14 @@ For places without a supervisor. Exit codes: those of `fatal`, otherwise those o
 """
 
 import contextlib
-import errno
 import os
-import re
 import signal
-import socket
 import sys
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv6Address
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
 from sniproxy import __version__
+from sniproxy.service.bind import listen
 from sniproxy.service.fatal import FatalError, UsageError, print_out
 
 _USAGE = "usage: sniproxy-listen ADDRESS:PORT PROGRAM [ARG...]"
@@ -31,23 +28,6 @@ Listen on a TCP port, and run PROGRAM with the listening socket as its standard 
 
 For example: cd /srv/hosts && sniproxy-listen :443 sniproxy
 """
-
-# An IPv6 address has colons of its own, so it stands in brackets, as in a URL (RFC 3986 §3.2.2).
-_ADDRESS = re.compile(r"(?:\[(?P<v6>[^\[\]]*)\]|(?P<v4>[^\[\]:]*)):(?P<port>[0-9]{1,5})", re.ASCII)
-
-_HIGHEST_PORT = 65535
-
-# More than any kernel lets wait: it takes net.core.somaxconn instead, listen(2). SOMAXCONN is what
-# that was by default where this Python was built.
-_LONGEST_QUEUE = (1 << 31) - 1
-
-
-class Endpoint(NamedTuple):
-    """Where to listen."""
-
-    family: socket.AddressFamily
-    address: tuple[Any, ...]  # as socket.getaddrinfo gives it
-    dual_stack: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,67 +57,6 @@ def _run(arguments: list[str]) -> int:
         case _:
             raise UsageError(f"unable to understand the arguments: {_USAGE}")
     return 0
-
-
-def parse(where: str) -> Endpoint:
-    """Return what `ADDRESS:PORT` stands for.
-
-    Raises:
-        ValueError: it is no numeric address and port; the message says what is wrong.
-    """
-    match = _ADDRESS.fullmatch(where)
-    if match is None:
-        raise ValueError("not of the form ADDRESS:PORT (an IPv6 address stands in brackets)")
-    port = int(match["port"])
-    if port > _HIGHEST_PORT:
-        raise ValueError(f"no port is higher than {_HIGHEST_PORT}")
-    if match["v6"] is None and match["v4"]:
-        family, host = socket.AF_INET, match["v4"]
-    else:
-        family, host = socket.AF_INET6, match["v6"] if match["v6"] is not None else "::"
-    try:
-        # Numeric: a name may have many addresses, and none before the network is up. getaddrinfo
-        # alone would take 127.1 and 2130706433 for addresses, and * for loopback.
-        _ = IPv4Address(host) if family == socket.AF_INET else IPv6Address(host)
-        [(_, _, _, _, address), *_] = socket.getaddrinfo(
-            host, port, family, socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-        )
-    except (ValueError, socket.gaierror):
-        version = "IPv4" if family == socket.AF_INET else "IPv6"
-        raise ValueError(f"{host!a} is not a numeric {version} address") from None
-    # The option means something for the wildcard address only.
-    return Endpoint(family, address, dual_stack=address[0] == "::")
-
-
-def listen(where: str) -> socket.socket:
-    """Return a socket that listens on `ADDRESS:PORT`.
-
-    Raises:
-        FatalError: the message says which address, and why.
-    """
-    try:
-        endpoint = parse(where)
-    except ValueError as error:
-        message = f"unable to listen on {where!a}: {error}"
-        raise UsageError(message) from None
-    try:
-        try:
-            listening = socket.socket(endpoint.family, socket.SOCK_STREAM)
-        except OSError as error:
-            if error.errno != errno.EAFNOSUPPORT or not where.startswith(":"):
-                raise
-            # A kernel without IPv6: all addresses are those of IPv4.
-            return listen(f"0.0.0.0{where}")
-        # A port whose last connections are still in TIME_WAIT can be had at once.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if endpoint.family == socket.AF_INET6:
-            only = not endpoint.dual_stack
-            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
-        listening.bind(endpoint.address)
-        listening.listen(_LONGEST_QUEUE)
-    except OSError as error:
-        raise FatalError.of(f"listen on {where}", error) from None
-    return listening
 
 
 def _become(program: str, argv: list[str]) -> NoReturn:

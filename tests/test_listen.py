@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sniproxy.listen import listen, parse
+from sniproxy.service.bind import check, listen, listen_anywhere, parse
+from sniproxy.service.fatal import FatalError
 
 LISTEN = [sys.executable, "-P", "-m", "sniproxy.listen"]
 
@@ -130,7 +131,7 @@ def test_a_kernel_without_ipv6_has_all_addresses_too(monkeypatch: pytest.MonkeyP
             raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
         return create(family, kind)
 
-    monkeypatch.setattr("sniproxy.listen.socket.socket", fail)
+    monkeypatch.setattr("sniproxy.service.bind.socket.socket", fail)
     with listen(":0") as listening:
         assert listening.getsockname()[0] == "0.0.0.0"
 
@@ -151,3 +152,58 @@ def test_help_that_cannot_be_written() -> None:
 def test_help_and_version() -> None:
     assert run("--help").stdout.startswith("usage: sniproxy-listen ADDRESS:PORT PROGRAM")
     assert run("--version").stdout.startswith("sniproxy-listen ")
+
+
+# --- Unix sockets, for programs that listen by themselves
+
+
+def test_a_path_is_what_has_a_slash(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    assert [check(each) for each in (path, ":0")] == [path, ":0"]
+    with pytest.raises(ValueError, match="107 bytes at most"):
+        check("/" + 107 * "x")
+    for _ in range(2):  # the second one finds what the first has left
+        with listen_anywhere(path) as listening, socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            listening.accept()[0].close()
+    with listen_anywhere("127.0.0.1:0") as listening:
+        assert listening.family == socket.AF_INET
+
+
+def test_it_is_for_everybody_whatever_the_umask(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    before = os.umask(0o077)
+    try:
+        listen_anywhere(str(path)).close()
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666
+
+
+def test_who_is_there_is_not_driven_away(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+
+    def fails(why: int) -> None:
+        with pytest.raises(FatalError, match=f"listen on {path}: {os.strerror(why)}"):
+            listen_anywhere(path)
+
+    place = Path(path)
+    place.write_text("a file")
+    fails(errno.EEXIST)
+    assert place.read_text() == "a file"
+    place.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
+        datagrams.bind(path)
+        fails(errno.EADDRINUSE)
+    place.unlink()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen(0)
+        for _ in range(2):  # the second one finds the queue full
+            fails(errno.EADDRINUSE)
+    place.unlink()
+    place.symlink_to(tmp_path / "nowhere")
+    fails(errno.EEXIST)
+    path = str(tmp_path / "absent" / "socket")
+    fails(errno.ENOENT)

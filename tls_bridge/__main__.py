@@ -5,14 +5,14 @@ import sniproxy.service.process1  # noqa: F401  # isort: skip
 
 import sys
 from _socket import socket
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from mutual_tls.identity import Identities
-from sniproxy.inherited import take_listening_sockets
-from sniproxy.service import sandbox, standard
+from sniproxy.inherited import open_listening_sockets, take_listening_sockets
+from sniproxy.service import bind, sandbox, standard
 from sniproxy.service.fatal import attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
@@ -34,24 +34,25 @@ _SNI = "sni"
 _INGRESS_DESCRIPTION = """\
 Carry connections to services on other machines, over mutual TLS.
 
-Standard input is a listening socket, TCP or Unix. A client says CONNECT
-(HTTP/1.1), or with --sni a TLS ClientHello, and is carried to the peer that
-the working directory names: hosts/NAME/peer holds the name of a peer, and
-peers/PEER/ holds its address, server-name, identity/ and servers/.
+Standard input is a listening socket, TCP or Unix, unless --listen opens one.
+A client says CONNECT (HTTP/1.1), or with --sni a TLS ClientHello, and is
+carried to the peer that the working directory names: hosts/NAME/peer holds the
+name of a peer, and peers/PEER/ its address, server-name, identity/ and servers/.
 REGEX PEER pairs do for a few: PEER is then HOST:PORT, or the name of a peer.
 """
 _INGRESS_EXAMPLE = (
-    "sniproxy-listen 127.0.0.1:8080 tls-bridge --identity id '.*[.]internal' peer.example:443"
+    "tls-bridge --listen 127.0.0.1:8080 --identity id '.*[.]internal' peer.example:443"
 )
 
 _PEER_DESCRIPTION = """\
 Let connections come out that tls-bridge carries, and reach the services here.
 
-Standard input is a listening socket, TCP or Unix. Whoever connects has to show
-a certificate of the authority in identity/ca.pem, and to be one of clients/.
-What may be reached stands in allow/HOST/PORT, and nothing else is.
+Standard input is a listening socket, TCP or Unix, unless --listen opens one.
+Whoever connects has to show a certificate of the authority in identity/ca.pem,
+and to be one of clients/. What may be reached stands in allow/HOST/PORT, and
+nothing else is.
 """
-_PEER_EXAMPLE = "cd /srv/peer && sniproxy-listen :443 tls-bridge-peer"
+_PEER_EXAMPLE = "cd /srv/peer && tls-bridge-peer --listen :443"
 
 # Where the system keeps what is read to find addresses, and the authorities that it trusts.
 _READABLE = tuple(map(Path, ("/etc", "/usr", "/lib", "/lib64", "/run/systemd/resolve")))
@@ -100,6 +101,13 @@ def _ingress_config(argv: Sequence[str] | None) -> Config | None:
         action="store_true",
         help="clients speak TLS, and their server name is the host that they want",
     )
+    _add_listen_option(parser)
+    parser.add_argument(
+        "--listen-sni",
+        type=_place,
+        metavar="ADDRESS",
+        help="the same, for clients as with --sni; both may be given",
+    )
     parser.add_service_options()
 
     def check(options: Namespace) -> None:
@@ -120,8 +128,27 @@ def _ingress_config(argv: Sequence[str] | None) -> Config | None:
         files=tuple(path.absolute() for path in options.file),
         identity=options.identity and options.identity.absolute(),
         server_name=options.server_name,
+        listen=options.listen,
+        listen_sni=options.listen_sni,
         **service_fields(options),
     )
+
+
+def _add_listen_option(parser: OptionParser) -> None:
+    parser.add_argument(
+        "--listen",
+        type=_place,
+        metavar="ADDRESS",
+        help="listen there, and not on standard input: IP:PORT, :PORT for all addresses, or a "
+        "path of a Unix socket, with a slash in it",
+    )
+
+
+def _place(text: str) -> str:
+    try:
+        return bind.check(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"unable to listen on {text!a}: {error}") from None
 
 
 def _in_pairs(words: list[str]) -> list[tuple[str, str]]:
@@ -130,13 +157,18 @@ def _in_pairs(words: list[str]) -> list[tuple[str, str]]:
 
 def _peer_config(argv: Sequence[str] | None) -> Config | None:
     parser = OptionParser(_PEER, _PEER_DESCRIPTION, _PEER_EXAMPLE)
+    _add_listen_option(parser)
     parser.add_service_options()
     options = parser.understand(argv)
-    return None if options is None else Config(**service_fields(options))
+    return None if options is None else Config(listen=options.listen, **service_fields(options))
 
 
 def _take_sockets(program: str, config: Config) -> list[tuple[socket, bool]]:
     """Return the listening sockets, and for each whether clients say a ClientHello there."""
+    places = [(config.listen, config.sni), (config.listen_sni, True)]
+    if wanted := [(where, is_sni) for where, is_sni in places if where is not None]:
+        opened = open_listening_sockets([where for where, _ in wanted])
+        return [(sock, is_sni) for sock, (_, is_sni) in zip(opened, wanted, strict=True)]
     if program == _PEER:
         how = f"{_PEER_EXAMPLE} (in a systemd service: StandardInput=socket)"
         return [(sock, False) for sock, _ in take_listening_sockets(how, may_be_unix=True)]

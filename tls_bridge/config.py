@@ -10,6 +10,10 @@ from sniproxy.service.options import ServiceOptions
 class Config(ServiceOptions):
     """How the two behave. The defaults are the contract; tests make the times shorter."""
 
+    # Where to listen, if the sockets are not passed; on the second one as if `sni` were set.
+    listen: str | None = None
+    listen_sni: str | None = None
+
     # Whether clients speak TLS to whoever carries them, and their server name is what they ask for.
     sni: bool = False
 

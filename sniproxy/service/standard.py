@@ -10,11 +10,11 @@ import stat
 _STANDARD = (0, 1, 2)
 
 
-def open_missing(besides: int) -> None:
+def open_missing(besides: int | None = None) -> None:
     """Open /dev/null as those of the three that are closed, except for `besides`.
 
     Else what is opened next would be taken for them. `besides` is where the listening socket should
-    be; that it is closed is a mistake to be told.
+    be, if one should; that it is closed is a mistake to be told.
     """
     for fd in _STANDARD:
         if fd != besides and not _is_open(fd):

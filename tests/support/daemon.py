@@ -39,7 +39,7 @@ class Daemon:
     """A running sniproxy.
 
     Args:
-        listening: Its standard input.
+        listening: Its standard input; None if it opens what it listens on.
         hosts: Where it runs.
         options: The command line.
         env: What to add to the environment.
@@ -56,7 +56,7 @@ class Daemon:
 
     def __init__(
         self,
-        listening: socket.socket,
+        listening: socket.socket | None,
         hosts: Path,
         options: tuple[str, ...] = (),
         env: Mapping[str, str] | None = None,
@@ -71,14 +71,14 @@ class Daemon:
             options = (*options, "--no-sandbox")
         else:
             environment.pop(COVERAGE, None)
-        self.address: tuple[str, int] = listening.getsockname()[:2]
+        self.address: tuple[str, int] = listening.getsockname()[:2] if listening else ("", 0)
         self.hosts = hosts
         # A file, for a pipe that nobody reads could fill. It is read by position, because the
         # offset is shared with the child.
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
             [*under, *_PYTHON, "-m", module, *options],
-            stdin=listening.fileno(),
+            stdin=listening.fileno() if listening else subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr if stderr is None else stderr,
             cwd=hosts,
