@@ -54,3 +54,7 @@ class Sessions:
             self._kept[server_name] = _Kept(context, None, now + _LOOK_AGAIN_AFTER)
         else:
             self._kept[server_name] = _Kept(context, session, now + _RENEW_AFTER)
+
+    def forget(self, server_name: str) -> None:
+        """Throw the session for that name away."""
+        self._kept.pop(server_name, None)

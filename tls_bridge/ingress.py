@@ -93,6 +93,26 @@ class Outward(Session):
             context = peer.identity.client_context(check_hostname=peer.rules is None)
         except IdentityError as error:
             raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+        session = self.shared.resumption.find(context, peer.server_name)
+        if session is not None:
+            try:
+                return await self._try(peer, address, context, session), context
+            except TLSError:
+                # A server may hand out sessions, and fail when one is resumed: OpenSSL's does if
+                # certificates are demanded and the program has set no session_id_context.
+                self.shared.resumption.forget(peer.server_name)
+                if self.far is not None:
+                    self.far.close()
+                    self.far = None
+        return await self._try(peer, address, context, None), context
+
+    async def _try(
+        self,
+        peer: Peer,
+        address: Endpoint,
+        context: ssl.SSLContext,
+        session: ssl.SSLSession | None,
+    ) -> TLSEnd:
         self.far = await dial(self.shared.loop, address)
         check = None if peer.rules is None else partial(check_server, peer.rules)
         end = TLSEnd(
@@ -101,10 +121,10 @@ class Outward(Session):
             context,
             server_name=peer.server_name,
             check=check,
-            session=self.shared.resumption.find(context, peer.server_name),
+            session=session,
         )
         await end.shake_hands()
-        return end, context
+        return end
 
 
 class Ingress(Outward):

@@ -10,6 +10,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -423,6 +424,40 @@ def test_rules_for_the_peer_replace_its_name(it: Bridge) -> None:
     with client:
         assert header.startswith(OK)
         check_echo(client)
+
+
+def test_a_session_that_cannot_be_resumed_is_no_failure(it: Bridge) -> None:
+    """Squid hands out such sessions if certificates are demanded and it has no sslcontext=."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority().issue_cert(PEER).configure_cert(context)
+
+    def serve(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as served:
+            read_header(served)
+            served.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            served.recv(1)
+
+    def run() -> None:
+        for resumes in False, True, False:
+            connection, _ = it.peer_socket.accept()
+            connection.settimeout(PATIENCE)
+            if resumes:
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(bytes.fromhex("15 0303 0002 02 50"))  # internal_error
+                    receive_all(connection)
+            else:
+                serve(connection)
+
+    server = threading.Thread(target=run)
+    server.start()
+    ingress = it.start_ingress()
+    for _ in range(2):
+        client, header = ask(ingress, connect())
+        client.close()
+        assert header.startswith(OK)
+    server.join(PATIENCE)
+    assert not server.is_alive()
 
 
 def test_our_certificate_is_rejected(it: Bridge) -> None:
