@@ -1,0 +1,244 @@
+"""Proxies of others, as processes with directories of their own.
+
+Apache httpd is one that is installed. Apache Traffic Server and squid would start services where
+they are installed, so they are unpacked only; scripts/foreign-peers does it.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.support.bridge import write
+from tests.support.daemon import eventually
+
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sniproxy-tests")
+UNPACKED = _CACHE / "foreign-peers"
+
+_LIBRARIES = ("usr/lib/trafficserver", "usr/lib/*-linux-gnu", "lib/*-linux-gnu")
+_TRAFFIC_SERVER = UNPACKED / "usr/bin/traffic_server"
+_PLUGINS = UNPACKED / "usr/lib/trafficserver/modules"
+_ETC = UNPACKED / "etc/trafficserver"
+_SQUID = UNPACKED / "usr/sbin/squid"
+_APACHE_MODULES = Path("/usr/lib/apache2/modules")
+
+# They refuse to be root. In a user namespace root is nobody, and its files are still its own.
+_AS_NOBODY = ("unshare", "--user", "--map-user=65534", "--map-group=65534")
+
+
+def why_not(program: str) -> str | None:
+    """Return what is missing here for a program, in words for people; None if nothing is."""
+    if program == "apache":
+        return None if shutil.which("apache2") else "apache2 is not installed (apache2-bin)"
+    needed = _SQUID if program == "squid" else _PLUGINS / "tls_bridge.so"
+    if not needed.exists():
+        return f"{needed} is not there (scripts/foreign-peers unpacks it)"
+    if os.geteuid() == 0 and subprocess.run([*_AS_NOBODY, "true"], capture_output=True).returncode:
+        return "it refuses to be root, and no user namespace is to be had here"
+    return None
+
+
+def free_port() -> int:
+    """Return a port for a program that takes no listening socket."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+    return port
+
+
+@contextmanager
+def _running(
+    place: Path, port: int, *command: str, env: Mapping[str, str] | None = None
+) -> Iterator[Path]:
+    """Run a program that listens on `port`; yield the file with what it says."""
+    if os.geteuid() == 0:
+        command = (*_AS_NOBODY, *command)
+    libraries = ":".join(str(found) for each in _LIBRARIES for found in UNPACKED.glob(each))
+    said = place / "said"
+    with said.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=place,
+            env={**os.environ, "LD_LIBRARY_PATH": libraries, **(env or {})},
+            # Whatever it starts ends with it.
+            start_new_session=True,
+        )
+
+    def listens() -> bool:
+        assert process.poll() is None, said.read_text()
+        with socket.socket() as attempt:
+            return attempt.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        eventually(listens)
+        yield said
+    finally:
+        # Nothing of it is needed any more, and some take seconds to end in order.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        # pytest shows it if the test fails.
+        sys.stdout.write(said.read_text(errors="replace"))
+
+
+@contextmanager
+def apache(place: Path, port: int, allowed: str, client: str) -> Iterator[Path]:
+    """Run httpd as a peer with the identity in `place`.
+
+    Args:
+        place: Its directory.
+        port: Where it listens.
+        allowed: The ports that may be asked for.
+        client: The common name of who may ask.
+    """
+    modules = ("mpm_event", "authz_core", "ssl", "proxy", "proxy_connect")
+    lines = [f"LoadModule {name}_module {_APACHE_MODULES}/mod_{name}.so" for name in modules]
+    write(
+        place / "apache.conf",
+        "\n".join(lines)
+        + f"""
+ServerRoot {place}
+ServerName peer.example
+PidFile {place}/pid
+DefaultRuntimeDir {place}
+ErrorLog /dev/stderr
+Listen 127.0.0.1:{port}
+SSLEngine on
+SSLCertificateFile {place}/identity/cert.pem
+SSLCertificateKeyFile {place}/identity/key.pem
+SSLCACertificateFile {place}/identity/ca.pem
+SSLVerifyClient require
+ProxyRequests On
+AllowCONNECT {allowed}
+<Proxy *>
+    Require expr %{{SSL_CLIENT_S_DN_CN}} == '{client}'
+</Proxy>
+""",
+    )
+    with _running(place, port, "apache2", "-DFOREGROUND", "-f", f"{place}/apache.conf") as said:
+        yield said
+
+
+@contextmanager
+def squid(place: Path, port: int, allowed: str, client: str) -> Iterator[Path]:
+    """Run squid as a peer; the arguments are those of `apache`."""
+    identity, share = place / "identity", UNPACKED / "usr/share/squid"
+    write(
+        place / "squid.conf",
+        f"""
+https_port 127.0.0.1:{port} tls-cert={identity}/cert.pem tls-key={identity}/key.pem \
+clientca={identity}/ca.pem tls-cafile={identity}/ca.pem
+acl known user_cert CN {client}
+acl service port {allowed}
+acl CONNECT method CONNECT
+http_access allow known CONNECT service
+http_access deny all
+visible_hostname peer.example
+pid_filename none
+netdb_filename none
+coredump_dir {place}
+cache_log {place}/log
+access_log none
+cache deny all
+pinger_enable off
+unlinkd_program {UNPACKED}/usr/lib/squid/unlinkd
+mime_table {share}/mime.conf
+icon_directory {share}/icons
+error_directory {UNPACKED}/usr/share/squid-langpack/templates
+hosts_file none
+shutdown_lifetime 0 seconds
+""",
+    )
+    # Its name is that of its files in /dev/shm, too, which another one must not find.
+    name = f"tests{os.getpid()}x{port}"
+    command = (str(_SQUID), "-N", "-n", name, "-d1", "-f", f"{place}/squid.conf")
+    try:
+        with _running(place, port, *command) as said:
+            yield said
+    finally:
+        for left in Path("/dev/shm").glob(f"{name}-*"):  # noqa: S108 - it has no other
+            left.unlink()
+
+
+@contextmanager
+def traffic_server(
+    place: Path,
+    port: str,
+    records: Mapping[str, str | int],
+    *,
+    plugin: str = "",
+    remap: str = "",
+    hosts: str = "",
+) -> Iterator[Path]:
+    """Run Apache Traffic Server, as nobody in particular, from a directory of its own.
+
+    Args:
+        place: That directory; it has `identity/` if `port` has `ssl`.
+        port: Where it listens, as in `proxy.config.http.server_ports`.
+        records: What else is to be in records.config.
+        plugin: The file plugin.config.
+        remap: The file remap.config.
+        hosts: What names it knows, as in hosts(5).
+    """
+    for directory in "run", "log", "cache":
+        (place / directory).mkdir(parents=True, exist_ok=True)
+    configuration = place / "config"
+    where = {
+        "prefix": place,
+        "exec_prefix": place,
+        "bindir": UNPACKED / "usr/bin",
+        "sbindir": UNPACKED / "usr/bin",
+        "sysconfdir": configuration,
+        "datadir": place,
+        "includedir": place,
+        "libdir": UNPACKED / "usr/lib/trafficserver",
+        "libexecdir": _PLUGINS,
+        "localstatedir": place / "run",
+        "runtimedir": place / "run",
+        "logdir": place / "log",
+        "cachedir": place / "cache",
+    }
+    write(place / "runroot.yaml", "".join(f"{key}: {path}\n" for key, path in where.items()))
+    every: dict[str, str | int] = {
+        "proxy.config.http.server_ports": port,
+        "proxy.config.admin.user_id": "#-1",
+        "proxy.config.http.cache.http": 0,
+        "proxy.config.hostdb.host_file.path": str(place / "hosts"),
+        "proxy.config.exec_thread.autoconfig": 0,
+        "proxy.config.exec_thread.limit": 1,
+        "proxy.config.crash_log_helper": "",
+        "proxy.config.body_factory.template_sets_dir": str(_ETC / "body_factory"),
+        "proxy.config.log.logging_enabled": 0,
+        "proxy.config.diags.output.error": "E",
+        # It tells when it has read the file with the names.
+        "proxy.config.diags.debug.enabled": 1,
+        "proxy.config.diags.debug.tags": "hostdb",
+        **records,
+    }
+    lines = [
+        f"CONFIG {key} {'INT' if isinstance(value, int) else 'STRING'} {value}\n"
+        for key, value in every.items()
+    ]
+    write(configuration / "records.config", "".join(lines))
+    write(configuration / "plugin.config", plugin)
+    write(configuration / "remap.config", remap)
+    write(configuration / "storage.config", "")
+    shutil.copy(_ETC / "ip_allow.yaml", configuration)
+    write(place / "hosts", hosts)
+    write(
+        configuration / "ssl_multicert.config",
+        "dest_ip=* ssl_cert_name=cert.pem ssl_key_name=key.pem\n" if "ssl" in port else "",
+    )
+    command = (str(_TRAFFIC_SERVER), f"--run-root={place / 'runroot.yaml'}")
+    with _running(place, int(port.partition(":")[0]), *command) as said:
+        if hosts:
+            # It reads them a second after its start, in the thread that serves.
+            eventually(lambda: "Loading host file" in said.read_text())
+        yield said
