@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mutual_tls import settings
 from mutual_tls.settings import SettingsError, exists, read_names, read_value, read_values
 
 # Any user who is not root, who may read everything.
@@ -263,3 +264,95 @@ def test_a_marker_out_of_reach(directory: Path) -> None:
     directory.chmod(0)
     with as_nobody(), pytest.raises(SettingsError, match="Permission denied"):
         exists(directory / "send-proxy-v1")
+
+
+# --- what is remembered
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take what was just written for what was written long ago."""
+    monkeypatch.setattr(settings, "_SETTLED", 0)
+
+
+@contextmanager
+def nothing_opens() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", None)
+        yield
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_has_not_changed_is_not_opened_again(file: Path, directory: Path) -> None:
+    write(file, "443\n")
+    write(directory / "one", "")
+    write(directory / "more", "two\nthree\n")
+    assert read_value(file) == "443"
+    assert read_names(directory) == ["two", "three", "one"]
+    with nothing_opens():
+        assert read_value(file) == "443"
+        assert read_names(directory) == ["two", "three", "one"]
+
+
+@pytest.mark.usefixtures("settled")
+def test_every_change_is_noticed(file: Path, directory: Path) -> None:
+    def change(path: Path, content: str) -> None:
+        # Renamed into place: another inode, whatever the clock of the kernel says.
+        os.rename(write(path.with_name(".new"), content), path)
+
+    change(file, "443")
+    assert read_value(file) == "443"
+    change(file, "444")
+    assert read_value(file) == "444"
+    change(directory / "more", "two")
+    assert read_names(directory) == ["two"]
+    change(directory / "more", "too")
+    assert read_names(directory) == ["too"]
+    write(directory / "one", "")
+    assert read_names(directory) == ["too", "one"]
+    (directory / "more").unlink()
+    assert read_names(directory) == ["one"]
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_value(file)
+
+
+def test_what_was_changed_just_now_is_opened_again(file: Path) -> None:
+    write(file, "443")
+    assert read_value(file) == "443"
+    with nothing_opens(), pytest.raises(TypeError):
+        read_value(file)
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_link_to_nothing_is_looked_at_again(directory: Path, tmp_path: Path) -> None:
+    (directory / "link").symlink_to(tmp_path / "target")
+    assert read_names(directory) == []
+    write(tmp_path / "target", "two")
+    assert read_names(directory) == ["two"]
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_directory_that_was_read_is_no_file(directory: Path) -> None:
+    assert read_names(directory) == []
+    with pytest.raises(SettingsError, match="not a regular file"):
+        read_values(directory)
+
+
+@pytest.mark.usefixtures("settled")
+def test_what_changes_without_a_trace_is_read_each_time() -> None:
+    path = Path("/proc/self/comm")
+    before = read_value(path)
+    try:
+        path.write_text("another")
+        assert read_value(path) == "another"
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.usefixtures("settled")
+def test_only_so_much_is_remembered(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_MOST_REMEMBERED", 3)
+    for number in range(10):
+        assert read_value(write(directory / str(number), "443")) == "443"
+        assert len(settings._known) <= 3

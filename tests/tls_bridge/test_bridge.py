@@ -588,13 +588,25 @@ def test_an_identity_is_swapped_and_a_broken_one_kept_out(it: Bridge) -> None:
     (identity / "key.pem").write_text("-----BEGIN")
     assert served()
     assert served()
-    assert "key.pem" in ingress.wait_for_log("identity_broken") or True
+    assert "key.pem" in ingress.wait_for_log("identity_broken")
     assert sum(" identity_broken " in line for line in ingress.log()) == 1
     write_identity(identity, "somebody.example")
     assert not served()
     ingress.wait_for_log("identity_loaded")
     write_identity(identity, INGRESS)
     assert served()
+
+
+def test_an_identity_may_be_a_link_to_anywhere(it: Bridge, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for number, place in enumerate((it.ingress_place / "peers" / "p", it.peer_place)):
+        (place / "identity").rename(elsewhere / str(number))
+        (place / "identity").symlink_to(elsewhere / str(number))
+    it.start_peer()
+    client, header = ask(it.start_ingress(), connect())
+    client.close()
+    assert header.startswith(OK)
 
 
 def test_an_identity_that_expires_soon_is_told_of_once(it: Bridge) -> None:
