@@ -163,7 +163,9 @@ class Daemon:
         # A stopped process would not hear the other signal.
         workers = self.workers()
         for pid in workers:
-            os.kill(pid, signal.SIGCONT)
+            # One that a test has killed may have been reaped meanwhile.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGINT)
         try:
