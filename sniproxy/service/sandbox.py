@@ -132,7 +132,8 @@ def enter(readable: Sequence[Path] = (), *, may_connect: bool = False) -> list[s
     """Lock this process in, and the children that it will have. It must have one thread only.
 
     Args:
-        readable: directories in which files may be read; those that are absent do not matter.
+        readable: directories in which files may be read; those that are absent, or out of reach, do
+            not matter.
         may_connect: whether TCP connections may be made, and addresses of names asked for.
 
     Returns:
@@ -183,8 +184,8 @@ def _enter_landlock(readable: Sequence[Path], *, may_connect: bool) -> list[str]
 def _allow_to_read(rules: int, path: Path) -> None:
     try:
         parent = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return  # where the user that we are now may not go, nothing can be allowed
     try:
         attributes = _PathBeneathAttributes(_READ_FILES_AND_DIRECTORIES, parent)
         reference = ctypes.byref(attributes)
