@@ -373,3 +373,15 @@ def _succeeds(attempt: Callable[[], object]) -> bool:
     except OSError:
         return False
     return True
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, NotADirectoryError, PermissionError])
+def test_a_directory_that_is_out_of_reach_is_not_allowed_and_no_failure(
+    monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    def out_of_reach(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(os, "open", out_of_reach)
+    monkeypatch.setattr(libc, "call", None)  # no rule is added
+    sandbox._allow_to_read(-1, Path("/srv/anywhere"))
