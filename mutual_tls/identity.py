@@ -27,6 +27,8 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from mutual_tls.signature import Signature, signature
+
 # The names of the certificate, the key and the authorities. The first set wins.
 _NAMES: Final = (("cert.pem", "key.pem", "ca.pem"), ("tls.crt", "tls.key", "ca.crt"))
 
@@ -54,7 +56,7 @@ _MISMATCH: Final = frozenset(
 )
 
 # What tells a file from the one that was in its place before; or the error of stat(2).
-_File = tuple[int, int, int, int, int] | int
+_File = Signature | int
 
 
 class _State(NamedTuple):
@@ -191,9 +193,7 @@ class Identity:
             seen = os.stat(f"{self._path}/{name}")
         except OSError as error:
             return error.errno or errno.EIO
-        # A file that was renamed into place may have the size and the time of the one before, and
-        # one that was written in place has its inode. ctime can't be set, inode(7).
-        return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+        return signature(seen)
 
     def _load(self, state: _State, kind: _Kind) -> None:
         """Read the files until they do not change meanwhile, and take them if they are good."""

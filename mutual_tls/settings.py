@@ -18,7 +18,17 @@ import stat
 import time
 from pathlib import Path
 
-__all__ = ["SettingsError", "exists", "read_lines", "read_names", "read_value", "read_values"]
+from mutual_tls.signature import Signature, signature
+
+__all__ = [
+    "SettingsError",
+    "StrPath",
+    "exists",
+    "read_lines",
+    "read_names",
+    "read_value",
+    "read_values",
+]
 
 # The most bytes of a file, and of all files of a directory together. A line is seldom longer than
 # 64 bytes, so that is a thousand values; beyond, a connection would wait for milliseconds.
@@ -47,9 +57,6 @@ _COMMENT = re.compile(rf"(?:^|(?<=[{_WHITE_SPACE}]))#.*", re.DOTALL)
 
 StrPath = str | Path
 
-# What tells a file from the one that was in its place before, and from itself before it changed.
-_Signature = tuple[int, int, int, int, int]
-
 
 class _Seen:
     """What was looked at while something was read.
@@ -62,13 +69,13 @@ class _Seen:
     __slots__ = ("_now", "is_settled", "signatures")
 
     def __init__(self) -> None:
-        self.signatures: list[tuple[str, _Signature]] = []
+        self.signatures: list[tuple[str, Signature]] = []
         self.is_settled = True
         self._now = time.time()
 
     def note(self, path: str, status: os.stat_result) -> None:
         """Note what is going to be read."""
-        self.signatures.append((path, _signature(status)))
+        self.signatures.append((path, signature(status)))
         if abs(self._now - status.st_ctime) < _SETTLED:
             self.is_settled = False
 
@@ -77,7 +84,7 @@ class _Seen:
 _Lines = list[tuple[int, str]]
 
 # What was read, by its path, and whether that might have been a directory.
-_known: dict[tuple[str, bool], tuple[list[tuple[str, _Signature]], _Lines]] = {}
+_known: dict[tuple[str, bool], tuple[list[tuple[str, Signature]], _Lines]] = {}
 
 
 class SettingsError(Exception):
@@ -157,7 +164,7 @@ def exists(path: StrPath) -> bool:
 def _read_or_remember(path: StrPath, *, may_be_directory: bool) -> _Lines:
     path = os.fspath(path)
     known = _known.get((path, may_be_directory))
-    if known is not None and all(_look(each) == signature for each, signature in known[0]):
+    if known is not None and all(_look(each) == before for each, before in known[0]):
         return known[1]
     fd = _open(path, path)
     try:
@@ -175,17 +182,11 @@ def _read_or_remember(path: StrPath, *, may_be_directory: bool) -> _Lines:
     return lines
 
 
-def _look(path: str) -> _Signature | None:
+def _look(path: str) -> Signature | None:
     try:
-        return _signature(os.stat(path))
+        return signature(os.stat(path))
     except OSError:
         return None  # whoever opens it will find out why
-
-
-def _signature(status: os.stat_result) -> _Signature:
-    # A file that was renamed into place may have the size and the time of the one before, and one
-    # that was written in place has its inode. ctime can't be set, inode(7).
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _read_directory(fd: int, path: str, seen: _Seen) -> _Lines:

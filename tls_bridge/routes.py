@@ -29,6 +29,7 @@ from mutual_tls.settings import (
     read_value,
     read_values,
 )
+from mutual_tls.signature import Signature, signature
 from mutual_tls.verify import Rule, RuleError, parse_rule
 from tls_bridge.refusal import BridgeReason, Refusal
 
@@ -97,7 +98,7 @@ class Routes:
         self._files = files
         self._identity = identity
         self._server_name = server_name
-        self._read: dict[Path, tuple[tuple[int, ...], list[Pattern]]] = {}
+        self._read: dict[Path, tuple[Signature, list[Pattern]]] = {}
 
     def find(self, host: str, port: int) -> Peer:
         """Return the peer for a host.
@@ -210,12 +211,8 @@ class Routes:
     def _patterns_in(self, path: Path) -> list[Pattern]:
         """Return the rules in a file: as they were read the last time, if it is still the same."""
         try:
-            status = path.stat()
-            signature = (
-                *(status.st_dev, status.st_ino, status.st_size),
-                *(status.st_mtime_ns, status.st_ctime_ns),
-            )
-            if path in self._read and self._read[path][0] == signature:
+            seen = signature(path.stat())
+            if path in self._read and self._read[path][0] == seen:
                 return self._read[path][1]
             lines = read_lines(path)
         except OSError as error:
@@ -231,7 +228,7 @@ class Routes:
                 patterns.append(parse_pattern(pattern, peer))
             except ValueError as error:
                 self._on_bad_line(path, number, str(error))
-        self._read[path] = signature, patterns
+        self._read[path] = seen, patterns
         return patterns
 
 
