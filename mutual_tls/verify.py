@@ -87,6 +87,10 @@ class Certificate:
     pin: bytes
     is_authority: bool
 
+    def show_names(self) -> str:
+        """Return the names, each once, for a person to read; nothing if it has none."""
+        return ", ".join(dict.fromkeys((*self.dns, *self.uris, *self.common_names)))
+
     @classmethod
     def parse(cls, der: bytes) -> "Certificate":
         """Read a certificate, as `SSLObject.getpeercert(binary_form=True)` gives it.

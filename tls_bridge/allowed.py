@@ -76,6 +76,5 @@ def _where(path: str, value: str) -> Endpoint | str:
 
 def _check(path: str, rules: list[Rule], certificate: Certificate) -> None:
     if not matches(rules, certificate, is_server=False):
-        names = (*certificate.dns, *certificate.uris, *certificate.common_names)
-        shown = ", ".join(dict.fromkeys(names)) or "a certificate without a name"
+        shown = certificate.show_names() or "a certificate without a name"
         raise Refusal(BridgeReason.CLIENT_NOT_ALLOWED, f"{path} does not have {shown}")

@@ -83,9 +83,7 @@ class Outward(Session):
             share = (deadline - trio.current_time()) / (len(peer.addresses) - number)
             with contextlib.suppress(DialError, TLSError), trio.move_on_after(share):
                 return await self._shake_hands(peer, address)
-            if self.far is not None:
-                self.far.close()
-                self.far = None
+            self._close_far()
         return await self._shake_hands(peer, last)
 
     async def _shake_hands(self, peer: Peer, address: Endpoint) -> tuple[TLSEnd, ssl.SSLContext]:
@@ -101,10 +99,13 @@ class Outward(Session):
                 # A server may hand out sessions, and fail when one is resumed: OpenSSL's does if
                 # certificates are demanded and the program has set no session_id_context.
                 self.shared.resumption.forget(peer.server_name)
-                if self.far is not None:
-                    self.far.close()
-                    self.far = None
+                self._close_far()
         return await self._try(peer, address, context, None), context
+
+    def _close_far(self) -> None:
+        if self.far is not None:
+            self.far.close()
+            self.far = None
 
     async def _try(
         self,
@@ -219,6 +220,5 @@ def check_server(rules: Sequence[Rule], der: bytes) -> None:
     except CertificateError as error:
         raise TLSError(TLSReason.UNTRUSTED, str(error)) from None
     if not matches(rules, certificate, is_server=True):
-        names = (*certificate.dns, *certificate.uris, *certificate.common_names)
-        shown = ", ".join(dict.fromkeys(names)) or "nobody"
+        shown = certificate.show_names() or "nobody"
         raise TLSError(TLSReason.WRONG_NAME, f"its certificate is for {shown}")
