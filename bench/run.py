@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -224,22 +224,30 @@ def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) 
                         bench.idle("idle", proxy, size.idle)
 
 
-def main() -> int:
-    """Run what the options ask for, and print it."""
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.splitlines()[0])
+def read_options(program: str, description: str, document: str) -> argparse.Namespace:
+    """Understand the command line; `document` is where the table goes."""
+    parser = argparse.ArgumentParser(prog=program, description=description.splitlines()[0])
     parser.add_argument(
         "--rounds", type=int, default=2, help="how often to do all of it (%(default)s)"
     )
     parser.add_argument("--only", default="", metavar="WORD", help="what has WORD in its title")
     parser.add_argument("--quick", action="store_true", help="small amounts: to try the program")
-    parser.add_argument("--save", action="store_true", help="keep the table and the plot: README")
-    options = parser.parse_args()
-    peers = []
-    for peer in PEERS:
+    parser.add_argument("--save", action="store_true", help=f"keep table and plot: {document}")
+    return parser.parse_args()
+
+
+def installed(peers: Sequence[Peer]) -> list[Peer]:
+    """Return those that are installed; say which are not."""
+    for peer in peers:
         if peer.missing:
             print(f"bench: skipped {peer.name}: the package {peer.missing} is not installed")
-        else:
-            peers.append(peer)
+    return [peer for peer in peers if not peer.missing]
+
+
+def main() -> int:
+    """Run what the options ask for, and print it."""
+    options = read_options("scripts/bench routing", __doc__, "README")
+    peers = installed(PEERS)
     size = QUICK if options.quick else Size()
     size = size._replace(idle=raise_limits(size.idle))
     with tempfile.TemporaryDirectory(prefix="bench-") as name:

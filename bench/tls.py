@@ -6,7 +6,6 @@ Measured as in run.py: short slices with all programs in each, processor time of
 ratios within a slice. Each side has its own: "ingress" puts mutual TLS on, "peer" takes it off.
 """
 
-import argparse
 import random
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ from typing import NamedTuple
 from load import Load
 from peers import Peer, Running
 from report import TLS, Results
-from run import FIRST_PORT, GIGABYTE, raise_limits
+from run import FIRST_PORT, GIGABYTE, installed, raise_limits, read_options
 from tls_peers import SERVER_NAME, TLS_PEERS, TLSSetup
 
 SIDES = ("ingress", "peer")
@@ -244,20 +243,8 @@ def make_identities(directory: Path) -> None:
 
 def main() -> int:
     """Run what the options ask for, and print it."""
-    parser = argparse.ArgumentParser(prog="scripts/bench tls", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="how often to do all of it (%(default)s)"
-    )
-    parser.add_argument("--only", default="", metavar="WORD", help="what has WORD in its title")
-    parser.add_argument("--quick", action="store_true", help="small amounts: to try the program")
-    parser.add_argument("--save", action="store_true", help="keep table and plot: docs/speed.md")
-    options = parser.parse_args()
-    peers = []
-    for peer in TLS_PEERS:
-        if peer.missing:
-            print(f"bench: skipped {peer.name}: the package {peer.missing} is not installed")
-        else:
-            peers.append(peer)
+    options = read_options("scripts/bench tls", __doc__, "docs/speed.md")
+    peers = installed(TLS_PEERS)
     size = QUICK if options.quick else Size()
     raise_limits(size.idle)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
