@@ -12,7 +12,7 @@ from typing import NamedTuple
 import trio
 
 from sniproxy.engine.listener import CLIENT_OPTIONS
-from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.story import Story
 
 # Seconds until the next address is tried beside those that have not answered: RFC 8305 §5,
 # "Connection Attempt Delay", "SHOULD be ... 250 milliseconds".
@@ -23,6 +23,10 @@ _MOST_ADDRESSES = 16
 
 # What is no fault of the other side.
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+# What connect(2) says of a non-blocking socket that is not connected yet, and of one that is.
+_UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EINTR})
+_CONNECTED = frozenset({0, errno.EISCONN})
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -74,7 +78,9 @@ class Endpoint(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-async def resolve(endpoint: Endpoint) -> list[tuple[std.AddressFamily, tuple[str, int]]]:
+async def resolve(
+    story: Story, endpoint: Endpoint
+) -> list[tuple[std.AddressFamily, tuple[str, int]]]:
     """Return the addresses of an endpoint, as the system resolves it: IPv6 and IPv4 in turn.
 
     An address is no name, and is not looked up. Nothing is kept.
@@ -86,15 +92,13 @@ async def resolve(endpoint: Endpoint) -> list[tuple[std.AddressFamily, tuple[str
         return [(literal, (endpoint.host, endpoint.port))]
     kinds: dict[std.AddressFamily, list[tuple[str, int]]] = {}
     try:
-        found = await trio.socket.getaddrinfo(
-            endpoint.host, endpoint.port, type=std.SOCK_STREAM, flags=std.AI_ADDRCONFIG
-        )
+        found = await story.in_trio(_getaddrinfo, endpoint)
     except (OSError, UnicodeError) as error:
         detail = getattr(error, "strerror", None) or str(error)
         raise DialError(DialReason.UNRESOLVED, f"{endpoint.host}: {detail}") from None
     for family, _, _, _, address in found:
         # A scope of a link-local address stays in the text.
-        kinds.setdefault(std.AddressFamily(family), []).append(address[:2])  # type: ignore[arg-type]
+        kinds.setdefault(std.AddressFamily(family), []).append(address[:2])
     # RFC 8305 §4: "the first address of the second family", and so on in turn.
     queues = list(kinds.items())
     longest = max((len(addresses) for _, addresses in queues), default=0)
@@ -105,6 +109,12 @@ async def resolve(endpoint: Endpoint) -> list[tuple[std.AddressFamily, tuple[str
         if number < len(addresses)
     ]
     return turns[:_MOST_ADDRESSES]
+
+
+async def _getaddrinfo(endpoint: Endpoint) -> list[tuple[int, int, int, str, tuple[str, int]]]:
+    return await trio.socket.getaddrinfo(  # type: ignore[return-value]
+        endpoint.host, endpoint.port, type=std.SOCK_STREAM, flags=std.AI_ADDRCONFIG
+    )
 
 
 def address_family(host: str) -> std.AddressFamily | None:
@@ -119,12 +129,12 @@ def address_family(host: str) -> std.AddressFamily | None:
 
 
 async def dial(
-    loop: EventLoop, endpoint: Endpoint, is_forbidden: Callable[[IPAddress], bool] | None = None
+    story: Story, endpoint: Endpoint, is_forbidden: Callable[[IPAddress], bool] | None = None
 ) -> socket:
     """Return a non-blocking socket that is connected to the endpoint.
 
     Args:
-        loop: which waits for the socket.
+        story: which waits for it.
         endpoint: where to.
         is_forbidden: addresses that are left out.
 
@@ -132,35 +142,39 @@ async def dial(
         DialError: nobody could be reached.
         OSError: there is no descriptor left, or the like.
     """
-    addresses = await resolve(endpoint)
+    addresses = await resolve(story, endpoint)
     if is_forbidden is not None:
         allowed = [each for each in addresses if not is_forbidden(ipaddress.ip_address(each[1][0]))]
         if addresses and not allowed:
             detail = f"{endpoint.host} is {addresses[0][1][0]}"
             raise DialError(DialReason.FORBIDDEN, detail)
         addresses = allowed
-    return await _dial_in_turn(loop, addresses, str(endpoint))
+    return await _dial_in_turn(story, addresses, str(endpoint))
 
 
 async def _dial_in_turn(
-    loop: EventLoop, addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]], what: str
+    story: Story, addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]], what: str
 ) -> socket:
     """Connect to whichever answers first; each has a quarter of a second before the next begins."""
-    connected: list[socket] = []
+    attempts: dict[socket, tuple[str, int]] = {}  # that are under way
     errors: list[int] = []
+    connected = None
     try:
-        if len(addresses) == 1:  # which takes no tasks
-            await _attempt(loop, *addresses[0], connected, errors)
-        else:
-            await _race(loop, addresses, connected, errors)
-    except BaseException:  # trio.Cancelled: there is no more time
-        for sock in connected:
-            sock.close()
-        raise
-    for late in connected[1:]:
-        late.close()
-    if connected:
-        return connected[0]
+        for family, address in addresses:
+            if (newest := _begin(family, address, errors)) is None:
+                continue
+            attempts[newest] = address
+            with story.time_limit(_ATTEMPT_EVERY):
+                connected = await _first_connected(story, attempts, errors, newest)
+            if connected is not None:
+                return connected
+        connected = await _first_connected(story, attempts, errors)
+        if connected is not None:
+            return connected
+    finally:
+        for sock in attempts:
+            if sock is not connected:
+                story.loop.close(sock)
     for number in EXHAUSTED.intersection(errors):
         raise OSError(number, os.strerror(number))
     is_refused = errno.ECONNREFUSED in errors
@@ -169,58 +183,46 @@ async def _dial_in_turn(
     raise DialError(reason, f"{what}: {os.strerror(number)}")
 
 
-async def _race(
-    loop: EventLoop,
-    addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]],
-    connected: list[socket],
-    errors: list[int],
-) -> None:
-    async def attempt(family: std.AddressFamily, address: tuple[str, int]) -> None:
-        await _attempt(loop, family, address, connected, errors)
-        if connected:
-            nursery.cancel_scope.cancel()
-        has_failed.set()
-
-    async with trio.open_nursery() as nursery:
-        for family, address in addresses:
-            has_failed = trio.Event()
-            nursery.start_soon(attempt, family, address)
-            with trio.move_on_after(_ATTEMPT_EVERY):
-                await has_failed.wait()
-
-
-async def _attempt(
-    loop: EventLoop,
-    family: std.AddressFamily,
-    address: tuple[str, int],
-    connected: list[socket],
-    errors: list[int],
-) -> None:
-    """Connect to one address; the socket, or the error number, goes to one of the lists."""
+def _begin(family: std.AddressFamily, address: tuple[str, int], errors: list[int]) -> socket | None:
+    """Begin to connect; if there is no socket to be had, its error number goes to the list."""
     try:
         sock = socket(family, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC, 0)
     except OSError as error:
-        return errors.append(error.errno or errno.EMFILE)
-    try:
-        for option in CLIENT_OPTIONS:  # a dead peer is noticed as a dead client is
-            sock.setsockopt(*option)
-        number = await connect(loop, sock, address)
-    except BaseException:
-        sock.close()
-        raise
-    if number == 0:
-        return connected.append(sock)
+        errors.append(error.errno or errno.EMFILE)
+        return None
+    for option in CLIENT_OPTIONS:  # a dead peer is noticed as a dead client is
+        sock.setsockopt(*option)
+    number = sock.connect_ex(address)
+    if number in _UNDER_WAY or number == 0:
+        return sock
     sock.close()
     errors.append(number)
+    return None
 
 
-async def connect(loop: EventLoop, sock: socket, address: tuple[str, int] | str | bytes) -> int:
-    """Connect a non-blocking socket; return 0, or the error number."""
-    number = sock.connect_ex(address)
-    if number == errno.EINPROGRESS:
-        await loop.wait_writable(sock.fileno())
-        number = sock.getsockopt(std.SOL_SOCKET, std.SO_ERROR)
-    return number
+async def _first_connected(
+    story: Story,
+    attempts: dict[socket, tuple[str, int]],
+    errors: list[int],
+    newest: socket | None = None,
+) -> socket | None:
+    """Wait until one is connected, and return it; None if all have failed, or the newest has.
+
+    Those that have failed are closed, and leave their error number.
+    """
+    while True:
+        for sock, address in list(attempts.items()):
+            # connect(2) says how it goes: once 0 where it was under way, or what went wrong.
+            number = sock.connect_ex(address)
+            if number in _CONNECTED:
+                return sock
+            if number not in _UNDER_WAY:
+                del attempts[sock]
+                story.loop.close(sock)
+                errors.append(number)
+        if not attempts or (newest is not None and newest not in attempts):
+            return None
+        await story.any_writable(list(attempts))
 
 
 def is_local(address: IPAddress) -> bool:

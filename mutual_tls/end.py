@@ -1,7 +1,7 @@
 """One end of a TLS connection: an `SSLObject` over two memory BIOs, and its socket.
 
-This is how a connection begins: the handshake, and what is said before bytes are relayed. A task
-waits for each step. When the tunnel stands, `relay` goes on with the same objects, without a task.
+This is how a connection begins: the handshake, and what is said before bytes are relayed. A story
+waits for each step. When the tunnel stands, `relay` goes on with the same objects.
 
 What we have to send is in `outgoing` until it is flushed, and the peer has seen nothing of it. So
 the peer's certificate is checked in between: our own is not shown to a server whose certificate
@@ -16,9 +16,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
-import trio
-
-from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.story import Story
 
 # Bytes received at a time: more than the flight of a handshake, and one whole record.
 _CHUNK = 1 << 14
@@ -63,7 +61,7 @@ class TLSEnd:
     """A TLS connection over a connected stream socket.
 
     Args:
-        loop: which waits for the socket.
+        story: which waits for the socket.
         sock: non-blocking; owned by whoever made it.
         context: with the identity, and whom to trust.
         server_side: whether the peer is the client.
@@ -77,11 +75,11 @@ class TLSEnd:
         outgoing: Ciphertext to be sent.
     """
 
-    __slots__ = ("_check", "_checked", "_loop", "incoming", "outgoing", "socket", "ssl")
+    __slots__ = ("_check", "_checked", "_story", "incoming", "outgoing", "socket", "ssl")
 
     def __init__(
         self,
-        loop: EventLoop,
+        story: Story,
         sock: socket,
         context: ssl.SSLContext,
         *,
@@ -90,7 +88,7 @@ class TLSEnd:
         check: Callable[[bytes], None] | None = None,
         session: ssl.SSLSession | None = None,
     ) -> None:
-        self._loop = loop
+        self._story = story
         self.socket = sock
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.ssl = context.wrap_bio(self.incoming, self.outgoing, server_side, server_name, session)
@@ -179,7 +177,7 @@ class TLSEnd:
         """
         while self.outgoing.pending:
             try:
-                await send_all(self._loop, self.socket, self.outgoing.read())
+                await send_all(self._story, self.socket, self.outgoing.read())
             except OSError as error:
                 raise TLSError(TLSReason.TLS_RESET, error.strerror or str(error)) from None
 
@@ -189,17 +187,17 @@ class TLSEnd:
             with contextlib.suppress(ssl.SSLWantReadError):
                 self.ssl.unwrap()
             await self.flush()
-        await listen_to_the_end(self._loop, self.socket)
+        await listen_to_the_end(self._story, self.socket)
 
     async def _tell(self) -> None:
         """Send the alert that OpenSSL has left for the peer, and let it arrive."""
         with contextlib.suppress(TLSError):
             await self.flush()
-            await listen_to_the_end(self._loop, self.socket)
+            await listen_to_the_end(self._story, self.socket)
 
     async def _feed(self) -> None:
         try:
-            data = await receive_some(self._loop, self.socket, _CHUNK)
+            data = await receive_some(self._story, self.socket, _CHUNK)
         except OSError as error:
             raise TLSError(TLSReason.TLS_RESET, error.strerror or str(error)) from None
         if not data:
@@ -208,7 +206,7 @@ class TLSEnd:
         self.incoming.write(data)
 
 
-async def receive_some(loop: EventLoop, sock: socket, most: int) -> bytes:
+async def receive_some(story: Story, sock: socket, most: int) -> bytes:
     """Return the next bytes of a non-blocking socket, at most so many; none at its end.
 
     Raises:
@@ -218,10 +216,10 @@ async def receive_some(loop: EventLoop, sock: socket, most: int) -> bytes:
         try:
             return sock.recv(most, MSG_DONTWAIT)
         except BlockingIOError:
-            await loop.wait_readable(sock.fileno())
+            await story.readable(sock)
 
 
-async def send_all(loop: EventLoop, sock: socket, data: bytes) -> None:
+async def send_all(story: Story, sock: socket, data: bytes) -> None:
     """Send all of `data` to a non-blocking socket.
 
     Raises:
@@ -232,14 +230,14 @@ async def send_all(loop: EventLoop, sock: socket, data: bytes) -> None:
         try:
             view = view[sock.send(view, MSG_DONTWAIT) :]
         except BlockingIOError:
-            await loop.wait_writable(sock.fileno())
+            await story.writable(sock)
 
 
-async def listen_to_the_end(loop: EventLoop, sock: socket) -> None:
+async def listen_to_the_end(story: Story, sock: socket) -> None:
     """End what we say, and throw away what the peer still says, for a second at the most."""
-    with contextlib.suppress(OSError), trio.move_on_after(_ALERT_SECONDS):
+    with contextlib.suppress(OSError), story.time_limit(_ALERT_SECONDS):
         sock.shutdown(SHUT_WR)
-        while await receive_some(loop, sock, _CHUNK):
+        while await receive_some(story, sock, _CHUNK):
             pass
 
 

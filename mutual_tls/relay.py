@@ -115,8 +115,8 @@ class TLSRelay:
         The sockets belong to the relay from now on, whatever happens.
 
         Args:
-            plain: a connected stream socket that the loop does not watch.
-            end: whose handshake is over; its socket is not watched either.
+            plain: a connected stream socket; nobody else watches it from now on.
+            end: whose handshake is over; the same holds for its socket.
             on_end: called once, when both sockets have been given up.
             to_plain: what the TLS peer has said already, and was decrypted.
             to_tls: what the plain peer has said already.
@@ -241,8 +241,8 @@ class _Pair:
 
     def start(self, to_plain: bytes, to_tls: bytes) -> None:
         """Move what is there already, and have the loop tell of more."""
-        self.relay.loop.watch(self.tls.fileno(), self, _EVENTS)
-        self.relay.loop.watch(self.plain.fileno(), self.plain_end, _EVENTS)
+        self.relay.loop.take_over(self.tls.fileno(), self, _EVENTS)
+        self.relay.loop.take_over(self.plain.fileno(), self.plain_end, _EVENTS)
         if to_plain:
             self._deliver(to_plain)
         # Before anything else is asked of OpenSSL.

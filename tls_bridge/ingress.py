@@ -81,7 +81,7 @@ class Outward(Session):
         for number, address in enumerate(first):
             # What is left of the time is for those who are left of them.
             share = (deadline - trio.current_time()) / (len(peer.addresses) - number)
-            with contextlib.suppress(DialError, TLSError), trio.move_on_after(share):
+            with contextlib.suppress(DialError, TLSError), self.story.time_limit(share):
                 return await self._shake_hands(peer, address)
             self._close_far()
         return await self._shake_hands(peer, last)
@@ -104,7 +104,7 @@ class Outward(Session):
 
     def _close_far(self) -> None:
         if self.far is not None:
-            self.far.close()
+            self.shared.loop.close(self.far)
             self.far = None
 
     async def _try(
@@ -114,10 +114,10 @@ class Outward(Session):
         context: ssl.SSLContext,
         session: ssl.SSLSession | None,
     ) -> TLSEnd:
-        self.far = await dial(self.shared.loop, address)
+        self.far = await dial(self.story, address)
         check = None if peer.rules is None else partial(check_server, peer.rules)
         end = TLSEnd(
-            self.shared.loop,
+            self.story,
             self.far,
             context,
             server_name=peer.server_name,
@@ -135,7 +135,7 @@ class Ingress(Outward):
         self, shared: Sessions, client: socket, address: Address, *, routes: Routes
     ) -> None:
         super().__init__(shared, client, address, routes=routes)
-        self.asked = Asked(partial(receive_some, shared.loop, client, _CHUNK))
+        self.asked = Asked(partial(receive_some, self.story, client, _CHUNK))
 
     async def tell(self) -> None:
         """Pass the CONNECT on, and its answer back."""
@@ -148,16 +148,16 @@ class Ingress(Outward):
         if response.status >= _NOT_SUCCESSFUL:
             reason = response.reason.decode("ascii", "backslashreplace")
             self.report(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
-            await send_all(self.shared.loop, self.client, self.asked.pass_back(response))
-            return await listen_to_the_end(self.shared.loop, self.client)
-        await send_all(self.shared.loop, self.client, self.asked.accept(response.headers))
+            await send_all(self.story, self.client, self.asked.pass_back(response))
+            return await listen_to_the_end(self.story, self.client)
+        await send_all(self.story, self.client, self.asked.accept(response.headers))
         self.join(self.client, end, response.body, request.early)
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with a status."""
         answer = self.asked.refuse(refusal.reason, str(refusal), self.shared.program)
-        await send_all(self.shared.loop, self.client, answer)
-        await listen_to_the_end(self.shared.loop, self.client)
+        await send_all(self.story, self.client, answer)
+        await listen_to_the_end(self.story, self.client)
 
 
 class ServerNameIngress(Outward):
@@ -178,11 +178,11 @@ class ServerNameIngress(Outward):
 
     async def _read_hello(self) -> tuple[bytes, Headers]:
         """Return what the client has sent so far, its hello in front; nothing if it has gone."""
-        received = await receive_some(self.shared.loop, self.client, _CHUNK)
+        received = await receive_some(self.story, self.client, _CHUNK)
         if self.client.family == std.AF_UNIX:
             # Whoever may connect to the Unix socket is trusted with this, too.
             while (rest := read_proxy_v1(received)) is None:
-                if not (more := await receive_some(self.shared.loop, self.client, _CHUNK)):
+                if not (more := await receive_some(self.story, self.client, _CHUNK)):
                     return b"", []
                 received += more
             self.source, received = rest
@@ -190,7 +190,7 @@ class ServerNameIngress(Outward):
         data = received
         try:
             while (hello := reader.feed(data) if data else None) is None:
-                if not (data := await receive_some(self.shared.loop, self.client, _CHUNK)):
+                if not (data := await receive_some(self.story, self.client, _CHUNK)):
                     return b"", []
                 received += data
             host = Hostname(hello.required_server_name())
@@ -205,8 +205,8 @@ class ServerNameIngress(Outward):
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with an alert."""
         alert = self.alert or ANSWERS[refusal.reason].alert
-        await send_all(self.shared.loop, self.client, alert_record(alert))
-        await listen_to_the_end(self.shared.loop, self.client)
+        await send_all(self.story, self.client, alert_record(alert))
+        await listen_to_the_end(self.story, self.client)
 
 
 def check_server(rules: Sequence[Rule], der: bytes) -> None:

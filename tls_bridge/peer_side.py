@@ -6,21 +6,18 @@ import os
 import socket as std
 from _socket import socket
 
-import trio
-
 from mutual_tls.dial import (
     DialError,
     DialReason,
     Endpoint,
     address_family,
-    connect,
     dial,
     is_local,
 )
 from mutual_tls.end import TLSEnd, TLSError, send_all
 from mutual_tls.identity import IdentityError
 from mutual_tls.verify import Certificate, CertificateError
-from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.story import Story
 from sniproxy.wire import proxy_v1_header
 from tls_bridge.allowed import check_client, find_service
 from tls_bridge.forwarded import forwarded_for
@@ -51,7 +48,7 @@ class PeerSide(Session):
             context = shared.identities("identity").server_context()
         except IdentityError as error:
             raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
-        end = TLSEnd(self.shared.loop, self.client, context, server_side=True, check=shown.append)
+        end = TLSEnd(self.story, self.client, context, server_side=True, check=shown.append)
         await end.shake_hands()
         self.end, self.asked = end, Asked(end.receive)
         request = await self.asked.read()
@@ -64,17 +61,17 @@ class PeerSide(Session):
         service = find_service(request.target, certificate)
         self.far = await self._dial(service.where)
         if service.send_proxy_v1:
-            await send_all(self.shared.loop, self.far, self._proxy_header(request.headers))
+            await send_all(self.story, self.far, self._proxy_header(request.headers))
         via = (b"Via", f"1.1 {shared.pseudonym}".encode())
         await end.send(self.asked.accept([via]))
         self.join(self.far, end, request.early, b"")
 
     async def _dial(self, where: Endpoint | str) -> socket:
         if isinstance(where, str):
-            return await dial_unix(self.shared.loop, where)
+            return await dial_unix(self.story, where)
         # A name may lead anywhere; to this machine only if that is what was written.
         is_name = address_family(where.host.partition("%")[0]) is None  # it may have a scope
-        return await dial(self.shared.loop, where, is_local if is_name else None)
+        return await dial(self.story, where, is_local if is_name else None)
 
     def _proxy_header(self, headers: Headers) -> bytes:
         """Return a PROXY header with the client's address: the ingress says it, in Forwarded."""
@@ -115,7 +112,7 @@ def read_certificate(der: bytes) -> Certificate:
         raise Refusal(BridgeReason.CLIENT_NOT_ALLOWED, str(error)) from None
 
 
-async def dial_unix(loop: EventLoop, path: str) -> socket:
+async def dial_unix(story: Story, path: str) -> socket:
     """Return a non-blocking socket that is connected to a Unix socket.
 
     Raises:
@@ -124,8 +121,8 @@ async def dial_unix(loop: EventLoop, path: str) -> socket:
     sock = socket(std.AF_UNIX, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC)
     try:
         # While its backlog is full; nothing tells when that has changed.
-        while (number := await connect(loop, sock, path)) == errno.EAGAIN:  # noqa: ASYNC110
-            await trio.sleep(_RETRY)
+        while (number := sock.connect_ex(path)) == errno.EAGAIN:
+            await story.sleep(_RETRY)
         if number:
             raise DialError(DialReason.REFUSED, f"{path}: {os.strerror(number)}")
     except OSError as error:  # the path is too long

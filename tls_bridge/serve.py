@@ -64,6 +64,7 @@ async def serve(
             for listener in listeners:
                 service.start_soon(listener.run)
             service.start_soon(relay.run)
+            service.start_soon(sessions.stories.run)
             service.start_soon(notifier.run, sessions.counts)
             service.start_soon(log.run)
             notifier.ready()

@@ -1,6 +1,6 @@
 """One connection until its tunnel stands: what the stories in `ingress` and `peer_side` share.
 
-Each is a task, which waits for every step. When the tunnel stands the relay goes on without one.
+When the tunnel stands the relay goes on.
 All that can go wrong is a `Refusal`, and what the client is told of it stands in one table.
 """
 
@@ -22,6 +22,7 @@ from mutual_tls.relay import Ending, TLSRelay
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.story import Stories, Story
 from sniproxy.engine.tcp import LINGER_0
 from sniproxy.service.eventlog import show_address
 from sniproxy.service.notify import Counts
@@ -38,7 +39,7 @@ class Sessions:
 
     Args:
         program: its name, for Via and Proxy-Status.
-        nursery: where connections have their tasks until their tunnel stands.
+        nursery: where what only trio can wait for has its tasks.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class Sessions:
         self.relay = relay
         self.log = log
         self.limit = limit
-        self.nursery = nursery
+        self.stories = Stories(loop, nursery, log.bug)
         relay.last_words.is_place_wanted = limit.is_place_wanted
         self.resumption = resumption.Sessions()
         self.served = self.refused = 0
         # Clients who have not said yet what they want, the oldest first.
-        self.silent: dict[Session, trio.CancelScope] = {}
+        self.silent: dict[Session, None] = {}
+        # Clients who are being told that it can't be done, the oldest first.
+        self.refusing: dict[Session, None] = {}
 
     def begin(
         self, make: Callable[["Sessions", socket, Address], "Session"], client: socket, to: Address
@@ -76,33 +79,33 @@ class Sessions:
         """Begin the story of an accepted client."""
         self.limit.add()
         session = make(self, client, to)
-        # At once, and not when its task begins: the next client may be at the door.
-        self.silent[session] = session.scope
-        self.nursery.start_soon(session.run)
-        self.loop.let_tasks_run()
+        self.silent[session] = None
+        self.stories.begin(session.story, session.run())
 
     def make_room(self) -> bool:
         """Let go who needs the place the least; return whether there was anybody.
 
-        First one who has received all that there was for it; then who has been silent the longest.
+        First one who has received all that there was for it, or is refused anyway; then who has
+        been silent the longest.
         """
         if self.relay.last_words.make_room():
             return True
+        for session in self.refusing:
+            session.story.abort()
+            return True
         is_unheard = False
-        for session, scope in self.silent.items():
-            if scope.cancel_called:
-                continue
+        for session in self.silent:
             if session.has_unread():
-                is_unheard = True  # whose task has not had its turn; after that we are asked again
+                is_unheard = True  # which has not had its turn; after that we are asked again
                 continue
-            scope.cancel()
+            session.story.throw(Refusal(BridgeReason.CAPACITY, ""))
             return True
         return is_unheard
 
     def cut(self) -> int:
         """End whoever is left; return how many."""
         left = self.limit.open
-        self.nursery.cancel_scope.cancel()
+        self.stories.abort_all()
         self.relay.abort_all()
         return left
 
@@ -122,7 +125,7 @@ class Session:
         # Where the client comes from; None if that is not known, as on a Unix socket.
         self.source = None if client.family == std.AF_UNIX else address
         self.began = trio.current_time()
-        self.scope = trio.CancelScope(deadline=self.began + shared.config.setup_seconds)
+        self.story = Story(shared.stories)
         self.target: Endpoint | None = None
         self.peer: str | None = None
         self.silent = BridgeReason.CLIENT_SILENT  # who is to blame if the time is over
@@ -134,12 +137,10 @@ class Session:
         self.client.setblocking(False)
         try:
             try:
-                with self.scope:
+                with self.story.time_limit(self.shared.config.setup_seconds) as limit:
                     await self.tell()
-                if self.scope.cancelled_caught:
-                    has_time = trio.current_time() < self.scope.deadline
-                    reason = BridgeReason.CAPACITY if has_time else self.silent
-                    raise Refusal(reason, "the time was over" if not has_time else "")
+                if limit.is_over:
+                    raise Refusal(self.silent, "the time was over")
             except Refusal as refusal:
                 await self._end(refusal)
             except (DialError, TLSError) as error:
@@ -150,6 +151,7 @@ class Session:
             self.shared.log.bug(error)
         finally:
             self.shared.silent.pop(self, None)
+            self.shared.refusing.pop(self, None)
             if not self.is_joined:
                 self._close()
 
@@ -196,7 +198,9 @@ class Session:
         self.report(refusal.reason, str(refusal))
         if refusal.reason is BridgeReason.CAPACITY:
             return  # an answer would take up the place
-        with trio.move_on_after(_ANSWER_SECONDS):
+        self.shared.silent.pop(self, None)
+        self.shared.refusing[self] = None
+        with self.story.time_limit(_ANSWER_SECONDS):
             await self.refuse(refusal)
 
     def _fail(self, error: OSError) -> None:
@@ -209,7 +213,7 @@ class Session:
     def _close(self) -> None:
         for sock in self.client, self.far:
             if sock is not None:
-                sock.close()
+                self.shared.loop.close(sock)
         self.shared.limit.remove()
 
     def _left(self, up: int, down: int, ending: Ending) -> None:

@@ -87,10 +87,26 @@ class EventLoop:
         """Give the events of `fd`, which is watched already, to another watcher."""
         self._watchers[fd] = watcher
 
+    def take_over(self, fd: int, watcher: Watcher, events: int) -> None:
+        """Tell `watcher` of `events` on `fd` from now on, whether it is watched already or not.
+
+        Raises:
+            OSError: as `watch`.
+        """
+        if fd in self._watchers:
+            self.change(fd, events)
+            self._watchers[fd] = watcher
+        else:
+            self.watch(fd, watcher, events)
+
     def unwatch(self, fd: int) -> None:
         """Forget `fd`, which stays open."""
         del self._watchers[fd]
         self._epoll.unregister(fd)
+
+    def watcher(self, fd: int) -> Watcher | None:
+        """Return who watches `fd`; None if nobody does."""
+        return self._watchers.get(fd)
 
     def watchers(self) -> list[Watcher]:
         """Return all watchers, one for each descriptor."""
@@ -121,32 +137,6 @@ class EventLoop:
     def let_tasks_run(self) -> None:
         """Give trio's tasks their turn at once, and do not hold the thread before they rest."""
         self._tasks_are_due = True
-
-    async def wait_readable(self, fd: int) -> None:
-        """Wait in a task until `fd`, which nobody watches, can be read without waiting.
-
-        Raises:
-            OSError: ENOMEM or ENOSPC, see epoll_ctl(2).
-        """
-        await self._wait(fd, select.EPOLLIN)
-
-    async def wait_writable(self, fd: int) -> None:
-        """Wait in a task until `fd`, which nobody watches, can be written without waiting.
-
-        Raises:
-            OSError: as above.
-        """
-        await self._wait(fd, select.EPOLLOUT)
-
-    async def _wait(self, fd: int, events: int) -> None:
-        waiting = _WaitingTask(self, trio.lowlevel.current_task())
-        self.watch(fd, waiting, events)
-        try:
-            await trio.lowlevel.wait_task_rescheduled(waiting.cancel)
-        finally:
-            # Unless the loop has ended first, and with it the set.
-            if fd in self._watchers:
-                self.unwatch(fd)
 
     async def run(self) -> None:
         """Serve until cancelled; whoever is left then is aborted."""
@@ -218,29 +208,3 @@ class EventLoop:
     def _wake(self) -> None:
         self._awake = True
         os.eventfd_write(self._waker, 1)
-
-
-class _WaitingTask:
-    """Watches a descriptor for a task, and wakes the task, once."""
-
-    __slots__ = ("_loop", "_task")
-
-    def __init__(self, loop: EventLoop, task: trio.lowlevel.Task) -> None:
-        self._loop = loop
-        self._task: trio.lowlevel.Task | None = task
-
-    def on_event(self, events: int) -> None:
-        """Wake the task."""
-        if self._task is not None:
-            trio.lowlevel.reschedule(self._task)
-            self._task = None
-            self._loop.let_tasks_run()
-
-    def cancel(self, _: object) -> trio.lowlevel.Abort:
-        """Forget the task: trio wakes it, and an event that comes before it runs must not."""
-        self._task = None
-        return trio.lowlevel.Abort.SUCCEEDED
-
-    def abort(self) -> None:
-        """Wake the task: it will find out by itself that the loop has ended."""
-        self.on_event(0)

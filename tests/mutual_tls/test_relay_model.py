@@ -24,6 +24,7 @@ from mutual_tls.relay import TLSRelay
 from tests.engine.test_relay_model import Peers, Running
 from tests.support.daemon import PATIENCE
 from tests.support.sockets import plain, reset, tcp_pair
+from tests.support.story import TrioStory
 from tests.support.strategies import steady
 from tests.support.tls import NAME, context
 
@@ -169,7 +170,7 @@ class TLSPeers(Peers):
         """Do the handshake, and join the two."""
         running = self.running
         end = TLSEnd(
-            running.loop,
+            TrioStory(running.loop),
             self.given[0],
             context(version, server_side=server_side),
             server_side=server_side,

@@ -15,6 +15,7 @@ from mutual_tls.relay import Ending, TLSRelay
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop
 from tests.support.sockets import plain, tcp_pair, unix_pair
+from tests.support.story import TrioStory
 
 NAME = "peer.example"
 
@@ -76,7 +77,7 @@ class TLSBench:
             sock.setblocking(False)
         far_plain, near_plain = plain(far), plain(near)
         peer = Peer(
-            self.loop,
+            TrioStory(self.loop),
             far_plain,
             context(version, server_side=not server_side),
             server_side=not server_side,
@@ -105,7 +106,7 @@ class TLSBench:
     ) -> None:
         """Do the handshake, and join the two."""
         end = TLSEnd(
-            self.loop,
+            TrioStory(self.loop),
             near,
             context(version, server_side=server_side),
             server_side=server_side,
