@@ -6,7 +6,8 @@ Bytes in, events out: whoever calls waits for the bytes, from a socket or from T
 import contextlib
 import ipaddress
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import lru_cache
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ _HOP_BY_HOP = frozenset(
         *(b"upgrade", b"trailer", b"proxy-authorization", b"host", b"content-length"),
     }
 )
+
+# What is understood is remembered, for clients and peers say the same in each connection, and h11
+# takes 150 µs for the four messages of one. That bounds the memory to two megabytes.
+_LONGEST_REMEMBERED = 1024
+_MOST_REMEMBERED = 1024
 
 _VERSIONS = frozenset({b"1.0", b"1.1"})
 
@@ -50,6 +56,11 @@ class Response(NamedTuple):
     headers: Headers
     body: bytes
 
+    @property
+    def opens_tunnel(self) -> bool:
+        """Whether what comes now is of the service: RFC 9110 §9.3.6, "Any 2xx (Successful)"."""
+        return self.status < HTTPStatus.MULTIPLE_CHOICES
+
 
 class Asked:
     """What a client asks of us: reads one CONNECT, and answers it.
@@ -60,7 +71,8 @@ class Asked:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MOST_HEADER)
+        self._head = b""  # of the request, if it was understood without a connection of h11's
+        self._connection: h11.Connection | None = None
 
     async def read(self) -> Request | None:
         """Return what the client asks; None if it has ended without a word.
@@ -68,37 +80,33 @@ class Asked:
         Raises:
             Refusal: that is no CONNECT to a host and a port.
         """
-        connection = self._connection
-        data, room = b"", MOST_HEADER
-        while (event := self._next_event()) is h11.NEED_DATA:
-            if not room:
-                raise Refusal(BridgeReason.HEADER_TOO_LARGE, f"it is over {MOST_HEADER} bytes long")
-            data = data or await self._receive()
+        data = await self._receive()
+        if (end := _end_of_head(data)) is None:
+            return await self._read_in_pieces(data)
+        self._head = data[:end]
+        request = _understand_request(self._head)
+        return request._replace(early=request.early + data[end:])
+
+    async def _read_in_pieces(self, data: bytes) -> Request | None:
+        connection = self._connection = _server()
+        room = MOST_HEADER
+        while True:
             piece, data = data[:room], data[room:]
             room -= len(piece)
             connection.receive_data(piece)
+            if (event := _next_event(connection)) is not h11.NEED_DATA:
+                break
+            if not room:
+                raise Refusal(BridgeReason.HEADER_TOO_LARGE, f"it is over {MOST_HEADER} bytes long")
+            data = data or await self._receive()
         if isinstance(event, h11.ConnectionClosed):
             return None
-        if not isinstance(event, h11.Request):
-            raise Refusal(BridgeReason.BAD_REQUEST, "it has a body without a header")
-        if event.method != b"CONNECT":
-            method = event.method.decode("ascii", "backslashreplace")
-            raise Refusal(BridgeReason.NOT_CONNECT, f"its method is {method}")
-        if event.http_version not in _VERSIONS:
-            raise Refusal(BridgeReason.BAD_REQUEST, "its version is neither HTTP/1.1 nor 1.0")
-        # RFC 9110 §9.3.6: "A CONNECT request message does not have content."
-        is_framed = any(name == b"transfer-encoding" for name, _ in event.headers)
-        if is_framed or not isinstance(self._next_event(), h11.EndOfMessage):
-            raise Refusal(BridgeReason.BAD_REQUEST, "a CONNECT has no content")
-        early, _ = connection.trailing_data
-        return Request(target(event.target), _end_to_end(event.headers), early + data)
+        request = _check_request(connection, event)
+        return request._replace(early=request.early + data)
 
     def accept(self, headers: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
         """Return the bytes that say: what comes now is for the service."""
-        answer = h11.Response(
-            status_code=200, headers=list(headers), reason=b"Connection established"
-        )
-        return self._connection.send(answer) or b""
+        return _show_head(b"HTTP/1.1 200 Connection established", headers)
 
     def refuse(self, reason: Reason, detail: str, proxy: str) -> bytes:
         """Return the bytes that say that, and why, it can't be done."""
@@ -116,6 +124,12 @@ class Asked:
     def pass_back(self, response: Response) -> bytes:
         """Return the bytes of an answer that is not 2xx."""
         connection = self._connection
+        if connection is None:
+            connection = self._connection = _server()
+            if self._head:
+                connection.receive_data(self._head)
+                with contextlib.suppress(Refusal):
+                    _next_event(connection)
         if connection.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
             return b""
         headers = [*response.headers, (b"Content-Length", b"%d" % len(response.body))]
@@ -127,54 +141,124 @@ class Asked:
         )
         return b"".join(connection.send(event) or b"" for event in events)
 
-    def _next_event(self) -> object:
-        try:
-            return self._connection.next_event()
-        except h11.RemoteProtocolError as error:
-            is_large = error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            reason = BridgeReason.HEADER_TOO_LARGE if is_large else BridgeReason.BAD_REQUEST
-            raise Refusal(reason, str(error)) from None
+
+def _server() -> h11.Connection:
+    return h11.Connection(h11.SERVER, max_incomplete_event_size=MOST_HEADER)
 
 
-def request_bytes(connection: h11.Connection, request_target: Endpoint, headers: Headers) -> bytes:
-    """Return the bytes of a CONNECT, to be answered on the same `connection`."""
+def _next_event(connection: h11.Connection) -> object:
+    try:
+        return connection.next_event()
+    except h11.RemoteProtocolError as error:
+        is_large = error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        reason = BridgeReason.HEADER_TOO_LARGE if is_large else BridgeReason.BAD_REQUEST
+        raise Refusal(reason, str(error)) from None
+
+
+def _end_of_head(data: bytes) -> int | None:
+    """Return where a head ends that is there as a whole, and short enough to be remembered."""
+    end = data.find(b"\r\n\r\n", 0, _LONGEST_REMEMBERED)
+    return end + 4 if end >= 0 else None
+
+
+@lru_cache(_MOST_REMEMBERED)
+def _understand_request(head: bytes) -> Request:
+    connection = _server()
+    connection.receive_data(head)
+    return _check_request(connection, _next_event(connection))
+
+
+def _check_request(connection: h11.Connection, event: object) -> Request:
+    if not isinstance(event, h11.Request):
+        raise Refusal(BridgeReason.BAD_REQUEST, "it has a body without a header")
+    if event.method != b"CONNECT":
+        method = event.method.decode("ascii", "backslashreplace")
+        raise Refusal(BridgeReason.NOT_CONNECT, f"its method is {method}")
+    if event.http_version not in _VERSIONS:
+        raise Refusal(BridgeReason.BAD_REQUEST, "its version is neither HTTP/1.1 nor 1.0")
+    # RFC 9110 §9.3.6: "A CONNECT request message does not have content."
+    is_framed = any(name == b"transfer-encoding" for name, _ in event.headers)
+    if is_framed or not isinstance(_next_event(connection), h11.EndOfMessage):
+        raise Refusal(BridgeReason.BAD_REQUEST, "a CONNECT has no content")
+    early, _ = connection.trailing_data
+    return Request(target(event.target), _end_to_end(event.headers), early)
+
+
+def _show_head(first: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return the bytes of a head. The fields are those of a head that h11 has read, and ours."""
+    fields = b"".join([b"%b: %b\r\n" % field for field in headers])
+    return b"%b\r\n%b\r\n" % (first, fields)
+
+
+def request_bytes(request_target: Endpoint, headers: Headers) -> bytes:
+    """Return the bytes of a CONNECT."""
     where = str(request_target).encode()
-    event = h11.Request(method=b"CONNECT", target=where, headers=[(b"Host", where), *headers])
-    return (connection.send(event) or b"") + (connection.send(h11.EndOfMessage()) or b"")
+    return _show_head(b"CONNECT %b HTTP/1.1" % where, [(b"Host", where), *headers])
 
 
-async def read_response(connection: h11.Connection, receive: Receive, most_body: int) -> Response:
+async def read_response(receive: Receive, most_body: int) -> Response:
     """Return the answer to a CONNECT, with no more of a body than `most_body` bytes.
 
     Raises:
         Refusal: the peer has closed instead, or speaks no HTTP.
     """
-    response: h11.Response | None = None
+    data = await receive()
+    if (end := _end_of_head(data)) is not None:
+        response = _understand_response(data[:end])
+        if response is not None:
+            return response._replace(body=response.body + data[end:])
+    return await _read_in_pieces(data, receive, most_body)
+
+
+def _client() -> h11.Connection:
+    """Return a connection on which the answer to a CONNECT is to come."""
+    connection = h11.Connection(h11.CLIENT)
+    connection.send(h11.Request(method=b"CONNECT", target=b"any:1", headers=[(b"Host", b"any:1")]))
+    connection.send(h11.EndOfMessage())
+    return connection
+
+
+@lru_cache(_MOST_REMEMBERED)
+def _understand_response(head: bytes) -> Response | None:
+    """Return the answer that opens a tunnel; None if the head says something else."""
+    connection = _client()
+    connection.receive_data(head)
+    try:
+        event = connection.next_event()
+    except h11.RemoteProtocolError:
+        return None
+    response = _response(connection, event) if isinstance(event, h11.Response) else None
+    return response if response is not None and response.opens_tunnel else None
+
+
+def _response(connection: h11.Connection, event: h11.Response) -> Response:
+    """Return an answer; of its body what is the service's, if there is a tunnel now."""
+    early = connection.trailing_data[0] if event.status_code < HTTPStatus.MULTIPLE_CHOICES else b""
+    return Response(event.status_code, bytes(event.reason), _end_to_end(event.headers), early)
+
+
+async def _read_in_pieces(data: bytes, receive: Receive, most_body: int) -> Response:
+    connection = _client()
+    response = None
     body = bytearray()
     try:
         while True:
-            event = connection.next_event()
-            if event is h11.NEED_DATA:
-                data = await receive()
-                if not data and response is None:
-                    raise Refusal(BridgeReason.PEER_CLOSED, "the peer has closed and not answered")
-                connection.receive_data(data)
-            elif isinstance(event, h11.Response):
-                if event.status_code < 300:
-                    early, _ = connection.trailing_data
-                    headers = _end_to_end(event.headers)
-                    return Response(event.status_code, bytes(event.reason), headers, early)
-                response = event
-            elif isinstance(event, h11.Data):
-                body += event.data
-            if isinstance(event, h11.EndOfMessage) or len(body) >= most_body:
-                break
+            if not data and response is None:
+                raise Refusal(BridgeReason.PEER_CLOSED, "the peer has closed and not answered")
+            connection.receive_data(data)
+            while (event := connection.next_event()) is not h11.NEED_DATA:
+                if isinstance(event, h11.Response):
+                    response = _response(connection, event)
+                    if response.opens_tunnel:
+                        return response
+                elif isinstance(event, h11.Data):
+                    body += event.data
+                is_over = isinstance(event, h11.EndOfMessage) or len(body) >= most_body
+                if is_over and response is not None:
+                    return response._replace(body=bytes(body[:most_body]))
+            data = await receive()
     except h11.RemoteProtocolError as error:
         raise Refusal(BridgeReason.PEER_NOT_HTTP, str(error)) from None
-    if response is None:
-        raise Refusal(BridgeReason.PEER_NOT_HTTP, "the peer's answer has no header")
-    headers = _end_to_end(response.headers)
-    return Response(response.status_code, bytes(response.reason), headers, bytes(body[:most_body]))
 
 
 def target(authority: bytes) -> Endpoint:

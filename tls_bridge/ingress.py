@@ -11,7 +11,6 @@ from _socket import socket
 from collections.abc import Sequence
 from functools import partial
 
-import h11
 import trio
 
 from mutual_tls.dial import DialError, Endpoint, dial
@@ -37,9 +36,6 @@ from tls_bridge.session import Session, Sessions
 # Bytes received at a time while the tunnel does not stand.
 _CHUNK = 1 << 14
 
-# Statuses below it open the tunnel; RFC 9110 §9.3.6: "Any 2xx (Successful) response".
-_NOT_SUCCESSFUL = 300
-
 
 class Outward(Session):
     """A story that leads to a peer."""
@@ -56,21 +52,20 @@ class Outward(Session):
         peer = self.routes.find(self.target.host, self.target.port)
         self.peer = peer.name
         end, context = await self._reach(peer)
-        connection = h11.Connection(h11.CLIENT)
         via = (b"Via", f"1.1 {self.shared.pseudonym}".encode())
         forwarded = [show_forwarded(self.source)] if self.source else []
         kept = [(name, value) for name, value in headers if name != b"forwarded"]
-        await end.send(request_bytes(connection, self.target, [*kept, via, *forwarded]))
+        await end.send(request_bytes(self.target, [*kept, via, *forwarded]))
         most = self.shared.config.most_body
         try:
-            response = await read_response(connection, end.receive, most)
+            response = await read_response(end.receive, most)
         except TLSError as error:
             if error.reason is TLSReason.TLS_CLOSED:
                 # With TLS 1.3 it is only now that we hear what it says of our certificate.
                 raise Refusal(BridgeReason.PEER_CLOSED, str(error)) from None
             raise
         self.shared.resumption.keep(context, peer.server_name, end.ssl)
-        if response.status >= _NOT_SUCCESSFUL:
+        if not response.opens_tunnel:
             await end.end()
         return end, response
 
@@ -145,7 +140,7 @@ class Ingress(Outward):
         self.is_understood(request.target)
         check_loop(request, self.shared.pseudonym)
         end, response = await self.ask_peer(request.headers)
-        if response.status >= _NOT_SUCCESSFUL:
+        if not response.opens_tunnel:
             reason = response.reason.decode("ascii", "backslashreplace")
             self.report(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
             await send_all(self.story, self.client, self.asked.pass_back(response))
@@ -171,7 +166,7 @@ class ServerNameIngress(Outward):
         if not received:
             return
         end, response = await self.ask_peer(header)
-        if response.status >= _NOT_SUCCESSFUL:
+        if not response.opens_tunnel:
             reason = response.reason.decode("ascii", "backslashreplace")
             raise Refusal(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
         self.join(self.client, end, response.body, received)

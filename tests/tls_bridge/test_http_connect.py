@@ -1,5 +1,6 @@
 """HTTP's CONNECT: what is read, passed on and answered."""
 
+import contextlib
 from collections.abc import Sequence
 
 import h11
@@ -53,6 +54,35 @@ def test_it_does_not_matter_how_the_bytes_come(early: bytes) -> None:
         assert read(REQUEST[:cut], REQUEST[cut:] + early) == expected
     got = read(*(bytes([byte]) for byte in REQUEST))
     assert got == expected._replace(early=b"")
+
+
+def test_a_blank_line_may_be_a_short_one_and_what_follows_is_early() -> None:
+    request = REQUEST.replace(b"\r\n", b"\n")
+    assert read(request + b"early\r\n\r\n") == (
+        Request(Endpoint("web.internal", 80), [(b"x-one", b"1")], b"early\r\n\r\n")
+    )
+    answer = b"HTTP/1.1 200 OK\n\n"
+    assert ask(answer + b"early\r\n\r\n") == Response(200, b"OK", [], b"early\r\n\r\n")
+
+
+def test_what_is_remembered_is_not_what_came_behind_it() -> None:
+    for early in b"one", b"two", b"":
+        request = read(REQUEST + early)
+        assert request is not None
+        assert request.early == early
+        assert ask(b"HTTP/1.1 200 OK\r\n\r\n" + early).body == early
+
+
+def test_a_remembered_request_is_refused_and_answered_like_a_new_one() -> None:
+    for request in REQUEST, REQUEST.replace(b"CONNECT", b"HEAD"):
+        answers = []
+        for pieces in [request], [request], [request[:9], request[9:]]:
+            asked = Asked(receiver(pieces))
+            with contextlib.suppress(Refusal):
+                trio.run(asked.read)
+            answers.append(asked.refuse(BridgeReason.NO_ROUTE, "x", "tls-bridge"))
+        assert answers[0].startswith(b"HTTP/1.1 403 ")
+        assert len(set(answers)) == 1
 
 
 def test_whoever_leaves_without_a_word_asks_nothing() -> None:
@@ -161,14 +191,11 @@ def test_via(value: bytes, expected: bool) -> None:
 
 
 def ask(*pieces: bytes, most_body: int = 100) -> Response:
-    connection = h11.Connection(h11.CLIENT)
-    request_bytes(connection, Endpoint("2001:db8::1", 443), [(b"Via", b"1.1 x")])
-    return trio.run(read_response, connection, receiver(pieces), most_body)
+    return trio.run(read_response, receiver(pieces), most_body)
 
 
 def test_the_request_that_goes_on() -> None:
-    connection = h11.Connection(h11.CLIENT)
-    assert request_bytes(connection, Endpoint("2001:db8::1", 443), [(b"Via", b"1.1 x")]) == (
+    assert request_bytes(Endpoint("2001:db8::1", 443), [(b"Via", b"1.1 x")]) == (
         b"CONNECT [2001:db8::1]:443 HTTP/1.1\r\nHost: [2001:db8::1]:443\r\nVia: 1.1 x\r\n\r\n"
     )
 
