@@ -34,6 +34,7 @@ _HOP_BY_HOP = frozenset(
 _LONGEST_REMEMBERED = 1024
 _MOST_REMEMBERED = 1024
 
+_HEAD = b"HEAD "
 _VERSIONS = frozenset({b"1.0", b"1.1"})
 
 Headers = list[tuple[bytes, bytes]]
@@ -71,8 +72,8 @@ class Asked:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._head = b""  # of the request, if it was understood without a connection of h11's
-        self._connection: h11.Connection | None = None
+        self._begin = b""  # of the request
+        self._is_answered = False
 
     async def read(self) -> Request | None:
         """Return what the client asks; None if it has ended without a word.
@@ -83,17 +84,18 @@ class Asked:
         data = await self._receive()
         if (end := _end_of_head(data)) is None:
             return await self._read_in_pieces(data)
-        self._head = data[:end]
-        request = _understand_request(self._head)
+        self._begin = data[: len(_HEAD)]
+        request = _understand_request(data[:end])
         return request._replace(early=request.early + data[end:])
 
     async def _read_in_pieces(self, data: bytes) -> Request | None:
-        connection = self._connection = _server()
+        connection = _server()
         room = MOST_HEADER
         while True:
             piece, data = data[:room], data[room:]
             room -= len(piece)
             connection.receive_data(piece)
+            self._begin = (self._begin + piece)[: len(_HEAD)]
             if (event := _next_event(connection)) is not h11.NEED_DATA:
                 break
             if not room:
@@ -106,6 +108,7 @@ class Asked:
 
     def accept(self, headers: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
         """Return the bytes that say: what comes now is for the service."""
+        self._is_answered = True
         return _show_head(b"HTTP/1.1 200 Connection established", headers)
 
     def refuse(self, reason: Reason, detail: str, proxy: str) -> bytes:
@@ -123,23 +126,15 @@ class Asked:
 
     def pass_back(self, response: Response) -> bytes:
         """Return the bytes of an answer that is not 2xx."""
-        connection = self._connection
-        if connection is None:
-            connection = self._connection = _server()
-            if self._head:
-                connection.receive_data(self._head)
-                with contextlib.suppress(Refusal):
-                    _next_event(connection)
-        if connection.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
+        if self._is_answered:
             return b""
-        headers = [*response.headers, (b"Content-Length", b"%d" % len(response.body))]
+        self._is_answered = True
+        body = response.body
+        headers = [*response.headers, (b"Content-Length", b"%d" % len(body))]
         headers.append((b"Connection", b"close"))
-        events = (
-            h11.Response(status_code=response.status, headers=headers, reason=response.reason),
-            h11.Data(data=response.body),
-            h11.EndOfMessage(),
-        )
-        return b"".join(connection.send(event) or b"" for event in events)
+        head = _show_head(b"HTTP/1.1 %d %b" % (response.status, response.reason), headers)
+        # RFC 9110 §9.3.2: "the server MUST NOT send content in the response" to HEAD.
+        return head if self._begin == _HEAD else head + body
 
 
 def _server() -> h11.Connection:

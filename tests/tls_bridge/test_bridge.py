@@ -301,11 +301,12 @@ def test_a_change_of_the_directory_counts_for_the_next_connection(it: Bridge) ->
     ("request_bytes", "expected"),
     [
         (b"GET http://web.internal/ HTTP/1.1\r\nHost: web.internal\r\n\r\n", 405),
+        (b"HEAD http://web.internal/ HTTP/1.1\r\nHost: web.internal\r\n\r\n", 405),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 no HTTP\r\n\r\n", 400),
         (connect("web.internal:80", "X: " + 17_000 * "x"), 431),
         (connect("web.internal:80", "Content-Length: 5") + b"hello", 400),
     ],
-    ids=["method", "not-http", "too-large", "content"],
+    ids=["method", "head", "not-http", "too-large", "content"],
 )
 def test_what_is_no_connect(it: Bridge, request_bytes: bytes, expected: int) -> None:
     ingress = it.start_ingress()

@@ -83,6 +83,8 @@ def test_a_remembered_request_is_refused_and_answered_like_a_new_one() -> None:
             answers.append(asked.refuse(BridgeReason.NO_ROUTE, "x", "tls-bridge"))
         assert answers[0].startswith(b"HTTP/1.1 403 ")
         assert len(set(answers)) == 1
+        # RFC 9110 §9.3.2: "the server MUST NOT send content in the response" to HEAD.
+        assert answers[0].endswith(b"\r\n\r\n") == request.startswith(b"HEAD")
 
 
 def test_whoever_leaves_without_a_word_asks_nothing() -> None:
