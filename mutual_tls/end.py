@@ -62,7 +62,7 @@ class TLSEnd:
 
     Args:
         story: which waits for the socket.
-        sock: non-blocking; owned by whoever made it.
+        sock: a connected stream socket; owned by whoever made it.
         context: with the identity, and whom to trust.
         server_side: whether the peer is the client.
         server_name: for a client: the name that it sends, and that the context checks if it does.
@@ -104,6 +104,8 @@ class TLSEnd:
         Raises:
             TLSError: it failed; the peer has been told.
         """
+        if self.ssl.server_side:
+            await self._feed()
         while True:
             try:
                 self.ssl.do_handshake()
@@ -207,7 +209,7 @@ class TLSEnd:
 
 
 async def receive_some(story: Story, sock: socket, most: int) -> bytes:
-    """Return the next bytes of a non-blocking socket, at most so many; none at its end.
+    """Return the next bytes of a socket, at most so many; none at its end.
 
     Raises:
         OSError: the connection is broken.
@@ -220,7 +222,7 @@ async def receive_some(story: Story, sock: socket, most: int) -> bytes:
 
 
 async def send_all(story: Story, sock: socket, data: bytes) -> None:
-    """Send all of `data` to a non-blocking socket.
+    """Send all of `data` to a socket.
 
     Raises:
         OSError: the connection is broken.

@@ -134,7 +134,6 @@ class Session:
 
     async def run(self) -> None:
         """Tell the story; see to it that nothing is left of it."""
-        self.client.setblocking(False)
         try:
             try:
                 with self.story.time_limit(self.shared.config.setup_seconds) as limit:
