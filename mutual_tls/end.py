@@ -21,8 +21,8 @@ from sniproxy.engine.story import Story
 # Bytes received at a time: more than the flight of a handshake, and one whole record.
 _CHUNK = 1 << 14
 
-# Bytes that pass a BIO at a time: it never shrinks again.
-_SLICE = 1 << 15
+# Bytes that pass a BIO at a time: one record. It never shrinks again.
+_SLICE = 1 << 14
 
 # Seconds that a peer is listened to after our alert: to close with bytes unread would send a reset,
 # which can overtake the alert. Three round trips around the world.
