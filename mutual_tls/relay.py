@@ -32,6 +32,7 @@ from mutual_tls.end import TLSEnd
 from sniproxy.engine import tcp
 from sniproxy.engine.linger import LastWords
 from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.sweep import Sweep, Swept
 from sniproxy.engine.tcp import LINGER_0
 
 _EVENTS: Final = EPOLLIN | EPOLLRDHUP | EPOLLOUT | EPOLLET
@@ -51,11 +52,6 @@ _TURN: Final = 1 << 19
 
 # Bytes of answers to a peer that takes none and goes on asking for new keys: two thousand answers.
 _MOST_ANSWERS: Final = 1 << 16
-
-# Seconds between two looks at what has been moved, and looks within the shortest limit.
-_SWEEP_EVERY = 10.0
-_SWEEPS_IN_LIMIT = 4
-_SWEEP_BATCH = 1000
 
 _WantRead, _ZeroReturn, _SSLError = ssl.SSLWantReadError, ssl.SSLZeroReturnError, ssl.SSLError
 
@@ -104,9 +100,7 @@ class TLSRelay:
         self.plain = memoryview(bytearray(_CHUNK + 2 * _RECORD))
         # TLS peers that have had an alert, or the last words of a plain end that reads no more.
         self.last_words = LastWords(loop, on_fault, half_closed_seconds)
-        self._on_fault = on_fault
-        self._idle_seconds = idle_seconds
-        self._half_closed_seconds = half_closed_seconds
+        self.sweep = Sweep(loop, on_fault, idle_seconds, half_closed_seconds)
 
     def join(
         self, plain: socket, end: TLSEnd, on_end: OnEnd, to_plain: bytes = b"", to_tls: bytes = b""
@@ -136,22 +130,7 @@ class TLSRelay:
         """End connections on which nothing moves for too long, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.last_words.run)
-            nursery.start_soon(self._sweep)
-
-    async def _sweep(self) -> None:
-        limits = [each for each in (self._idle_seconds, self._half_closed_seconds) if each]
-        pause = min([_SWEEP_EVERY, *(each / _SWEEPS_IN_LIMIT for each in limits)])
-        while True:
-            await trio.sleep(pause)
-            for number, watcher in enumerate(self.loop.watchers()):
-                if isinstance(watcher, _Pair):
-                    try:
-                        watcher.sweep(pause, self._idle_seconds, self._half_closed_seconds)
-                    except Exception as error:  # noqa: BLE001 - it ends one connection alone
-                        self._on_fault(error)
-                        watcher.abort()
-                if number % _SWEEP_BATCH == _SWEEP_BATCH - 1:
-                    await trio.lowlevel.checkpoint()
+            nursery.start_soon(self.sweep.run)
 
     def abort_all(self) -> None:
         """Reset every connection."""
@@ -192,7 +171,7 @@ class _PlainEnd:
             self.pair.abort()
 
 
-class _Pair:
+class _Pair(Swept):
     """One connection; watches the TLS socket. Up is from plain to TLS, down from TLS to plain."""
 
     __slots__ = (
@@ -494,7 +473,7 @@ class _Pair:
         self.ssl = self.unsent = self.received = None
 
     def sweep(self, pause: float, idle_seconds: float, half_closed_seconds: float) -> None:
-        """End the connection if nothing was moved for too long; `pause` is since the last sweep."""
+        """End the connection if nothing was moved for too long; `pause` is since the last look."""
         if self.ssl is None:
             return
         ends = [sock for sock in (self.plain, self.tls) if sock.family != AF_UNIX]

@@ -184,6 +184,7 @@ class Sessions:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.waiting.run)
             nursery.start_soon(self.alerted.run)
+            nursery.start_soon(self.relay.run)
 
 
 class Session:

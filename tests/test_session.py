@@ -84,7 +84,7 @@ class Door:
             self.sessions.make_room,
             log.exhausted,
         )
-        for task in self.loop.run, self.listener.run, self.relay.run, self.sessions.run:
+        for task in self.loop.run, self.listener.run, self.sessions.run:
             service.start_soon(task)
 
     def take_in(self) -> socket.socket:

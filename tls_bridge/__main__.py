@@ -23,7 +23,7 @@ from tls_bridge.ingress import Ingress, ServerNameIngress
 from tls_bridge.log import Log
 from tls_bridge.peer_side import PeerSide
 from tls_bridge.routes import Routes, parse_pattern
-from tls_bridge.serve import Begin, serve
+from tls_bridge.serve import MakeStory, serve
 
 _INGRESS = "tls-bridge"
 _PEER = "tls-bridge-peer"
@@ -178,7 +178,7 @@ def _take_sockets(program: str, config: Config) -> list[tuple[socket, bool]]:
     return [(sock, config.sni or name == _SNI) for sock, name in taken]
 
 
-def _story(program: str, *, is_sni: bool, routes: Routes) -> Begin:
+def _story(program: str, *, is_sni: bool, routes: Routes) -> MakeStory:
     """Return what makes the story of a client."""
     if program == _PEER:
         return PeerSide

@@ -109,6 +109,12 @@ class Sessions:
         self.relay.abort_all()
         return left
 
+    async def run(self) -> None:
+        """Look at limits of time, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.stories.run)
+            nursery.start_soon(self.relay.run)
+
     def counts(self) -> Counts:
         """Return how many there are, and were."""
         return Counts(self.limit.open, self.served, self.refused)

@@ -38,6 +38,7 @@ from sniproxy.engine.ending import Ending
 from sniproxy.engine.linger import LastWords
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import Pipe, PipePool
+from sniproxy.engine.sweep import Sweep, Swept
 from sniproxy.engine.tcp import LINGER_0
 
 READ_EVENTS = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
@@ -75,15 +76,6 @@ _SPLICE_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 # What splice(2) says where it is not to be had: these sockets can't, or a sandbox forbids it.
 _NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
-# Seconds between two looks at what has been moved. Connections that have a time limit are looked at
-# more often if that is short, so that none lives longer than a quarter above its limit.
-_SWEEP_EVERY = 10.0
-_SWEEPS_IN_LIMIT = 4
-
-# Connections that are looked at before others have their turn: less than a millisecond.
-_SWEEP_BATCH = 1000
-
-
 # To find a member of an Enum, Python 3.11 runs a function written in Python. Once is enough.
 _FINISHED, _NEAR_RESET, _FAR_RESET = Ending.FINISHED, Ending.NEAR_RESET, Ending.FAR_RESET
 
@@ -114,9 +106,7 @@ class Relay:
         self.buffer = memoryview(bytearray(_CHUNK))
         self.can_splice = True
         self.last_words = LastWords(loop, on_fault, half_closed_seconds)
-        self._on_fault = on_fault
-        self._idle_seconds = idle_seconds
-        self._half_closed_seconds = half_closed_seconds
+        self.sweep = Sweep(loop, on_fault, idle_seconds, half_closed_seconds)
 
     def join(
         self,
@@ -168,23 +158,7 @@ class Relay:
         """Look after connections on which nothing moves, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.last_words.run)
-            limits = [each for each in (self._idle_seconds, self._half_closed_seconds) if each]
-            pause = min([_SWEEP_EVERY, *(each / _SWEEPS_IN_LIMIT for each in limits)])
-            while True:
-                await trio.sleep(pause)
-                await self._sweep(pause)
-
-    async def _sweep(self, pause: float) -> None:
-        """Compare what every connection has moved with what it had moved the last time."""
-        for number, watcher in enumerate(self.loop.watchers()):
-            if isinstance(watcher, _Flow) and watcher.on_end is not None:
-                try:
-                    watcher.sweep(pause, self._idle_seconds, self._half_closed_seconds)
-                except Exception as error:  # noqa: BLE001 - it ends one connection alone
-                    self._on_fault(error)
-                    watcher.abort()
-            if number % _SWEEP_BATCH == _SWEEP_BATCH - 1:
-                await trio.lowlevel.checkpoint()
+            nursery.start_soon(self.sweep.run)
 
     def abort_all(self) -> None:
         """Reset every connection."""
@@ -194,7 +168,7 @@ class Relay:
         self.last_words.abort_all()
 
 
-class _Flow:
+class _Flow(Swept):
     """One direction: the bytes that `source` sends and `sink` receives.
 
     That from the near end is the one that knows `on_end`, and what concerns both. They are of one
@@ -559,9 +533,9 @@ class _Flow:
         self.back = back.back = None
 
     def sweep(self, pause: float, idle_seconds: float, half_closed_seconds: float) -> None:
-        """End the connection if nothing was moved for too long; `pause` is since the last sweep."""
+        """End the connection if nothing was moved for too long; `pause` is since the last look."""
         back = self.back
-        if back is None:
+        if back is None or self.on_end is None:  # the other direction speaks for both
             return
         if self.moved != self.swept or back.moved != back.swept:
             tcp.expect_answers(self.source, self.quiet * pause)

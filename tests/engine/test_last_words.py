@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock, trio_test
 
-from sniproxy.engine import linger, relay, tcp
+from sniproxy.engine import linger, sweep, tcp
 from sniproxy.engine.ending import Ending
 from sniproxy.engine.linger import Linger
 from tests.support.relays import Bench, bench
@@ -323,7 +323,7 @@ async def fill(it: Bench) -> tuple[trio.SocketStream, bytes]:
 async def test_a_client_that_pauses_is_not_taken_for_gone(
     monkeypatch: pytest.MonkeyPatch, has_closed: bool
 ) -> None:
-    monkeypatch.setattr(relay, "_SWEEP_EVERY", 0.1)
+    monkeypatch.setattr(sweep, "_EVERY", 0.1)
     monkeypatch.setattr(tcp, "_ASK_AFTER", 0.3)
     async with bench() as it:
         client, sent = await fill(it)
@@ -341,7 +341,7 @@ async def test_a_client_that_pauses_is_not_taken_for_gone(
 async def test_the_timeout_is_back_when_the_client_reads_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relay, "_SWEEP_EVERY", 0.1)
+    monkeypatch.setattr(sweep, "_EVERY", 0.1)
     monkeypatch.setattr(tcp, "_ASK_AFTER", 0.3)
     async with bench() as it:
         client, sent = await fill(it)

@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import check_half_closeable_stream, trio_test
 
-from sniproxy.engine import linger, relay
+from sniproxy.engine import linger, relay, sweep
 from sniproxy.engine.ending import Ending
 from sniproxy.engine.loop import Watcher
 from sniproxy.engine.pipes import PipePool
@@ -584,7 +584,7 @@ async def test_how_it_ends_is_what_was_known_first() -> None:
 async def test_others_have_their_turn_while_connections_are_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relay, "_SWEEP_BATCH", 2)
+    monkeypatch.setattr(sweep, "_BATCH", 2)
     async with bench() as it:
         for _ in range(10):
             it.join()
@@ -598,7 +598,7 @@ async def test_others_have_their_turn_while_connections_are_looked_at(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(count)
-            await it.relay._sweep(1.0)
+            await it.relay.sweep.look(1.0)
             assert turns >= 5  # twenty directions, two at a time, and some for the start
             nursery.cancel_scope.cancel()
 

@@ -1,0 +1,118 @@
+"""What every program does to serve: it accepts until it is told to drain, and waits for the end."""
+
+from _socket import socket
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
+
+import trio
+
+from sniproxy.engine.limit import ConnectionLimit
+from sniproxy.engine.listener import Address, Listener
+from sniproxy.engine.loop import EventLoop
+from sniproxy.service.drain import drain
+from sniproxy.service.eventlog import EventLog, show_address
+from sniproxy.service.notify import Counts, Notifier
+from sniproxy.service.signals import Signals
+from sniproxy.service.workers import Worker
+
+
+class Sessions(Protocol):
+    """All connections of a program.
+
+    Attributes:
+        served, refused: How many there were.
+    """
+
+    served: int
+    refused: int
+
+    def make_room(self) -> bool:
+        """Let a client go for the sake of the next one; return whether there was anybody."""
+
+    def counts(self) -> Counts:
+        """Return how many there are, and were."""
+
+    def cut(self) -> int:
+        """End whoever is left; return how many."""
+
+    async def run(self) -> None:
+        """Do what all connections need, until cancelled."""
+
+
+Some = TypeVar("Some", bound=Sessions)
+
+# Begins the story of an accepted client.
+Begin = Callable[[Some, socket, Address], None]
+
+
+async def serve_until_drained(
+    listening: Sequence[tuple[socket, Begin[Some]]],
+    make_sessions: Callable[[trio.Nursery], Some],
+    loop: EventLoop,
+    limit: ConnectionLimit,
+    log: EventLog,
+    orders: Signals | Worker,
+    notifier: Notifier | Worker,
+    drain_seconds: float,
+    *,
+    tasks: Sequence[Callable[[], Awaitable[None]]] = (),
+    **fields: object,
+) -> None:
+    """Serve what the sockets accept, until an order to end.
+
+    Args:
+        listening: each socket with what begins the story of whoever connects there.
+        make_sessions: called with the nursery for the tasks of connections.
+        loop: serves the connections; shut at the end.
+        limit: counts them.
+        log: where the lines go that every program has.
+        orders: says when to drain, and when to end.
+        notifier: told how we fare.
+        drain_seconds: how long a drain waits for the last connection.
+        tasks: what else runs meanwhile.
+        fields: what the line `listening` says besides.
+
+    Returns when the last connection has ended, by itself or at the end of the drain.
+    """
+    # Two lifetimes. What serves must outlive those who are served.
+    async with trio.open_nursery() as service:
+        await service.start(orders.receive)
+        service.start_soon(loop.run)
+        async with trio.open_nursery() as conversations:
+            sessions = make_sessions(conversations)
+            listeners = [
+                Listener(
+                    loop,
+                    sock,
+                    limit,
+                    on_accept=partial(begin, sessions),
+                    on_full=sessions.make_room,
+                    on_exhausted=log.exhausted,
+                )
+                for sock, begin in listening
+            ]
+            for listener in listeners:
+                service.start_soon(listener.run)
+            service.start_soon(sessions.run)
+            service.start_soon(notifier.run, sessions.counts)
+            service.start_soon(log.run)
+            for task in tasks:
+                service.start_soon(task)
+            notifier.ready()
+            orders.on_status = lambda: log.status(sessions.counts())
+            for sock, _ in listening:
+                name = sock.getsockname()
+                address = show_address(name) if isinstance(name, tuple) else name or "unix"
+                log.event("listening", address=address, capacity=limit.capacity, **fields)
+
+            await orders.drain.wait()
+            for listener in listeners:
+                listener.close()
+            notifier.stopping()
+            log.event("draining", open=limit.open)
+            await drain(limit.wait_until_empty, orders.end, drain_seconds)
+            cut = sessions.cut()
+        service.cancel_scope.cancel()
+    log.event("drained", served=sessions.served, refused=sessions.refused, cut=cut)
+    loop.shut()
