@@ -7,12 +7,18 @@ import os
 import pwd
 import re
 import stat
+from collections.abc import Collection
 from typing import Final, NamedTuple
 
 from sniproxy.service import libc
 
-# linux/capability.h: sets of 64 capabilities.
+# linux/capability.h: sets of 64 capabilities, and two of these.
 _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
+CAP_NET_ADMIN: Final = 12
+CAP_NET_RAW: Final = 13
+
+# linux/prctl.h: whether capabilities outlive the change of the user.
+_PR_SET_KEEPCAPS: Final = 8
 
 
 class IdentityError(Exception):
@@ -98,12 +104,18 @@ def enter_root() -> None:
     os.chdir("/")
 
 
-def become(identity: Identity) -> None:
+def become(identity: Identity, keep: Collection[int] = ()) -> None:
     """Become that user, with no way back.
+
+    Args:
+        identity: whom to become.
+        keep: capabilities that are not lost by it, but put aside; see `keep_capabilities`.
 
     Raises:
         OSError: EPERM without CAP_SETUID and CAP_SETGID, setresuid(2).
     """
+    if keep:
+        libc.call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
     # The groups first, as long as we may. Nothing that was of the old user stays: the saved ids,
     # too, would be a way back.
     os.setgroups(identity.groups)
@@ -118,6 +130,24 @@ def drop_capabilities() -> None:
     ordinary user, or made to outlive the change of the user.
     """
     if os.geteuid() != 0:
-        header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
-        none = (ctypes.c_uint32 * 6)()
-        libc.call("capset", ctypes.byref(header), ctypes.byref(none))
+        keep_capabilities(())
+
+
+def keep_capabilities(keep: Collection[int]) -> None:
+    """Give up all of root's rights but these, whoever we are, and none is inherited by programs.
+
+    What is left of root without them is the owner of root's files.
+
+    Args:
+        keep: numbers of capabilities, linux/capability.h.
+
+    Raises:
+        OSError: EPERM, we do not have one of them; capset(2).
+    """
+    header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
+    bits = sum(1 << number for number in keep)
+    # struct __user_cap_data_struct, for the lower halves and for the upper ones: effective,
+    # permitted, inheritable.
+    low, high = bits & 0xFFFFFFFF, bits >> 32
+    sets = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    libc.call("capset", ctypes.byref(header), ctypes.byref(sets))

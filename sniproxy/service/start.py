@@ -4,7 +4,7 @@ import contextlib
 import gc
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from syslog import LOG_ERR, LOG_WARNING
 
 import trio
@@ -70,8 +70,13 @@ def share_descriptors(options: ServiceOptions, most_pipes: int, log: EventLog) -
     return share
 
 
-def drop_privileges(options: ServiceOptions) -> None:
+def drop_privileges(options: ServiceOptions, keep: Collection[int] | None = None) -> None:
     """Change the root directory and the user, if that is asked for.
+
+    Args:
+        options: say whether, and whom to become.
+        keep: the only capabilities that are needed from now on, even if we stay root; None if root
+            is to stay what it is, and nobody else needs any.
 
     Raises:
         UsageError: there is no such user.
@@ -83,8 +88,11 @@ def drop_privileges(options: ServiceOptions) -> None:
             privileges.enter_root()
     if identity is not None:
         with attempt(f"become the user {options.user!a}"):
-            privileges.become(identity)
-    if options.chroot or identity is not None:
+            privileges.become(identity, keep or ())
+    if keep is not None:
+        with attempt("keep the capabilities that are needed, and no other"):
+            privileges.keep_capabilities(keep)
+    elif options.chroot or identity is not None:
         with attempt("drop all capabilities"):
             privileges.drop_capabilities()
 
