@@ -12,9 +12,10 @@ Nothing else may be reached: this is no open proxy.
 from typing import NamedTuple
 
 from mutual_tls.dial import Endpoint
+from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.settings import SettingsError, exists, read_values
 from mutual_tls.verify import Certificate, Rule, matches
-from tls_bridge.refusal import BridgeReason, Refusal
+from tls_bridge.refusal import BridgeReason
 from tls_bridge.routes import rules_in
 
 
@@ -34,7 +35,7 @@ def check_client(certificate: Certificate) -> None:
     try:
         rules = rules_in("clients")
     except SettingsError as error:
-        raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+        raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
     _check("clients", rules or [], certificate)
 
 
@@ -62,7 +63,7 @@ def find_service(target: Endpoint, certificate: Certificate) -> Service:
             _where(path, values[0]) if values else target, exists(f"{place}/send-proxy-v1")
         )
     except SettingsError as error:
-        raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+        raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
 
 
 def _where(path: str, value: str) -> Endpoint | str:

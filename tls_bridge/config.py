@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sniproxy.service.options import ServiceOptions
+from mutual_tls.session import SessionOptions
 
 
 @dataclass(frozen=True, slots=True)
-class Config(ServiceOptions):
+class Config(SessionOptions):
     """How the two behave. The defaults are the contract; tests make the times shorter."""
 
     # Where to listen, if the sockets are not passed; on the second one as if `sni` were set.
@@ -22,10 +22,6 @@ class Config(ServiceOptions):
     files: tuple[Path, ...] = ()
     identity: Path | None = None
     server_name: str | None = None
-
-    # Seconds from accept until the tunnel stands: what the client says, names, connecting, TLS, and
-    # the answer. As the SNI router has it, for the same lost packets.
-    setup_seconds: float = 10.0
 
     # The longest body of an answer that is passed back. It is for people, who are told why.
     most_body: int = 1 << 16

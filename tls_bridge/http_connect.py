@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from enum import StrEnum
 from functools import lru_cache
 from http import HTTPStatus
 from typing import NamedTuple
@@ -14,8 +15,9 @@ from typing import NamedTuple
 import h11
 
 from mutual_tls.dial import Endpoint
+from mutual_tls.refusal import Refusal
 from sniproxy_hostname import Hostname
-from tls_bridge.refusal import ANSWERS, BridgeReason, Reason, Refusal
+from tls_bridge.refusal import ANSWERS, BridgeReason
 
 # The most that a header may take, all fields together: what Apache and nginx allow is 8 to 32 KiB.
 MOST_HEADER = 1 << 14
@@ -111,7 +113,7 @@ class Asked:
         self._is_answered = True
         return _show_head(b"HTTP/1.1 200 Connection established", headers)
 
-    def refuse(self, reason: Reason, detail: str, proxy: str) -> bytes:
+    def refuse(self, reason: StrEnum, detail: str, proxy: str) -> bytes:
         """Return the bytes that say that, and why, it can't be done."""
         status = ANSWERS[reason].status
         phrase = HTTPStatus(status).phrase
@@ -288,7 +290,7 @@ def host(text: bytes) -> str:
     return Hostname(text)
 
 
-def proxy_status(proxy: str, reason: Reason, detail: str) -> bytes:
+def proxy_status(proxy: str, reason: StrEnum, detail: str) -> bytes:
     """Return the value of a Proxy-Status field, RFC 9209 §2: a structured field, RFC 8941.
 
     A String there has printable ASCII only; `"` and the backslash are escaped.

@@ -16,6 +16,7 @@ import trio
 from mutual_tls.dial import DialError, Endpoint, dial
 from mutual_tls.end import TLSEnd, TLSError, TLSReason, listen_to_the_end, receive_some, send_all
 from mutual_tls.identity import IdentityError
+from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.verify import Certificate, CertificateError, Rule, matches
 from sniproxy.engine.listener import Address
 from sniproxy.wire import Alert, HelloError, HelloReader, alert_record
@@ -29,7 +30,7 @@ from tls_bridge.http_connect import (
     read_response,
     request_bytes,
 )
-from tls_bridge.refusal import ANSWERS, BridgeReason, Refusal
+from tls_bridge.refusal import ANSWERS, BridgeReason
 from tls_bridge.routes import Peer, Routes
 from tls_bridge.session import Session, Sessions
 
@@ -85,7 +86,7 @@ class Outward(Session):
         try:
             context = peer.identity.client_context(check_hostname=peer.rules is None)
         except IdentityError as error:
-            raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+            raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
         session = self.shared.resumption.find(context, peer.server_name)
         if session is not None:
             try:
@@ -137,12 +138,12 @@ class Ingress(Outward):
         request = await self.asked.read()
         if request is None:
             return
-        self.is_understood(request.target)
+        self.wants(request.target)
         check_loop(request, self.shared.pseudonym)
         end, response = await self.ask_peer(request.headers)
         if not response.opens_tunnel:
             reason = response.reason.decode("ascii", "backslashreplace")
-            self.report(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
+            self.count_refused(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
             await send_all(self.story, self.client, self.asked.pass_back(response))
             return await listen_to_the_end(self.story, self.client)
         await send_all(self.story, self.client, self.asked.accept(response.headers))
@@ -194,7 +195,7 @@ class ServerNameIngress(Outward):
             raise Refusal(BridgeReason.BAD_HELLO, f"{error.reason}: {error}") from None
         except InvalidHostname as error:
             raise Refusal(BridgeReason.NO_ROUTE, str(error)) from None
-        self.is_understood(Endpoint(host, self.routes.port(host)))
+        self.wants(Endpoint(host, self.routes.port(host)))
         return received, []
 
     async def refuse(self, refusal: Refusal) -> None:

@@ -7,13 +7,14 @@ of each reason, each client and each host is told of once in ten seconds for eac
 import os
 import time
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from syslog import LOG_INFO, LOG_WARNING
 
 from sniproxy.service.eventlog import EventLog
 from sniproxy.service.linelimit import PerKey
 from sniproxy.service.syslogd import Syslog
-from tls_bridge.refusal import ANSWERS, Reason
+from tls_bridge.refusal import ANSWERS
 
 # Clients, and hosts, that are told of in ten seconds. A client can make up any host.
 _MOST_KEYS = 256
@@ -37,7 +38,7 @@ class Log(EventLog):
         self._hosts = PerKey(_MOST_KEYS)
 
     def refusal(
-        self, reason: Reason, client: str, name: str | None, peer: str | None, detail: str
+        self, reason: StrEnum, client: str, name: str | None, peer: str | None, detail: str
     ) -> None:
         """Say why a client was refused.
 

@@ -16,6 +16,7 @@ from mutual_tls.dial import (
 )
 from mutual_tls.end import TLSEnd, TLSError, send_all
 from mutual_tls.identity import IdentityError
+from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.verify import Certificate, CertificateError
 from sniproxy.engine.story import Story
 from sniproxy.wire import proxy_v1_header
@@ -26,7 +27,7 @@ from tls_bridge.http_connect import (
     Headers,
     check_loop,
 )
-from tls_bridge.refusal import BridgeReason, Refusal
+from tls_bridge.refusal import BridgeReason
 from tls_bridge.session import Session
 
 # Seconds between two attempts at a Unix socket whose backlog is full.
@@ -47,14 +48,14 @@ class PeerSide(Session):
         try:
             context = shared.identities("identity").server_context()
         except IdentityError as error:
-            raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+            raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
         end = TLSEnd(self.story, self.client, context, server_side=True, check=shown.append)
         await end.shake_hands()
         self.end, self.asked = end, Asked(end.receive)
         request = await self.asked.read()
         if request is None:
             return
-        self.is_understood(request.target)
+        self.wants(request.target)
         certificate = read_certificate(shown[-1])
         check_client(certificate)
         check_loop(request, shared.pseudonym)

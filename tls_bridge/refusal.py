@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mutual_tls.dial import DialReason
 from mutual_tls.end import TLSReason
+from mutual_tls.refusal import SessionReason
 from sniproxy.wire import Alert
 
 
@@ -17,21 +18,15 @@ class BridgeReason(StrEnum):
     HEADER_TOO_LARGE = "header_too_large"
     NOT_CONNECT = "not_connect"
     LOOP = "loop"  # it has been here before
-    CLIENT_SILENT = "client_silent"
-    CAPACITY = "capacity"  # others wait for its place, and it has not said what it wants
     # What the directory says.
     NO_ROUTE = "no_route"  # nothing is said of that host
     PORT_NOT_ALLOWED = "port_not_allowed"
     CLIENT_NOT_ALLOWED = "client_not_allowed"
-    MISCONFIGURED = "misconfigured"
     # What the peer, or the service, does.
     PEER_SILENT = "peer_silent"
     PEER_CLOSED = "peer_closed"  # without an answer
     PEER_NOT_HTTP = "peer_not_http"
     PEER_REFUSED = "peer_refused"  # it has answered, and not with 2xx
-
-
-Reason = BridgeReason | DialReason | TLSReason
 
 
 class Answer(NamedTuple):
@@ -48,18 +43,18 @@ class Answer(NamedTuple):
     alert: Alert = Alert.INTERNAL_ERROR
 
 
-ANSWERS: dict[Reason, Answer] = {
+ANSWERS: dict[StrEnum, Answer] = {
     BridgeReason.BAD_REQUEST: Answer(400, "http_request_error"),
     BridgeReason.BAD_HELLO: Answer(400, "http_request_error", Alert.DECODE_ERROR),
     BridgeReason.HEADER_TOO_LARGE: Answer(431, "http_request_error"),
     BridgeReason.NOT_CONNECT: Answer(405, "http_request_denied"),
     BridgeReason.LOOP: Answer(502, "proxy_loop_detected"),
-    BridgeReason.CLIENT_SILENT: Answer(408, "http_request_error"),
-    BridgeReason.CAPACITY: Answer(503, "connection_limit_reached"),
+    SessionReason.CLIENT_SILENT: Answer(408, "http_request_error"),
+    SessionReason.CAPACITY: Answer(503, "connection_limit_reached"),
     BridgeReason.NO_ROUTE: Answer(403, "http_request_denied", Alert.UNRECOGNIZED_NAME),
     BridgeReason.PORT_NOT_ALLOWED: Answer(403, "http_request_denied", Alert.UNRECOGNIZED_NAME),
     BridgeReason.CLIENT_NOT_ALLOWED: Answer(403, "http_request_denied"),
-    BridgeReason.MISCONFIGURED: Answer(500, "proxy_configuration_error"),
+    SessionReason.MISCONFIGURED: Answer(500, "proxy_configuration_error"),
     BridgeReason.PEER_SILENT: Answer(504, "connection_timeout"),
     BridgeReason.PEER_CLOSED: Answer(502, "connection_terminated"),
     BridgeReason.PEER_NOT_HTTP: Answer(502, "http_protocol_error"),
@@ -77,11 +72,3 @@ ANSWERS: dict[Reason, Answer] = {
     TLSReason.REJECTED: Answer(502, "tls_alert_received"),
     TLSReason.TLS_FAILED: Answer(502, "tls_protocol_error"),
 }
-
-
-class Refusal(Exception):  # noqa: N818 - it is an answer as well
-    """The connection is refused; the message says more than the reason."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason: Reason = reason

@@ -20,6 +20,7 @@ import re2
 
 from mutual_tls.dial import Endpoint
 from mutual_tls.identity import Identity
+from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.settings import (
     SettingsError,
     StrPath,
@@ -31,7 +32,7 @@ from mutual_tls.settings import (
 )
 from mutual_tls.signature import Signature, signature
 from mutual_tls.verify import Rule, RuleError, parse_rule
-from tls_bridge.refusal import BridgeReason, Refusal
+from tls_bridge.refusal import BridgeReason
 
 # A name of a peer: one component of a path that is neither hidden nor above us.
 _PEER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
@@ -124,7 +125,7 @@ class Routes:
                 if pattern.matches(host):
                     return self._peer(pattern.peer)
         except SettingsError as error:
-            raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+            raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
         raise Refusal(BridgeReason.NO_ROUTE, f"nothing is said of {host}")
 
     def port(self, host: str) -> int:
@@ -140,7 +141,7 @@ class Routes:
             except FileNotFoundError:
                 continue
             except SettingsError as error:
-                raise Refusal(BridgeReason.MISCONFIGURED, str(error)) from None
+                raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
         return 443
 
     def _places(self, host: str) -> Iterator[str]:
@@ -166,7 +167,7 @@ class Routes:
         if ":" in name:
             return self._peer_by_address(name)
         if not _PEER.fullmatch(name):
-            raise Refusal(BridgeReason.MISCONFIGURED, f"{name!a} is no name of a peer")
+            raise Refusal(SessionReason.MISCONFIGURED, f"{name!a} is no name of a peer")
         place = f"{self._within}peers/{name}"
         path = f"{place}/address"
         try:

@@ -48,7 +48,7 @@ async def serve(
         return Sessions(program, config, identities, loop, relay, log, limit, nursery)
 
     def begin(make: MakeStory, sessions: Sessions, client: socket, address: Address) -> None:
-        sessions.begin(make, client, address)
+        sessions.begin(make(sessions, client, address))
 
     await serve_until_drained(
         [(sock, partial(begin, make)) for sock, make in listening],

@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from mutual_tls.dial import Endpoint
+from mutual_tls.refusal import Refusal
 from tls_bridge.http_connect import (
     MOST_HEADER,
     Asked,
@@ -20,7 +21,7 @@ from tls_bridge.http_connect import (
     request_bytes,
     target,
 )
-from tls_bridge.refusal import ANSWERS, BridgeReason, Refusal
+from tls_bridge.refusal import ANSWERS, BridgeReason
 
 REQUEST = b"CONNECT web.internal:80 HTTP/1.1\r\nHost: web.internal:80\r\nX-One: 1\r\n\r\n"
 

@@ -7,8 +7,9 @@ import pytest
 
 from mutual_tls.dial import Endpoint
 from mutual_tls.identity import Identities
+from mutual_tls.refusal import Refusal, SessionReason
 from tests.support.bridge import write
-from tls_bridge.refusal import BridgeReason, Refusal
+from tls_bridge.refusal import BridgeReason
 from tls_bridge.routes import Peer, Routes
 
 
@@ -82,7 +83,7 @@ def test_what_can_not_be_read_is_refused(tmp_path: Path, files: dict[str, str], 
     for path, text in files.items():
         write(tmp_path / path, text)
     refusal = refused(tmp_path, "a")
-    assert refusal.reason is BridgeReason.MISCONFIGURED
+    assert refusal.reason is SessionReason.MISCONFIGURED
     assert why in str(refusal)
 
 

@@ -1,0 +1,253 @@
+"""One connection until its two ends are joined: what the stories of all programs share.
+
+A story is told by a coroutine, in `tell`, until the relay goes on. All that can go wrong is a
+`Refusal`; whoever tells the story says what the client is told of it, and what the log.
+"""
+
+import contextlib
+import socket as std
+from _socket import MSG_DONTWAIT, MSG_PEEK, SO_LINGER, SOL_SOCKET, socket
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import StrEnum
+
+import trio
+
+from mutual_tls.dial import EXHAUSTED, DialError
+from mutual_tls.end import TLSEnd, TLSError
+from mutual_tls.refusal import Refusal, SessionReason
+from mutual_tls.relay import Ending, TLSRelay
+from sniproxy.engine.limit import ConnectionLimit
+from sniproxy.engine.listener import Address
+from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.story import Stories, Story
+from sniproxy.engine.tcp import LINGER_0
+from sniproxy.service.eventlog import EventLog, show_address
+from sniproxy.service.notify import Counts
+from sniproxy.service.options import ServiceOptions
+
+# Seconds in which a refusal has to be delivered; half of them are for the client to end, too.
+_ANSWER_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions(ServiceOptions):
+    """What can be set for every program that speaks TLS, and what is fixed for a reason."""
+
+    # Seconds from accept until the ends are joined: what the client says, names, connecting, TLS,
+    # and answers. As the SNI router has it, for the same lost packets.
+    setup_seconds: float = 10.0
+
+
+class Sessions:
+    """Everything that connections share, and how many there are.
+
+    Args:
+        options: limits.
+        loop: drives the stories.
+        relay: goes on when they are told.
+        log: where bugs go, and lines for connections.
+        limit: counts connections.
+        nursery: where what only trio can wait for has its tasks.
+
+    Attributes:
+        served, refused: How many there were.
+        silent: Clients who have not said yet what they want, the oldest first.
+        refusing: Clients who are being told that it can't be done, the oldest first.
+    """
+
+    def __init__(
+        self,
+        options: SessionOptions,
+        loop: EventLoop,
+        relay: TLSRelay,
+        log: EventLog,
+        limit: ConnectionLimit,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.options = options
+        self.loop = loop
+        self.relay = relay
+        self.events = log
+        self.limit = limit
+        self.stories = Stories(loop, nursery, log.bug)
+        relay.last_words.is_place_wanted = limit.is_place_wanted
+        self.served = self.refused = 0
+        self.silent: dict[Session, None] = {}
+        self.refusing: dict[Session, None] = {}
+
+    def begin(self, session: "Session") -> None:
+        """Begin the story of an accepted client."""
+        self.limit.add()
+        self.silent[session] = None
+        self.stories.begin(session.story, session.run())
+
+    def make_room(self) -> bool:
+        """Let go who needs the place the least; return whether there was anybody.
+
+        First one who has received all that there was for it, or is refused anyway; then who has
+        been silent the longest.
+        """
+        if self.relay.last_words.make_room():
+            return True
+        for session in self.refusing:
+            session.story.abort()
+            return True
+        is_unheard = False
+        for session in self.silent:
+            if session.has_unread():
+                is_unheard = True  # which has not had its turn; after that we are asked again
+                continue
+            session.story.throw(Refusal(SessionReason.CAPACITY, ""))
+            return True
+        return is_unheard
+
+    def cut(self) -> int:
+        """End whoever is left; return how many."""
+        left = self.limit.open
+        self.stories.abort_all()
+        self.relay.abort_all()
+        return left
+
+    async def run(self) -> None:
+        """Look at limits of time, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.stories.run)
+            nursery.start_soon(self.relay.run)
+
+    def counts(self) -> Counts:
+        """Return how many there are, and were."""
+        return Counts(self.limit.open, self.served, self.refused)
+
+
+class Session(ABC):
+    """One connection: its time limit, and how it ends.
+
+    Attributes:
+        source: Where the client comes from; None if that is not known, as on a Unix socket.
+        began: When it was accepted, on trio's clock.
+        blamed: Who is to blame if the time is over.
+        far: What is to be closed as well, if the ends are not joined.
+    """
+
+    is_tls_client = False
+
+    def __init__(self, shared: Sessions, client: socket, address: Address) -> None:
+        self._shared = shared
+        self.client = client
+        self.source = None if client.family == std.AF_UNIX else address
+        self.began = trio.current_time()
+        self.story = Story(shared.stories)
+        self.blamed: StrEnum = SessionReason.CLIENT_SILENT
+        self.far: socket | None = None
+        self._is_joined = False
+
+    @abstractmethod
+    async def tell(self) -> None:
+        """Do what there is to do until the ends are joined.
+
+        Raises:
+            Refusal, DialError, TLSError: it can't.
+        """
+
+    @abstractmethod
+    async def refuse(self, refusal: Refusal) -> None:
+        """Tell the client."""
+
+    @abstractmethod
+    def report(self, reason: StrEnum, detail: str) -> None:
+        """Write the line of a refusal."""
+
+    @abstractmethod
+    def fields(self) -> dict[str, object]:
+        """Return what the line of a connection says beside the client."""
+
+    async def run(self) -> None:
+        """Tell the story; see to it that nothing is left of it."""
+        shared = self._shared
+        try:
+            try:
+                with self.story.time_limit(shared.options.setup_seconds) as limit:
+                    await self.tell()
+                if limit.is_over:
+                    raise Refusal(self.blamed, "the time was over")
+            except Refusal as refusal:
+                await self._end(refusal)
+            except (DialError, TLSError) as error:
+                await self._end(Refusal(error.reason, str(error)))
+        except OSError as error:
+            self._fail(error)
+        except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
+            shared.events.bug(error)
+        finally:
+            shared.silent.pop(self, None)
+            shared.refusing.pop(self, None)
+            if not self._is_joined:
+                for sock in self.client, self.far:
+                    if sock is not None:
+                        shared.loop.close(sock)
+                shared.limit.remove()
+
+    def has_unread(self) -> bool:
+        """Tell whether the client has said something that nobody has read yet."""
+        try:
+            return bool(self.client.recv(1, MSG_PEEK | MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    def is_understood(self, blamed: StrEnum) -> None:
+        """Note that it is known what the client wants: it is not the one who is silent."""
+        self._shared.silent.pop(self, None)
+        self.blamed = blamed
+
+    def join(self, plain: socket, end: TLSEnd, to_plain: bytes, to_tls: bytes) -> None:
+        """Let the relay go on."""
+        self._is_joined = True
+        self._shared.served += 1
+        self._shared.relay.join(plain, end, self._left, to_plain, to_tls)
+
+    def count_refused(self, reason: StrEnum, detail: str) -> None:
+        """Write the line of a refusal, and count it."""
+        self._shared.refused += 1
+        self.report(reason, detail)
+
+    async def _end(self, refusal: Refusal) -> None:
+        # First, so that whoever has heard the answer finds the line.
+        self.count_refused(refusal.reason, str(refusal))
+        if refusal.reason is SessionReason.CAPACITY:
+            return  # an answer would take up the place
+        self._shared.silent.pop(self, None)
+        self._shared.refusing[self] = None
+        with self.story.time_limit(_ANSWER_SECONDS):
+            await self.refuse(refusal)
+
+    def _fail(self, error: OSError) -> None:
+        if error.errno in EXHAUSTED:
+            self._shared.events.exhausted(error)
+        # Else the client has gone.
+        self.reset()
+
+    def reset(self) -> None:
+        """Have the client see a reset when its socket is closed."""
+        with contextlib.suppress(OSError):
+            self.client.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
+
+    def _left(self, up: int, down: int, ending: Ending) -> None:
+        if self.is_tls_client:  # the relay has counted from the plain end
+            up, down = down, up
+        shared = self._shared
+        if shared.options.log_connections:
+            shared.events.event(
+                "connection",
+                client=self.show_client(),
+                **self.fields(),
+                up=up,
+                down=down,
+                seconds=f"{trio.current_time() - self.began:.3f}",
+                ending=ending,
+            )
+        shared.limit.remove()
+
+    def show_client(self) -> str:
+        """Return its address as people write it; whoever comes by a Unix socket has none."""
+        return show_address(self.source) if self.source else "unix"
