@@ -6,18 +6,15 @@
 
 import contextlib
 import socket as std
-import ssl
 from _socket import socket
-from collections.abc import Sequence
 from functools import partial
 
 import trio
 
-from mutual_tls.dial import DialError, Endpoint, dial
+from mutual_tls.dial import DialError, Endpoint
 from mutual_tls.end import TLSEnd, TLSError, TLSReason, listen_to_the_end, receive_some, send_all
-from mutual_tls.identity import IdentityError
-from mutual_tls.refusal import Refusal, SessionReason
-from mutual_tls.verify import Certificate, CertificateError, Rule, matches
+from mutual_tls.outward import Outward, Server
+from mutual_tls.refusal import Refusal
 from sniproxy.engine.listener import Address
 from sniproxy.wire import Alert, HelloError, HelloReader, alert_record
 from sniproxy_hostname import Hostname, InvalidHostname
@@ -38,7 +35,7 @@ from tls_bridge.session import Session, Sessions
 _CHUNK = 1 << 14
 
 
-class Outward(Session):
+class ToPeer(Session):
     """A story that leads to a peer."""
 
     def __init__(
@@ -46,13 +43,14 @@ class Outward(Session):
     ) -> None:
         super().__init__(shared, client, address)
         self.routes = routes
+        self._outward = Outward(self, shared.resumption)
 
     async def ask_peer(self, headers: Headers) -> tuple[TLSEnd, Response]:
         """Reach the peer for the target, and pass the CONNECT on to it."""
         assert self.target is not None
         peer = self.routes.find(self.target.host, self.target.port)
         self.peer = peer.name
-        end, context = await self._reach(peer)
+        end = await self._reach(peer)
         via = (b"Via", f"1.1 {self.shared.pseudonym}".encode())
         forwarded = [show_forwarded(self.source)] if self.source else []
         kept = [(name, value) for name, value in headers if name != b"forwarded"]
@@ -65,66 +63,28 @@ class Outward(Session):
                 # With TLS 1.3 it is only now that we hear what it says of our certificate.
                 raise Refusal(BridgeReason.PEER_CLOSED, str(error)) from None
             raise
-        self.shared.resumption.keep(context, peer.server_name, end.ssl)
+        self._outward.keep_session(end)
         if not response.opens_tunnel:
             await end.end()
         return end, response
 
-    async def _reach(self, peer: Peer) -> tuple[TLSEnd, ssl.SSLContext]:
+    async def _reach(self, peer: Peer) -> TLSEnd:
         """Connect to the first address of a peer that answers, and do the handshake there."""
-        *first, last = peer.addresses
+        servers = [
+            Server(address, peer.server_name, peer.identity, peer.rules)
+            for address in peer.addresses
+        ]
         deadline = self.began + self.shared.config.setup_seconds
-        for number, address in enumerate(first):
+        for number, server in enumerate(servers[:-1]):
             # What is left of the time is for those who are left of them.
-            share = (deadline - trio.current_time()) / (len(peer.addresses) - number)
+            share = (deadline - trio.current_time()) / (len(servers) - number)
             with contextlib.suppress(DialError, TLSError), self.story.time_limit(share):
-                return await self._shake_hands(peer, address)
-            self._close_far()
-        return await self._shake_hands(peer, last)
-
-    async def _shake_hands(self, peer: Peer, address: Endpoint) -> tuple[TLSEnd, ssl.SSLContext]:
-        try:
-            context = peer.identity.client_context(check_hostname=peer.rules is None)
-        except IdentityError as error:
-            raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
-        session = self.shared.resumption.find(context, peer.server_name)
-        if session is not None:
-            try:
-                return await self._try(peer, address, context, session), context
-            except TLSError:
-                # A server may hand out sessions, and fail when one is resumed: OpenSSL's does if
-                # certificates are demanded and the program has set no session_id_context.
-                self.shared.resumption.forget(peer.server_name)
-                self._close_far()
-        return await self._try(peer, address, context, None), context
-
-    def _close_far(self) -> None:
-        if self.far is not None:
-            self.shared.loop.close(self.far)
-            self.far = None
-
-    async def _try(
-        self,
-        peer: Peer,
-        address: Endpoint,
-        context: ssl.SSLContext,
-        session: ssl.SSLSession | None,
-    ) -> TLSEnd:
-        self.far = await dial(self.story, address)
-        check = None if peer.rules is None else partial(check_server, peer.rules)
-        end = TLSEnd(
-            self.story,
-            self.far,
-            context,
-            server_name=peer.server_name,
-            check=check,
-            session=session,
-        )
-        await end.shake_hands()
-        return end
+                return await self._outward.reach(server)
+            self._outward.close()
+        return await self._outward.reach(servers[-1])
 
 
-class Ingress(Outward):
+class Ingress(ToPeer):
     """A client says CONNECT."""
 
     def __init__(
@@ -156,7 +116,7 @@ class Ingress(Outward):
         await listen_to_the_end(self.story, self.client)
 
 
-class ServerNameIngress(Outward):
+class ServerNameIngress(ToPeer):
     """A client says a ClientHello, which is passed on with all that follows, undecrypted."""
 
     alert: Alert | None = None  # that a hello deserves which can't be read
@@ -203,18 +163,3 @@ class ServerNameIngress(Outward):
         alert = self.alert or ANSWERS[refusal.reason].alert
         await send_all(self.story, self.client, alert_record(alert))
         await listen_to_the_end(self.story, self.client)
-
-
-def check_server(rules: Sequence[Rule], der: bytes) -> None:
-    """Check that a server is somebody whom the rules allow.
-
-    Raises:
-        TLSError: it is not.
-    """
-    try:
-        certificate = Certificate.parse(der)
-    except CertificateError as error:
-        raise TLSError(TLSReason.UNTRUSTED, str(error)) from None
-    if not matches(rules, certificate, is_server=True):
-        shown = certificate.show_names() or "nobody"
-        raise TLSError(TLSReason.WRONG_NAME, f"its certificate is for {shown}")
