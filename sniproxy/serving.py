@@ -57,7 +57,7 @@ async def serve_until_drained(
     drain_seconds: float,
     *,
     tasks: Sequence[Callable[[], Awaitable[None]]] = (),
-    **fields: object,
+    hosts: bytes | None = None,
 ) -> None:
     """Serve what the sockets accept, until an order to end.
 
@@ -71,7 +71,7 @@ async def serve_until_drained(
         notifier: told how we fare.
         drain_seconds: how long a drain waits for the last connection.
         tasks: what else runs meanwhile.
-        fields: what the line `listening` says besides.
+        hosts: the directory that is served, for the line `listening`.
 
     Returns when the last connection has ended, by itself or at the end of the drain.
     """
@@ -104,7 +104,7 @@ async def serve_until_drained(
             for sock, _ in listening:
                 name = sock.getsockname()
                 address = show_address(name) if isinstance(name, tuple) else name or "unix"
-                log.event("listening", address=address, capacity=limit.capacity, **fields)
+                log.event("listening", address=address, capacity=limit.capacity, hosts=hosts)
 
             await orders.drain.wait()
             for listener in listeners:

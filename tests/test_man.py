@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import mutual_tls.refusal
 import tls_bridge.log
 from mutual_tls.dial import DialReason
 from mutual_tls.end import TLSReason
@@ -273,8 +274,13 @@ def test_every_alert_is_there() -> None:
     assert described == [(str(int(alert)), alert.name.lower()) for alert in Alert]
 
 
-def events_in(path: Path) -> Iterator[tuple[str, list[str] | None]]:
-    """Find the events that a module logs, and their fields; None if these are not written there."""
+def events_in(
+    path: Path, inserted: list[str] | None = None
+) -> Iterator[tuple[str, list[str] | None]]:
+    """Find the events that a module logs, and their fields; None if these are not written there.
+
+    With `inserted`, these are the fields that a mapping among them stands for.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
             case ast.Call(
@@ -282,8 +288,11 @@ def events_in(path: Path) -> Iterator[tuple[str, list[str] | None]]:
                 args=[ast.Constant(value=str(word)), *_],
                 keywords=keywords,
             ):
-                fields = [keyword.arg for keyword in keywords if keyword.arg is not None]
-                yield word, fields if len(fields) == len(keywords) else None
+                fields: list[str] = []
+                for keyword in keywords:
+                    fields += [keyword.arg] if keyword.arg is not None else inserted or []
+                is_known = inserted is not None or all(each.arg for each in keywords)
+                yield word, fields if is_known else None
 
 
 def test_every_event_is_there_with_its_fields(capfd: pytest.CaptureFixture[str]) -> None:
@@ -313,6 +322,12 @@ def test_every_event_of_the_bridge_is_there_with_its_fields(
         for path in (ROOT / package).rglob("*.py"):
             for word, fields in events_in(path):
                 events[word] = refused if fields is None else fields
+    for word, fields in events_in(ROOT / "sniproxy" / "serving.py"):
+        assert fields is not None
+        events[word] = [each for each in fields if each != "hosts"]
+    for word, fields in events_in(ROOT / "mutual_tls" / "session.py", ["name", "peer"]):
+        assert fields is not None
+        events[word] = fields
     # What becomes of an identity is told by a function that was passed.
     told = re.findall(r'_on_event\("(\w+)"', (ROOT / "mutual_tls" / "identity.py").read_text())
     assert told
@@ -348,7 +363,7 @@ def test_the_answers_are_for_all_reasons_of_the_bridge() -> None:
         if each.__name__.endswith("Reason")
         and each.__module__.startswith(("mutual_tls.", "tls_bridge."))
     }
-    assert lists == {BridgeReason, DialReason, TLSReason}
+    assert lists == {BridgeReason, mutual_tls.refusal.SessionReason, DialReason, TLSReason}
     assert {reason for each in lists for reason in each} == ANSWERS.keys()
 
 
