@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from syslog import LOG_ERR, LOG_WARNING
 
 import trio
@@ -18,6 +19,10 @@ from sniproxy.service.options import ServiceOptions, look_up_user
 from sniproxy.service.signals import Signals, ignore_habits
 from sniproxy.service.syslogd import Syslog
 from sniproxy.service.workers import Worker, Workers
+
+
+# Seconds between two looks at what is to be looked at.
+_CHECK_EVERY = 1.0
 
 
 def run_program(program: str, body: Callable[[Syslog | None], None]) -> int:
@@ -103,6 +108,7 @@ def run_service(
     notifier: Notifier,
     serve: Callable[[Signals | Worker, Notifier | Worker], Awaitable[None]],
     stop_listening: Callable[[], None],
+    on_check: Callable[[], None] | None = None,
 ) -> None:
     """Serve, in this process or in several, until asked to end.
 
@@ -113,9 +119,11 @@ def run_service(
         serve: called in each process that serves, with whom it takes orders from and whom it tells
             how it fares.
         stop_listening: closes the listening sockets of the first process among several.
+        on_check: called once a second in the first process. It may raise a FatalError, which ends
+            the program.
 
     Raises:
-        FatalError: serving ended with an error, which has been logged.
+        FatalError: serving ended with an error, which has been logged; or as above.
     """
     # What is here now stays: the collector need not look at it again.
     gc.freeze()
@@ -124,17 +132,43 @@ def run_service(
     if options.workers > 1:
         with attempt("start the workers"):
             workers = Workers(options.workers, notifier, log.worker_died, log.status)
-            worker = workers.run(stop_listening)
+            worker = workers.run(stop_listening, on_check or (lambda: None))
         if worker is None:
             return
         log.worker = worker.number
         orders = supervisor = worker
+        on_check = None
     try:
-        trio.run(serve, orders, supervisor)
+        trio.run(_serve, partial(serve, orders, supervisor), on_check)
+    except FatalError:
+        raise
     except Exception as error:  # noqa: BLE001 - it is told in the log, and then in short
         # A bug, or no descriptors are left by now.
         log.bug(error)
         raise FatalError("unable to serve: the lines before this one say why") from None
+
+
+async def _serve(serve: Callable[[], Awaitable[None]], on_check: Callable[[], None] | None) -> None:
+    """Serve; if there is something to be looked at meanwhile, look at it once a second."""
+    if on_check is None:
+        return await serve()
+    fatal: list[FatalError] = []
+
+    async def check() -> None:
+        try:
+            while True:
+                await trio.sleep(_CHECK_EVERY)
+                on_check()
+        except FatalError as error:
+            fatal.append(error)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(check)
+        await serve()
+        nursery.cancel_scope.cancel()
+    if fatal:
+        raise fatal[0]
 
 
 def _complain(program: str, message: str, syslogd: Syslog | None) -> None:

@@ -152,11 +152,14 @@ class Workers:
         self._counts_of_ended = Counts()  # of those who have ended
         self._ordered = b""
 
-    def run(self, on_drain: Callable[[], None]) -> Worker | None:
+    def run(
+        self, on_drain: Callable[[], None], on_check: Callable[[], None] = lambda: None
+    ) -> Worker | None:
         """Start the workers, and look after them until a signal has asked for the end.
 
         Args:
             on_drain: called when that signal has come.
+            on_check: called every now and then, at least once a second.
 
         Returns:
             In a new process what it needs to be a worker; in the first one None, at the end, when
@@ -193,6 +196,7 @@ class Workers:
                 is_ready = True
                 self._notifier.ready()
             self._notify()
+            on_check()
             received = signal.sigtimedwait(
                 wanted, self._check_every if is_ready else _FIRST_CHECK_EVERY
             )
