@@ -20,7 +20,6 @@ from sniproxy.service.signals import Signals, ignore_habits
 from sniproxy.service.syslogd import Syslog
 from sniproxy.service.workers import Worker, Workers
 
-
 # Seconds between two looks at what is to be looked at.
 _CHECK_EVERY = 1.0
 
