@@ -214,6 +214,8 @@ async def receive_some(story: Story, sock: socket, most: int) -> bytes:
     Raises:
         OSError: the connection is broken.
     """
+    if story.has_had_its_turn():
+        await story.sleep(0)
     while True:
         try:
             return sock.recv(most, MSG_DONTWAIT)

@@ -238,6 +238,7 @@ async def _read_in_pieces(data: bytes, receive: Receive, most_body: int) -> Resp
     connection = _client()
     response = None
     body = bytearray()
+    room = MOST_HEADER
     try:
         while True:
             if not data and response is None:
@@ -253,6 +254,11 @@ async def _read_in_pieces(data: bytes, receive: Receive, most_body: int) -> Resp
                 is_over = isinstance(event, h11.EndOfMessage) or len(body) >= most_body
                 if is_over and response is not None:
                     return response._replace(body=bytes(body[:most_body]))
+            # RFC 9110 §15.2: "one or more 1xx responses" may come before the answer; not for ever.
+            room -= len(data)
+            if response is None and room <= 0:
+                message = f"the header of its answer is over {MOST_HEADER} bytes long"
+                raise Refusal(BridgeReason.PEER_NOT_HTTP, message)
             data = await receive()
     except h11.RemoteProtocolError as error:
         raise Refusal(BridgeReason.PEER_NOT_HTTP, str(error)) from None

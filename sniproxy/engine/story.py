@@ -9,6 +9,9 @@ each waits for the loop to let go of the thread, were a tenth of a TLS handshake
 
 The law: try first, and wait when the kernel says EAGAIN. The sockets are watched edge-triggered,
 once for the whole story, and an event that nobody waits for is forgotten.
+
+And: whoever loops over what a peer sends asks `has_had_its_turn`. A peer that sends faster than it
+is read never lets the kernel say EAGAIN; all others, and the time limits, would wait for it.
 """
 
 import heapq
@@ -31,6 +34,10 @@ _WRITABLE: Final = EPOLLOUT | _ENDING
 
 # Timers that were cancelled stay where they are until they are more than the others, and than this.
 _FEW: Final = 64
+
+# Steps in a row that a story may take before the others have their turn. A handshake waits after
+# each; a step of the longest kind, a chunk full of KeyUpdates, takes some milliseconds.
+_MOST_STEPS: Final = 4
 
 T = TypeVar("T")
 
@@ -126,7 +133,7 @@ class Timer:
 class Story:
     """What one coroutine can wait for."""
 
-    __slots__ = ("_awaited", "_coroutine", "_wanted", "loop", "stories")
+    __slots__ = ("_awaited", "_coroutine", "_steps", "_wanted", "loop", "stories")
 
     def __init__(self, stories: Stories) -> None:
         self.stories = stories
@@ -136,6 +143,7 @@ class Story:
         # was agreed; None while it runs. And the events that count.
         self._awaited: object = None
         self._wanted = 0
+        self._steps = 0  # since it has waited
 
     async def readable(self, sock: socket) -> None:
         """Wait until a socket that had nothing to read may have something, or its end.
@@ -173,6 +181,11 @@ class Story:
             await _pause()
         finally:
             timer.cancel()
+
+    def has_had_its_turn(self) -> bool:
+        """Count a step that was taken without waiting; tell whether it is time to `sleep(0)`."""
+        self._steps += 1
+        return self._steps >= _MOST_STEPS
 
     async def in_trio(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
         """Wait for an async function that waits by means of trio; return what it returns.
@@ -230,6 +243,7 @@ class Story:
         if coroutine is None:
             return
         self._awaited = None
+        self._steps = 0
         try:
             if error is None:
                 coroutine.send(None)

@@ -1,5 +1,6 @@
 """tls-bridge and tls-bridge-peer, as processes: what a client gets to see, and the log."""
 
+import contextlib
 import http.client
 import os
 import resource
@@ -519,6 +520,22 @@ def test_a_silent_peer_is_answered_for(it: Bridge) -> None:
     assert (status(header), error(header)) == (504, "connection_timeout")
     assert 8 < time.monotonic() - began < 12
     assert "reason=peer_silent" in ingress.wait_for_log("refused")
+
+
+def test_a_peer_that_sends_and_does_not_answer_stops_nobody(it: Bridge) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority().issue_cert(PEER).configure_cert(context)
+    block = 1000 * b"HTTP/1.1 100 Continue\r\n\r\n"
+    if (pid := os.fork()) == 0:
+        with contextlib.suppress(OSError):
+            connection, _ = it.peer_socket.accept()
+            with context.wrap_socket(connection, server_side=True) as served:
+                read_header(served)
+                while True:
+                    served.sendall(block)
+        os._exit(0)
+    fails(it, (502, "http_protocol_error", "reason=peer_not_http"))
+    os.waitpid(pid, 0)
 
 
 def test_the_next_address_is_tried(it: Bridge) -> None:

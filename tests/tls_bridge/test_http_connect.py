@@ -237,9 +237,19 @@ def test_other_answers_are_read_whole_up_to_a_limit(answer: bytes, body: bytes) 
         (b"HTTP/1.1 200", BridgeReason.PEER_CLOSED),
         (b"SSH-2.0-OpenSSH\r\n\r\n", BridgeReason.PEER_NOT_HTTP),
         (b"HTTP/1.1 403 No\r\nContent-Length: 5\r\n\r\nso", BridgeReason.PEER_NOT_HTTP),
+        (b"HTTP/1.1 200 " + MOST_HEADER * b"x", BridgeReason.PEER_NOT_HTTP),
     ],
 )
 def test_what_is_no_answer(answer: bytes, reason: BridgeReason) -> None:
     with pytest.raises(Refusal) as caught:
         ask(answer)
     assert caught.value.reason is reason
+
+
+def test_a_peer_that_goes_on_to_announce_its_answer() -> None:
+    async def announce() -> bytes:
+        return b"HTTP/1.1 102 Processing\r\n\r\n"
+
+    with pytest.raises(Refusal) as caught:
+        trio.run(read_response, announce, 100)
+    assert caught.value.reason is BridgeReason.PEER_NOT_HTTP
