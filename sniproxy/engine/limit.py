@@ -12,18 +12,27 @@ class ConnectionLimit:
     Attributes:
         open: How many there are.
         capacity: How many there may be.
-        on_room: Called, once, when the next connection has ended; None if nobody waits for that.
     """
 
     def __init__(self, capacity: int = sys.maxsize) -> None:
         self.open = 0
         self.capacity = capacity
-        self.on_room: Callable[[], None] | None = None
+        self._waiting: dict[Callable[[], None], None] = {}
         self._emptied: trio.Event | None = None
 
     def is_place_wanted(self) -> bool:
         """Tell whether somebody waits for the next connection to end."""
-        return self.on_room is not None
+        return bool(self._waiting)
+
+    def wait_for_room(self, look: Callable[[], None]) -> None:
+        """Have `look` called, once, when the next connection has ended. Several may wait."""
+        self._waiting[look] = None
+
+    def let_look(self) -> None:
+        """Let those look who wait for the next connection to end: there may be a place."""
+        waiting, self._waiting = self._waiting, {}
+        for look in waiting:
+            look()
 
     def add(self) -> None:
         """Count one more."""
@@ -32,9 +41,8 @@ class ConnectionLimit:
     def remove(self) -> None:
         """Count one less."""
         self.open -= 1
-        if self.on_room is not None:
-            on_room, self.on_room = self.on_room, None
-            on_room()
+        if self._waiting:
+            self.let_look()
         if not self.open and self._emptied is not None:
             self._emptied.set()
 

@@ -221,7 +221,7 @@ class Listener:
         elif not self._on_full():
             # Not told any more that somebody waits, as there is no use in it.
             self._unwatch()
-            limit.on_room = self._resume
+            limit.wait_for_room(self._resume)
         # Else the next turn accepts, when those who made room have been closed.
 
     def abort(self) -> None:

@@ -175,7 +175,7 @@ async def test_who_has_received_all_gives_way_to_who_needs_the_place() -> None:
             while not last_words.make_room():  # noqa: ASYNC110 - nothing tells of it
                 await trio.sleep(0.01)
             assert it.limit.open == 0
-            it.limit.on_room = lambda: None  # somebody waits
+            it.limit.wait_for_room(lambda: None)  # somebody waits
             await hear_all_and_stay(it)
             await it.limit.wait_until_empty()
         assert [ending for _, _, ending in it.endings] == [Ending.FAR_RESET] * 2

@@ -41,11 +41,11 @@ class Flaky:
 
 
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, loop: EventLoop | None = None, limit: ConnectionLimit | None = None) -> None:
         self.bound = socket.create_server(("127.0.0.1", 0))
         self.socket = Flaky(take_listening_socket(self.bound.fileno()))
-        self.loop = EventLoop(self.fail)
-        self.limit = ConnectionLimit()
+        self.loop = loop or EventLoop(self.fail)
+        self.limit = limit or ConnectionLimit()
         self.room: list[bool] = []  # what it is told when it asks for some; False after that
         self.accepted: list[_socket.socket] = []
         self.exhausted: list[int | None] = []
@@ -314,6 +314,28 @@ async def test_where_there_is_no_room_it_asks_for_some_and_then_waits(clock: Moc
         it.limit.remove()
         await trio.sleep(0.01)
         assert (len(it.accepted), it.exhausted) == (4, [])
+
+
+@trio_test
+async def test_all_who_listen_hear_of_a_place(clock: MockClock) -> None:
+    async with bench() as it:
+        other = Bench(it.loop, it.limit)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other.listener.run)
+            it.limit.capacity = 0
+            for each in it, other:
+                each.connect()
+            await trio.sleep(0.01)
+            it.limit.capacity = 3
+            it.limit.add()
+            it.limit.remove()
+            await trio.sleep(0.01)
+            assert (len(it.accepted), len(other.accepted)) == (1, 1)
+            nursery.cancel_scope.cancel()
+        other.listener.close()
+        other.bound.close()
+        for accepted in other.accepted:
+            accepted.close()
 
 
 @trio_test
