@@ -104,7 +104,7 @@ class TLSEnd:
         Raises:
             TLSError: it failed; the peer has been told.
         """
-        if self.ssl.server_side:
+        if self.ssl.server_side and not self.incoming.pending:
             await self._feed()
         while True:
             try:

@@ -14,13 +14,13 @@ from enum import StrEnum
 import trio
 
 from mutual_tls.dial import EXHAUSTED, DialError
-from mutual_tls.end import TLSEnd, TLSError
+from mutual_tls.end import TLSEnd, TLSError, receive_some
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.relay import Ending, TLSRelay
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
-from sniproxy.engine.story import Stories, Story
+from sniproxy.engine.story import Stories, Story, Timer
 from sniproxy.engine.tcp import LINGER_0
 from sniproxy.service.eventlog import EventLog, show_address
 from sniproxy.service.notify import Counts
@@ -28,6 +28,13 @@ from sniproxy.service.options import ServiceOptions
 
 # Seconds in which a refusal has to be delivered; half of them are for the client to end, too.
 _ANSWER_SECONDS = 2.0
+
+# Bytes received at a time until the ends are joined: the flight of a handshake, and more.
+CHUNK = 1 << 14
+
+# Seconds that a client who has begun to say what it wants keeps its place, whoever waits for it. A
+# handshake takes two round trips, so that is enough for those who don't dawdle.
+_PATIENCE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,8 @@ class Sessions:
 
     Attributes:
         served, refused: How many there were.
-        silent: Clients who have not said yet what they want, the oldest first.
+        silent: Clients who have not said a byte, the oldest first.
+        unfinished: Those who have begun to say what they want, and since when.
         refusing: Clients who are being told that it can't be done, the oldest first.
     """
 
@@ -74,7 +82,9 @@ class Sessions:
         relay.last_words.is_place_wanted = limit.is_place_wanted
         self.served = self.refused = 0
         self.silent: dict[Session, None] = {}
+        self.unfinished: dict[Session, float] = {}
         self.refusing: dict[Session, None] = {}
+        self._next_look: Timer | None = None
 
     def begin(self, session: "Session") -> None:
         """Begin the story of an accepted client."""
@@ -86,7 +96,7 @@ class Sessions:
         """Let go who needs the place the least; return whether there was anybody.
 
         First one who has received all that there was for it, or is refused anyway; then who has
-        been silent the longest.
+        been silent the longest; then who has been at it the longest, and for a second at least.
         """
         if self.relay.last_words.make_room():
             return True
@@ -98,9 +108,23 @@ class Sessions:
             if session.has_unread():
                 is_unheard = True  # which has not had its turn; after that we are asked again
                 continue
-            session.story.throw(Refusal(SessionReason.CAPACITY, ""))
+            session.give_way()
             return True
-        return is_unheard
+        if is_unheard:
+            return True
+        for session, since in self.unfinished.items():
+            if (wait := since + _PATIENCE - trio.current_time()) <= 0:
+                session.give_way()
+                return True
+            self._look_again(wait)
+            break
+        return False
+
+    def _look_again(self, seconds: float) -> None:
+        """Have whoever waits for a place ask again when so much time has passed."""
+        if self._next_look is not None:
+            self._next_look.cancel()
+        self._next_look = self.stories.after(seconds, self.limit.let_look)
 
     def cut(self) -> int:
         """End whoever is left; return how many."""
@@ -180,7 +204,7 @@ class Session(ABC):
         except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
             shared.events.bug(error)
         finally:
-            shared.silent.pop(self, None)
+            self._leave()
             shared.refusing.pop(self, None)
             if not self._is_joined:
                 for sock in self.client, self.far:
@@ -195,9 +219,25 @@ class Session(ABC):
         except OSError:
             return False
 
+    async def hear(self) -> bytes:
+        """Return the first bytes of the client; none if it leaves without a word.
+
+        Raises:
+            OSError: it has reset the connection.
+        """
+        said = await receive_some(self.story, self.client, CHUNK)
+        if said:
+            self._shared.silent.pop(self, None)
+            self._shared.unfinished[self] = trio.current_time()
+        return said
+
+    def give_way(self) -> None:
+        """End this, since others wait for the place."""
+        self.story.throw(Refusal(SessionReason.CAPACITY, ""))
+
     def is_understood(self, blamed: StrEnum) -> None:
         """Note that it is known what the client wants: it is not the one who is silent."""
-        self._shared.silent.pop(self, None)
+        self._leave()
         self.blamed = blamed
 
     def join(self, plain: socket, end: TLSEnd, to_plain: bytes, to_tls: bytes) -> None:
@@ -216,10 +256,15 @@ class Session(ABC):
         self.count_refused(refusal.reason, str(refusal))
         if refusal.reason is SessionReason.CAPACITY:
             return  # an answer would take up the place
-        self._shared.silent.pop(self, None)
+        self._leave()
         self._shared.refusing[self] = None
         with self.story.time_limit(_ANSWER_SECONDS):
             await self.refuse(refusal)
+
+    def _leave(self) -> None:
+        """Be none of those who have not said what they want."""
+        self._shared.silent.pop(self, None)
+        self._shared.unfinished.pop(self, None)
 
     def _fail(self, error: OSError) -> None:
         if error.errno in EXHAUSTED:

@@ -77,20 +77,19 @@ class Asked:
         self._begin = b""  # of the request
         self._is_answered = False
 
-    async def read(self) -> Request | None:
-        """Return what the client asks; None if it has ended without a word.
+    async def read(self, data: bytes) -> Request:
+        """Return what the client asks; `data` is how it begins.
 
         Raises:
             Refusal: that is no CONNECT to a host and a port.
         """
-        data = await self._receive()
         if (end := _end_of_head(data)) is None:
             return await self._read_in_pieces(data)
         self._begin = data[: len(_HEAD)]
         request = _understand_request(data[:end])
         return request._replace(early=request.early + data[end:])
 
-    async def _read_in_pieces(self, data: bytes) -> Request | None:
+    async def _read_in_pieces(self, data: bytes) -> Request:
         connection = _server()
         room = MOST_HEADER
         while True:
@@ -103,8 +102,6 @@ class Asked:
             if not room:
                 raise Refusal(BridgeReason.HEADER_TOO_LARGE, f"it is over {MOST_HEADER} bytes long")
             data = data or await self._receive()
-        if isinstance(event, h11.ConnectionClosed):
-            return None
         request = _check_request(connection, event)
         return request._replace(early=request.early + data)
 

@@ -15,6 +15,7 @@ from mutual_tls.dial import DialError, Endpoint
 from mutual_tls.end import TLSEnd, TLSError, TLSReason, listen_to_the_end, receive_some, send_all
 from mutual_tls.outward import Outward, Server
 from mutual_tls.refusal import Refusal
+from mutual_tls.session import CHUNK
 from sniproxy.engine.listener import Address
 from sniproxy.wire import Alert, HelloError, HelloReader, alert_record
 from sniproxy_hostname import Hostname, InvalidHostname
@@ -30,9 +31,6 @@ from tls_bridge.http_connect import (
 from tls_bridge.refusal import ANSWERS, BridgeReason
 from tls_bridge.routes import Peer, Routes
 from tls_bridge.session import Session, Sessions
-
-# Bytes received at a time while the tunnel does not stand.
-_CHUNK = 1 << 14
 
 
 class ToPeer(Session):
@@ -91,13 +89,11 @@ class Ingress(ToPeer):
         self, shared: Sessions, client: socket, address: Address, *, routes: Routes
     ) -> None:
         super().__init__(shared, client, address, routes=routes)
-        self.asked = Asked(partial(receive_some, self.story, client, _CHUNK))
+        self.asked = Asked(partial(receive_some, self.story, client, CHUNK))
 
-    async def tell(self) -> None:
+    async def serve(self, said: bytes) -> None:
         """Pass the CONNECT on, and its answer back."""
-        request = await self.asked.read()
-        if request is None:
-            return
+        request = await self.asked.read(said)
         self.wants(request.target)
         check_loop(request, self.shared.pseudonym)
         end, response = await self.ask_peer(request.headers)
@@ -121,9 +117,9 @@ class ServerNameIngress(ToPeer):
 
     alert: Alert | None = None  # that a hello deserves which can't be read
 
-    async def tell(self) -> None:
+    async def serve(self, said: bytes) -> None:
         """Make a CONNECT of the server name."""
-        received, header = await self._read_hello()
+        received, header = await self._read_hello(said)
         if not received:
             return
         end, response = await self.ask_peer(header)
@@ -132,13 +128,12 @@ class ServerNameIngress(ToPeer):
             raise Refusal(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
         self.join(self.client, end, response.body, received)
 
-    async def _read_hello(self) -> tuple[bytes, Headers]:
+    async def _read_hello(self, received: bytes) -> tuple[bytes, Headers]:
         """Return what the client has sent so far, its hello in front; nothing if it has gone."""
-        received = await receive_some(self.story, self.client, _CHUNK)
         if self.client.family == std.AF_UNIX:
             # Whoever may connect to the Unix socket is trusted with this, too.
             while (rest := read_proxy_v1(received)) is None:
-                if not (more := await receive_some(self.story, self.client, _CHUNK)):
+                if not (more := await receive_some(self.story, self.client, CHUNK)):
                     return b"", []
                 received += more
             self.source, received = rest
@@ -146,7 +141,7 @@ class ServerNameIngress(ToPeer):
         data = received
         try:
             while (hello := reader.feed(data) if data else None) is None:
-                if not (data := await receive_some(self.story, self.client, _CHUNK)):
+                if not (data := await receive_some(self.story, self.client, CHUNK)):
                     return b"", []
                 received += data
             host = Hostname(hello.required_server_name())

@@ -41,7 +41,7 @@ class PeerSide(Session):
     end: TLSEnd | None = None
     asked: Asked | None = None
 
-    async def tell(self) -> None:
+    async def serve(self, said: bytes) -> None:
         """Dial the service; only then say that the tunnel stands."""
         shared = self.shared
         shown: list[bytes] = []
@@ -50,11 +50,12 @@ class PeerSide(Session):
         except IdentityError as error:
             raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
         end = TLSEnd(self.story, self.client, context, server_side=True, check=shown.append)
+        end.incoming.write(said)
         await end.shake_hands()
         self.end, self.asked = end, Asked(end.receive)
-        request = await self.asked.read()
-        if request is None:
+        if not (said := await end.receive()):
             return
+        request = await self.asked.read(said)
         self.wants(request.target)
         certificate = read_certificate(shown[-1])
         check_client(certificate)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from _socket import socket
+from abc import abstractmethod
 from enum import StrEnum
 from pathlib import Path
 
@@ -61,6 +62,22 @@ class Session(session.Session):
         self.shared = shared
         self.target: Endpoint | None = None
         self.peer: str | None = None
+
+    async def tell(self) -> None:
+        """Hear the client, and do what it asks for. One that leaves without a word has no story."""
+        if said := await self.hear():
+            await self.serve(said)
+
+    @abstractmethod
+    async def serve(self, said: bytes) -> None:
+        """Do what there is to do until the tunnel stands.
+
+        Args:
+            said: the first bytes of the client.
+
+        Raises:
+            Refusal, DialError, TLSError: it can't.
+        """
 
     def wants(self, target: Endpoint) -> None:
         """Note what the client wants."""

@@ -734,6 +734,23 @@ def test_a_client_that_breaks_off_is_not_kept(it: Bridge) -> None:
     eventually(lambda: ingress.descriptors() == before)
 
 
+@pytest.mark.parametrize("who", ["ingress", "peer"])
+@pytest.mark.parametrize("how", ["end", "reset"])
+def test_who_leaves_without_a_word_is_no_refusal(it: Bridge, who: str, how: str) -> None:
+    """A supervisor, or a load balancer, looks whether somebody listens."""
+    daemon = it.start_peer() if who == "peer" else it.start_ingress()
+    for _ in range(3):
+        with daemon.connect() as client:
+            if how == "reset":
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with daemon.connect() as client:  # by then those before have had their turn
+        client.sendall(b"no TLS, and no HTTP\r\n\r\n")
+        receive_all(client)
+    daemon.signal(signal.SIGTERM)
+    assert "served=0 refused=1 cut=0" in daemon.wait_for_log("drained")
+    assert sum(" refused " in line for line in daemon.log()) == 1
+
+
 def test_with_workers(it: Bridge) -> None:
     it.start_peer("--workers", "2")
     ingress = it.start_ingress("--workers", "2")

@@ -4,6 +4,7 @@ import resource
 import select
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,48 +55,48 @@ def ask_at_once(
     return clients
 
 
-def is_served(client: socket.socket) -> bool:
-    """Tell whether a client is served, or, which is the only other way, refused by the ingress."""
-    header = read_header(client)
-    if not header.startswith(OK):
-        assert header.startswith(b"HTTP/1.1 502 ")
-        assert b"error=connection_terminated" in header
-        return False
+def check_served(client: socket.socket) -> None:
+    assert read_header(client).startswith(OK)
     client.sendall(b"hello")
     assert receive_exactly(client, 5) == b"hello"
-    return True
 
 
-def test_an_ingress_with_few_descriptors_serves_one_after_the_other(it: Bridge) -> None:
-    it.start_peer()
-    ingress = it.start_ingress(under=FEW)
+@pytest.mark.parametrize("who", ["ingress", "peer"])
+def test_with_few_descriptors_all_are_served_one_after_the_other(it: Bridge, who: str) -> None:
+    """At the peer, too, where a client that comes says what it wants after a handshake only."""
+    peer = it.start_peer(under=FEW if who == "peer" else ())
+    ingress = it.start_ingress(under=FEW if who == "ingress" else ())
     with ExitStack() as stack:
-        for client in ask_at_once(ingress, ingress, stack):
-            assert is_served(client)
-            client.close()
-    assert not [line for line in ingress.log() if "refused" in line or "exhausted" in line]
-
-
-def test_a_peer_with_few_descriptors_refuses_who_is_in_its_handshake(it: Bridge) -> None:
-    """Others wait for the place, and it has not said yet what it wants."""
-    peer = it.start_peer(under=FEW)
-    ingress = it.start_ingress()
-    with ExitStack() as stack:
-        served = 0
-        waiting = set(ask_at_once(ingress, peer, stack))
+        waiting = set(ask_at_once(ingress, peer if who == "peer" else ingress, stack))
         while waiting:
             # In the order in which they are answered: who is served keeps others waiting.
             answered, _, _ = select.select(waiting, [], [], PATIENCE)
             assert answered
             for client in answered:
-                served += is_served(client)
+                check_served(client)
                 client.close()
             waiting.difference_update(answered)
-        assert 0 < served < NUMBER
+    for daemon in peer, ingress:
+        assert not [line for line in daemon.log() if "refused" in line or "exhausted" in line]
+
+
+@pytest.mark.parametrize("who", ["ingress", "peer"])
+def test_who_dawdles_gives_way_after_a_second(it: Bridge, who: str) -> None:
+    """They have all begun to say what they want, and nobody else can come in meanwhile."""
+    limit = ("--max-connections", "5")
+    peer = it.start_peer(*(limit if who == "peer" else ()))
+    ingress = it.start_ingress(*(limit if who == "ingress" else ()))
+    short, begin = (peer, b"\x16\x03\x01") if who == "peer" else (ingress, b"CONNECT ")
+    with ExitStack() as stack:
+        for _ in range(12):
+            stack.enter_context(short.connect()).sendall(begin)
+        began = time.monotonic()
         client, header = ask(ingress, connect())
         stack.enter_context(client)
         assert header.startswith(OK)
-    assert "refused" in peer.wait_for_log("reason=capacity")
+        # Five have had a second, and then five others.
+        assert time.monotonic() - began > 1
+    assert "refused" in short.wait_for_log("reason=capacity")
 
 
 @pytest.mark.parametrize("who", ["ingress", "peer"])
@@ -113,7 +114,7 @@ def test_the_machine_has_no_descriptor_left(it: Bridge, who: str) -> None:
             client.sendall(b"hello")
             assert receive_exactly(client, 5) == b"hello"
             allow_descriptors(short, None)
-            assert is_served(waiting)
+            check_served(waiting)
     assert not [line for each in daemons.values() for line in each.log() if "refused" in line]
 
 

@@ -36,13 +36,13 @@ def receiver(pieces: Sequence[bytes]) -> Receive:
     return receive
 
 
-def read(*pieces: bytes) -> Request | None:
-    return trio.run(Asked(receiver(pieces)).read)
+def read(first: bytes, *pieces: bytes) -> Request:
+    return trio.run(Asked(receiver(pieces)).read, first)
 
 
-def refused(*pieces: bytes) -> BridgeReason:
+def refused(first: bytes, *pieces: bytes) -> BridgeReason:
     with pytest.raises(Refusal) as caught:
-        read(*pieces)
+        read(first, *pieces)
     assert isinstance(caught.value.reason, BridgeReason)
     return caught.value.reason
 
@@ -68,28 +68,22 @@ def test_a_blank_line_may_be_a_short_one_and_what_follows_is_early() -> None:
 
 def test_what_is_remembered_is_not_what_came_behind_it() -> None:
     for early in b"one", b"two", b"":
-        request = read(REQUEST + early)
-        assert request is not None
-        assert request.early == early
+        assert read(REQUEST + early).early == early
         assert ask(b"HTTP/1.1 200 OK\r\n\r\n" + early).body == early
 
 
 def test_a_remembered_request_is_refused_and_answered_like_a_new_one() -> None:
     for request in REQUEST, REQUEST.replace(b"CONNECT", b"HEAD"):
         answers = []
-        for pieces in [request], [request], [request[:9], request[9:]]:
-            asked = Asked(receiver(pieces))
+        for first, *rest in [request], [request], [request[:9], request[9:]]:
+            asked = Asked(receiver(rest))
             with contextlib.suppress(Refusal):
-                trio.run(asked.read)
+                trio.run(asked.read, first)
             answers.append(asked.refuse(BridgeReason.NO_ROUTE, "x", "tls-bridge"))
         assert answers[0].startswith(b"HTTP/1.1 403 ")
         assert len(set(answers)) == 1
         # RFC 9110 §9.3.2: "the server MUST NOT send content in the response" to HEAD.
         assert answers[0].endswith(b"\r\n\r\n") == request.startswith(b"HEAD")
-
-
-def test_whoever_leaves_without_a_word_asks_nothing() -> None:
-    assert read() is None
 
 
 def test_whoever_leaves_in_the_middle_is_told() -> None:
@@ -100,7 +94,7 @@ def test_the_longest_header_and_one_byte_more() -> None:
     rest = MOST_HEADER - len(REQUEST)
     longest = REQUEST.replace(b"X-One: 1", b"X-One: 1" + rest * b"x")
     assert len(longest) == MOST_HEADER
-    assert read(longest) is not None
+    assert read(longest).target.port == 80
     too_long = longest.replace(b"X-One: 1", b"X-One: 11")
     assert refused(too_long) is BridgeReason.HEADER_TOO_LARGE
     assert refused(*(bytes([byte]) for byte in too_long)) is BridgeReason.HEADER_TOO_LARGE
