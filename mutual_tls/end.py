@@ -183,12 +183,16 @@ class TLSEnd:
             except OSError as error:
                 raise TLSError(TLSReason.TLS_RESET, error.strerror or str(error)) from None
 
-    async def end(self) -> None:
-        """Say close_notify, and listen for the end of the peer; the socket stays open."""
+    async def say_end(self) -> None:
+        """Say close_notify, if the peer still hears it."""
         with contextlib.suppress(ssl.SSLError, TLSError):
             with contextlib.suppress(ssl.SSLWantReadError):
                 self.ssl.unwrap()
             await self.flush()
+
+    async def end(self) -> None:
+        """Say close_notify, and listen for the end of the peer; the socket stays open."""
+        await self.say_end()
         await listen_to_the_end(self._story, self.socket)
 
     async def _tell(self) -> None:

@@ -179,7 +179,7 @@ class Session(ABC):
         """Tell the client."""
 
     @abstractmethod
-    def report(self, reason: StrEnum, detail: str) -> None:
+    def report(self, refusal: Refusal) -> None:
         """Write the line of a refusal."""
 
     @abstractmethod
@@ -246,14 +246,10 @@ class Session(ABC):
         self._shared.served += 1
         self._shared.relay.join(plain, end, self._left, to_plain, to_tls)
 
-    def count_refused(self, reason: StrEnum, detail: str) -> None:
-        """Write the line of a refusal, and count it."""
-        self._shared.refused += 1
-        self.report(reason, detail)
-
     async def _end(self, refusal: Refusal) -> None:
+        self._shared.refused += 1
         # First, so that whoever has heard the answer finds the line.
-        self.count_refused(refusal.reason, str(refusal))
+        self.report(refusal)
         if refusal.reason is SessionReason.CAPACITY:
             return  # an answer would take up the place
         self._leave()

@@ -315,7 +315,8 @@ def test_every_event_of_the_bridge_is_there_with_its_fields(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     log = tls_bridge.log.Log("tls-bridge")
-    log.refusal(BridgeReason.NO_ROUTE, "192.0.2.1:1", "a.example:443", "p", "more")
+    refusal = mutual_tls.refusal.Refusal(BridgeReason.NO_ROUTE, "more")
+    log.refusal(refusal, 403, "192.0.2.1:1", "a.example:443", "p")
     refused = re.findall(r"(\w+)=", capfd.readouterr().err)
     events = {"bug": ["text"]}
     for package in "sniproxy/service", "tls_bridge":

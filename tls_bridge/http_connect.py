@@ -65,6 +65,15 @@ class Response(NamedTuple):
         return self.status < HTTPStatus.MULTIPLE_CHOICES
 
 
+class PeerRefusal(Refusal):
+    """The peer has answered, and not with 2xx; `response` is that answer."""
+
+    def __init__(self, response: Response) -> None:
+        phrase = response.reason.decode("ascii", "backslashreplace")
+        super().__init__(BridgeReason.PEER_REFUSED, f"{response.status} {phrase}")
+        self.response = response
+
+
 class Asked:
     """What a client asks of us: reads one CONNECT, and answers it.
 

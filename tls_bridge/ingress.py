@@ -23,6 +23,7 @@ from tls_bridge.forwarded import read_proxy_v1, show_forwarded
 from tls_bridge.http_connect import (
     Asked,
     Headers,
+    PeerRefusal,
     Response,
     check_loop,
     read_response,
@@ -44,7 +45,11 @@ class ToPeer(Session):
         self._outward = Outward(self, shared.resumption)
 
     async def ask_peer(self, headers: Headers) -> tuple[TLSEnd, Response]:
-        """Reach the peer for the target, and pass the CONNECT on to it."""
+        """Reach the peer for the target, and pass the CONNECT on to it.
+
+        Raises:
+            Refusal, DialError, TLSError: that can't be done, or the peer refuses.
+        """
         assert self.target is not None
         peer = self.routes.find(self.target.host, self.target.port)
         self.peer = peer.name
@@ -63,7 +68,8 @@ class ToPeer(Session):
             raise
         self._outward.keep_session(end)
         if not response.opens_tunnel:
-            await end.end()
+            await end.say_end()
+            raise PeerRefusal(response)
         return end, response
 
     async def _reach(self, peer: Peer) -> TLSEnd:
@@ -92,22 +98,20 @@ class Ingress(ToPeer):
         self.asked = Asked(partial(receive_some, self.story, client, CHUNK))
 
     async def serve(self, said: bytes) -> None:
-        """Pass the CONNECT on, and its answer back."""
+        """Pass the CONNECT on."""
         request = await self.asked.read(said)
         self.wants(request.target)
         check_loop(request, self.shared.pseudonym)
         end, response = await self.ask_peer(request.headers)
-        if not response.opens_tunnel:
-            reason = response.reason.decode("ascii", "backslashreplace")
-            self.count_refused(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
-            await send_all(self.story, self.client, self.asked.pass_back(response))
-            return await listen_to_the_end(self.story, self.client)
         await send_all(self.story, self.client, self.asked.accept(response.headers))
         self.join(self.client, end, response.body, request.early)
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Answer with a status."""
-        answer = self.asked.refuse(refusal.reason, str(refusal), self.shared.program)
+        """Answer with a status; with the answer of the peer, if there is one."""
+        if isinstance(refusal, PeerRefusal):
+            answer = self.asked.pass_back(refusal.response)
+        else:
+            answer = self.asked.refuse(refusal.reason, str(refusal), self.shared.program)
         await send_all(self.story, self.client, answer)
         await listen_to_the_end(self.story, self.client)
 
@@ -123,9 +127,6 @@ class ServerNameIngress(ToPeer):
         if not received:
             return
         end, response = await self.ask_peer(header)
-        if not response.opens_tunnel:
-            reason = response.reason.decode("ascii", "backslashreplace")
-            raise Refusal(BridgeReason.PEER_REFUSED, f"{response.status} {reason}")
         self.join(self.client, end, response.body, received)
 
     async def _read_hello(self, received: bytes) -> tuple[bytes, Headers]:

@@ -4,7 +4,6 @@ import hashlib
 import os
 from _socket import socket
 from abc import abstractmethod
-from enum import StrEnum
 from pathlib import Path
 
 import trio
@@ -12,13 +11,15 @@ import trio
 from mutual_tls import resumption, session
 from mutual_tls.dial import Endpoint
 from mutual_tls.identity import Identities
+from mutual_tls.refusal import Refusal
 from mutual_tls.relay import TLSRelay
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
 from tls_bridge.config import Config
+from tls_bridge.http_connect import PeerRefusal
 from tls_bridge.log import Log
-from tls_bridge.refusal import BridgeReason
+from tls_bridge.refusal import ANSWERS, BridgeReason
 
 
 class Sessions(session.Sessions):
@@ -84,10 +85,14 @@ class Session(session.Session):
         self.target = target
         self.is_understood(BridgeReason.PEER_SILENT)
 
-    def report(self, reason: StrEnum, detail: str) -> None:
-        """Write the line of a refusal."""
+    def report(self, refusal: Refusal) -> None:
+        """Write the line of a refusal, with the status that the client is given."""
+        if isinstance(refusal, PeerRefusal):
+            status = refusal.response.status
+        else:
+            status = ANSWERS[refusal.reason].status
         target = str(self.target) if self.target else None
-        self.shared.log.refusal(reason, self.show_client(), target, self.peer, detail)
+        self.shared.log.refusal(refusal, status, self.show_client(), target, self.peer)
 
     def fields(self) -> dict[str, object]:
         """Return what the line of a connection says beside the client."""

@@ -326,7 +326,7 @@ def fails(it: Bridge, expected: tuple[int, str, str]) -> None:
         assert (status(header), error(header)) == expected[:2]
         receive_all(client)
     assert time.monotonic() - began < PATIENCE / 2
-    assert expected[2] in ingress.wait_for_log("refused")
+    assert f"{expected[2]} status={expected[0]} " in ingress.wait_for_log("refused")
 
 
 def test_nobody_listens(it: Bridge) -> None:
