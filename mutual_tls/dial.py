@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import trio
 
+from mutual_tls.exhausted import EXHAUSTED
 from sniproxy.engine.listener import CLIENT_OPTIONS
 from sniproxy.engine.story import Story
 
@@ -20,9 +21,6 @@ _ATTEMPT_EVERY = 0.25
 
 # Addresses of one name that are tried: with 250 ms each there is no time for more.
 _MOST_ADDRESSES = 16
-
-# What is no fault of the other side.
-EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 # What connect(2) says of a non-blocking socket that is not connected yet, and of one that is.
 _UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EINTR})
@@ -87,6 +85,7 @@ async def resolve(
 
     Raises:
         DialError: it has none.
+        OSError: there is no descriptor left to find out, or the like.
     """
     if (literal := address_family(endpoint.host)) is not None:
         return [(literal, (endpoint.host, endpoint.port))]
@@ -94,6 +93,8 @@ async def resolve(
     try:
         found = await story.in_trio(_getaddrinfo, endpoint)
     except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno in EXHAUSTED:
+            raise
         detail = getattr(error, "strerror", None) or str(error)
         raise DialError(DialReason.UNRESOLVED, f"{endpoint.host}: {detail}") from None
     for family, _, _, _, address in found:

@@ -8,7 +8,6 @@ all of them are looked at again afterwards, and OpenSSL loads the very bytes tha
 does not fit together is not used: the identity of before stays.
 """
 
-import contextlib
 import errno
 import os
 import re
@@ -27,6 +26,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from mutual_tls.exhausted import EXHAUSTED
 from mutual_tls.signature import Signature, signature
 
 # The names of the certificate, the key and the authorities. The first set wins.
@@ -145,6 +145,7 @@ class Identity:
 
         Raises:
             IdentityError: there is no identity, and never was a good one.
+            OSError: no descriptor or no memory is left to read it.
         """
         return self._context(_Kind.CLIENT if check_hostname else _Kind.CLIENT_BY_RULES)
 
@@ -157,6 +158,7 @@ class Identity:
 
         Raises:
             IdentityError: there is no identity, and never was a good one.
+            OSError: no descriptor or no memory is left to read it.
         """
         return self._context(_Kind.SERVER)
 
@@ -172,7 +174,9 @@ class Identity:
         if context is None:
             try:
                 context = loaded.contexts[kind] = _make_context(kind, loaded.material)
-            except OSError as error:  # EMFILE, for one
+            except OSError as error:
+                if error.errno in EXHAUSTED:
+                    raise
                 raise IdentityError(f"no identity in {self._directory}: {error}") from None
         return context
 
@@ -205,7 +209,9 @@ class Identity:
             except ssl.SSLError as error:  # an OSError, too
                 failure = f"OpenSSL refuses {' or '.join(state.names)}: {error.reason}"
             except OSError as error:
-                # It may be no fault of the files, such as EMFILE: try again the next time.
+                if error.errno in EXHAUSTED:
+                    raise  # no fault of the files; nothing has changed here
+                # Neither may this be, such as EIO: try again the next time.
                 failure, is_lasting = _describe(error), False
             except ValueError as error:
                 failure = str(error)
@@ -292,6 +298,9 @@ def system_authorities() -> bytes:
     They are read once in the life of the process, and not by OpenSSL in each handshake, as it does
     with a directory of them. Call it before the process loses its way to these files, by chroot(2)
     or a sandbox. `SSL_CERT_FILE` and `SSL_CERT_DIR` are heeded, openssl-env(7).
+
+    Raises:
+        OSError: the directory can't be read, or no descriptor or no memory is left to.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     paths = ssl.get_default_verify_paths()
@@ -303,9 +312,14 @@ def system_authorities() -> bytes:
     else:
         files = []
     for file in files:
-        # One that can't be read is one that is not trusted.
-        with contextlib.suppress(OSError):
+        try:
             context.load_verify_locations(file)
+        except ssl.SSLError:  # an OSError, too
+            continue
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
+            # Any other that can't be read is one that is not trusted.
     return b"".join(context.get_ca_certs(binary_form=True))
 
 

@@ -13,8 +13,9 @@ from enum import StrEnum
 
 import trio
 
-from mutual_tls.dial import EXHAUSTED, DialError
+from mutual_tls.dial import DialError
 from mutual_tls.end import TLSEnd, TLSError, receive_some
+from mutual_tls.exhausted import EXHAUSTED
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.relay import Ending, TLSRelay
 from sniproxy.engine.limit import ConnectionLimit

@@ -8,7 +8,7 @@ To read anew is to look again: what stat(2) shows to be the same as before is no
 
 Law: every call blocks for a bounded time, and what can't be read in full is an error, never a
 shorter list. Only what is absent may be taken for unset, and it has an exception of its own,
-`FileNotFoundError`.
+`FileNotFoundError`. Any other OSError says that no descriptor or no memory is left to read with.
 """
 
 import errno
@@ -18,6 +18,7 @@ import stat
 import time
 from pathlib import Path
 
+from mutual_tls.exhausted import EXHAUSTED
 from mutual_tls.signature import Signature, signature
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "read_names",
     "read_value",
     "read_values",
+    "unreadable",
 ]
 
 # The most bytes of a file, and of all files of a directory together. A line is seldom longer than
@@ -94,6 +96,17 @@ class SettingsError(Exception):
         super().__init__(f"unable to read {path}: {reason}")
 
 
+def unreadable(path: StrPath, error: OSError | ValueError) -> OSError | SettingsError:
+    """Return what to raise where something that is there can't be read.
+
+    If the machine has nothing left to read it with, that is no fault of the setting, and `error`
+    remains what it is.
+    """
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        return error
+    return SettingsError(path, _reason(error))
+
+
 def read_values(path: StrPath) -> list[str]:
     """Return the values in the file at `path`, in their order.
 
@@ -157,7 +170,7 @@ def exists(path: StrPath) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
-        raise SettingsError(path, _reason(error)) from None
+        raise unreadable(path, error) from None
     return True
 
 
@@ -195,7 +208,7 @@ def _read_directory(fd: int, path: str, seen: _Seen) -> _Lines:
     try:
         entries = sorted(name for name in os.listdir(fd) if not name.startswith("."))
     except OSError as error:
-        raise SettingsError(path, _reason(error)) from None
+        raise unreadable(path, error) from None
     if len(entries) > _MOST_ENTRIES:
         raise SettingsError(path, f"it has more than {_MOST_ENTRIES} entries")
     lines: _Lines = []
@@ -236,7 +249,7 @@ def _open(name: str, path: str, *, directory: int | None = None) -> int:
     except NotADirectoryError as error:
         raise FileNotFoundError(error.errno, error.strerror, path) from None
     except (OSError, ValueError) as error:
-        raise SettingsError(path, _reason(error)) from None
+        raise unreadable(path, error) from None
 
 
 def _read(fd: int, path: str, most: int, seen: _Seen) -> bytes:
@@ -252,7 +265,7 @@ def _read(fd: int, path: str, most: int, seen: _Seen) -> bytes:
         while len(content) <= most and (piece := os.read(fd, most + 1 - len(content))):
             content += piece
     except OSError as error:
-        raise SettingsError(path, _reason(error)) from None
+        raise unreadable(path, error) from None
     if len(content) > most:
         raise SettingsError(path, f"there are more than {_LARGEST} bytes")
     if len(content) != status.st_size:

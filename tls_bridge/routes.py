@@ -29,8 +29,8 @@ from mutual_tls.settings import (
     read_names,
     read_value,
     read_values,
+    unreadable,
 )
-from mutual_tls.signature import Signature, signature
 from mutual_tls.verify import Rule, RuleError, parse_rule
 from tls_bridge.refusal import BridgeReason
 
@@ -99,7 +99,7 @@ class Routes:
         self._files = files
         self._identity = identity
         self._server_name = server_name
-        self._read: dict[Path, tuple[Signature, list[Pattern]]] = {}
+        self._read: dict[Path, tuple[list[tuple[int, str]], list[Pattern]]] = {}
 
     def find(self, host: str, port: int) -> Peer:
         """Return the peer for a host.
@@ -204,20 +204,19 @@ class Routes:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise SettingsError(directory, error.strerror or str(error)) from None
+            raise unreadable(directory, error) from None
         for name in names:
             if not name.startswith("."):
                 yield from self._patterns_in(directory / name)
 
     def _patterns_in(self, path: Path) -> list[Pattern]:
-        """Return the rules in a file: as they were read the last time, if it is still the same."""
+        """Return the rules in a file: as they were understood the last time, if it is the same."""
         try:
-            seen = signature(path.stat())
-            if path in self._read and self._read[path][0] == seen:
-                return self._read[path][1]
             lines = read_lines(path)
         except OSError as error:
-            raise SettingsError(path, error.strerror or str(error)) from None
+            raise unreadable(path, error) from None
+        if path in self._read and self._read[path][0] == lines:
+            return self._read[path][1]
         patterns = []
         for number, line in lines:
             try:
@@ -229,7 +228,7 @@ class Routes:
                 patterns.append(parse_pattern(pattern, peer))
             except ValueError as error:
                 self._on_bad_line(path, number, str(error))
-        self._read[path] = seen, patterns
+        self._read[path] = lines, patterns
         return patterns
 
 

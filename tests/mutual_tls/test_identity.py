@@ -546,39 +546,58 @@ def test_an_absent_directory_is_no_identity_until_it_is_there(case: Case) -> Non
     assert case.words() == ["identity_broken", "identity_loaded"]
 
 
+def fail_with(number: int) -> Callable[..., bytes]:
+    def fail(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def test_what_is_no_fault_of_the_files_is_tried_again(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.write()
-
-    def fail(_: Path) -> bytes:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_read_file", fail)
+        patch.setattr(module, "_read_file", fail_with(errno.EIO))
         for _ in range(2):
-            with pytest.raises(IdentityError, match="Too many open files"):
+            with pytest.raises(IdentityError, match="Input/output error"):
                 case.identity.client_context()
     assert case.words() == ["identity_broken"]
     case.identity.client_context()
     assert case.words() == ["identity_broken", "identity_loaded"]
 
 
-def test_no_descriptor_for_another_kind_is_an_error(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_descriptor_is_no_broken_identity(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.write()
-    case.identity.client_context()
-
-    def fail(*_: object) -> int:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "memfd_create", fail)
-        with pytest.raises(IdentityError, match="Too many open files"):
-            case.identity.server_context()
+    for where, name in (
+        (module, "_read_file"),
+        (os, "memfd_create"),  # for the first kind
+        (os, "memfd_create"),  # for another
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, fail_with(errno.EMFILE))
+            with pytest.raises(OSError, match="Too many open files"):
+                case.identity.server_context()
+        if name == "memfd_create":
+            case.identity.client_context()
     case.identity.server_context()
     assert case.events == []
+
+
+def test_no_descriptor_is_no_lack_of_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
+    system_authorities.cache_clear()
+    expected = system_authorities()
+    system_authorities.cache_clear()
+
+    class Context:
+        def __init__(self, protocol: int) -> None:
+            self.load_verify_locations = fail_with(errno.EMFILE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ssl, "SSLContext", Context)
+        with pytest.raises(OSError, match="Too many open files"):
+            system_authorities()
+    assert system_authorities() == expected
 
 
 def test_no_descriptor_is_left_open(case: Case) -> None:

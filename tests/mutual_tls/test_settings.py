@@ -1,8 +1,9 @@
 """Small files as configuration: what is a value, and what is refused rather than guessed."""
 
+import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -167,6 +168,22 @@ def test_names_that_no_file_has(tmp_path: Path) -> None:
             exists(path)
     with pytest.raises(SettingsError, match="name too long"):
         read_values(tmp_path / ("a" * 256))
+
+
+@pytest.mark.parametrize("call", [read_values, read_names])
+def test_no_descriptor_is_no_fault_of_a_setting(
+    call: Callable[[Path], object], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(file, "a")
+
+    def fail(*args: object, **options: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            call(file)
+    assert call(file) == ["a"]
 
 
 def test_no_descriptor_stays_open(file: Path, directory: Path) -> None:

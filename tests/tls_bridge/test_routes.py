@@ -121,6 +121,15 @@ def test_a_pattern_means_the_whole_name(tmp_path: Path, host: str) -> None:
         routes(tmp_path, pairs).find(host, 80)
 
 
+def test_a_file_of_patterns_that_changes_within_a_tick_of_the_clock(tmp_path: Path) -> None:
+    """Of the same size, in the same place: nothing that stat(2) shows need have changed."""
+    found = routes(tmp_path)
+    for number in range(50):
+        address = f"192.0.2.{number % 9}:443"
+        write(tmp_path / "rules.d/10", f"x {address}")
+        assert found.find("x", 80).name == address
+
+
 def test_no_pattern_takes_long(tmp_path: Path) -> None:
     """With Python's own engine this one would take longer than anybody waits."""
     pairs = ("(([a-z]+)+[.])+x", "192.0.2.1:443")
