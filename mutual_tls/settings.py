@@ -112,7 +112,8 @@ def read_values(path: StrPath) -> list[str]:
 
     Raises:
         FileNotFoundError: nothing is there (ENOENT, ENOTDIR).
-        SettingsError: it is no regular file, too large, not text, or out of reach.
+        SettingsError: it is no regular file, too large, not text, out of reach, or a link that
+            leads nowhere.
     """
     return [value for _, value in read_lines(path)]
 
@@ -245,6 +246,10 @@ def _open(name: str, path: str, *, directory: int | None = None) -> int:
     try:
         return os.open(name, _FLAGS, dir_fd=directory)
     except FileNotFoundError:
+        # Of the entries of a directory such a link is none; but by its own name somebody has put
+        # it there to say something.
+        if directory is None and os.path.islink(path):
+            raise SettingsError(path, "it is a link that leads nowhere") from None
         raise
     except NotADirectoryError as error:
         raise FileNotFoundError(error.errno, error.strerror, path) from None

@@ -92,8 +92,9 @@ def test_what_is_absent_is_told_apart(file: Path, read: object) -> None:
     with pytest.raises(FileNotFoundError):
         read(file / "below")
     file.unlink()
+    # Else a list of whom or what to allow would allow all when what it leads to is gone.
     file.symlink_to("nothing")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SettingsError, match="a link that leads nowhere"):
         read(file)
 
 

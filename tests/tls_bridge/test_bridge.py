@@ -295,6 +295,25 @@ def test_a_change_of_the_directory_counts_for_the_next_connection(it: Bridge) ->
         assert status(header) == expected
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "ingress/hosts/web.internal/ports",
+        "ingress/peers/p/servers",
+        "ingress/peers/p/server-name",
+        "peer/allow/web.internal/clients",
+    ],
+)
+def test_a_link_that_leads_nowhere_allows_nothing(it: Bridge, tmp_path: Path, path: str) -> None:
+    """It was a list of whom or what to allow, and if it is absent more is allowed."""
+    (tmp_path / path).unlink(missing_ok=True)
+    (tmp_path / path).symlink_to("nowhere")
+    it.start_peer()
+    client, header = ask(it.start_ingress(), connect())
+    client.close()
+    assert (status(header), error(header)) == (500, "proxy_configuration_error")
+
+
 # --- Failures ------------------------------------------------------------------------------------
 
 
