@@ -388,10 +388,14 @@ def _read_file(path: Path) -> bytes:
     """
     # O_NONBLOCK: whoever opens a FIFO waits for a writer otherwise, fifo(7).
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
+    try:
+        # First: of a directory `open` makes no file, and leaves the descriptor open.
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ValueError(f"{path.name} is not a regular file")
-        data = file.read(_LONGEST + 1)
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(_LONGEST + 1)
+    finally:
+        os.close(fd)
     if len(data) > _LONGEST:
         raise ValueError(f"{path.name} has more than {_LONGEST} bytes")
     return data

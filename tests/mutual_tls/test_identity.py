@@ -465,6 +465,11 @@ def other_kind_of_key(path: Path) -> None:
     path.write_bytes(leaf.private_key_pem.bytes())
 
 
+def directory(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent)
+
+
 BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("cert.pem", Path.unlink, "cert.pem: No such file or directory"),
     ("cert.pem", cut, "cert.pem is not a certificate in PEM"),
@@ -473,6 +478,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("cert.pem", lambda path: path.write_bytes(b"\xff"), "cert.pem is not a certificate in PEM"),
     ("cert.pem", lambda path: path.write_bytes(bytes(1 << 21)), "cert.pem has more than"),
     ("cert.pem", fifo, "cert.pem is not a regular file"),
+    ("cert.pem", directory, "cert.pem is not a regular file"),
     ("key.pem", Path.unlink, "key.pem: No such file or directory"),
     ("key.pem", cut, "key.pem is not a private key in PEM"),
     ("key.pem", lambda path: path.write_bytes(b""), "key.pem is not a private key in PEM"),
@@ -604,8 +610,9 @@ def test_no_descriptor_is_left_open(case: Case) -> None:
     case.write()
     before = sorted(os.listdir("/proc/self/fd"))
     case.identity.server_context()
-    encrypt(case.directory / "key.pem")
-    case.identity.server_context()
+    for spoil in encrypt, directory:
+        spoil(case.directory / "key.pem")
+        case.identity.server_context()
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
