@@ -26,6 +26,9 @@ _MOST_ADDRESSES = 16
 _UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EINTR})
 _CONNECTED = frozenset({0, errno.EISCONN})
 
+# And where somebody is there and does not want it: at once, or right after the handshake of TCP.
+_REFUSED = frozenset({errno.ECONNREFUSED, errno.ECONNRESET})
+
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -33,7 +36,7 @@ class DialReason(StrEnum):
     """Why there is no connection."""
 
     UNRESOLVED = "unresolved"  # the name has no address
-    REFUSED = "refused"  # nobody listens there
+    REFUSED = "refused"  # nobody listens there, or accepts
     UNREACHABLE = "unreachable"  # no route, or no answer
     FORBIDDEN = "forbidden"  # the address is not one to connect to
 
@@ -178,9 +181,9 @@ async def _dial_in_turn(
                 story.loop.close(sock)
     for number in EXHAUSTED.intersection(errors):
         raise OSError(number, os.strerror(number))
-    is_refused = errno.ECONNREFUSED in errors
-    reason = DialReason.REFUSED if is_refused else DialReason.UNREACHABLE
-    number = errno.ECONNREFUSED if is_refused else (errors or [errno.EHOSTUNREACH])[0]
+    refused = [number for number in errors if number in _REFUSED]
+    reason = DialReason.REFUSED if refused else DialReason.UNREACHABLE
+    number = [*refused, *errors, errno.EHOSTUNREACH][0]
     raise DialError(reason, f"{what}: {os.strerror(number)}")
 
 
@@ -216,7 +219,9 @@ async def _first_connected(
             # connect(2) says how it goes: once 0 where it was under way, or what went wrong.
             number = sock.connect_ex(address)
             if number in _CONNECTED:
-                return sock
+                if not _is_its_own_peer(sock, address):
+                    return sock
+                number = errno.ECONNREFUSED
             if number not in _UNDER_WAY:
                 del attempts[sock]
                 story.loop.close(sock)
@@ -224,6 +229,16 @@ async def _first_connected(
         if not attempts or (newest is not None and newest not in attempts):
             return None
         await story.any_writable(list(attempts))
+
+
+def _is_its_own_peer(sock: socket, address: tuple[str, int]) -> bool:
+    """Tell whether a socket is connected to itself, since nobody else listens there.
+
+    Where a port of this machine is one that the kernel hands out, it may hand out that very one for
+    the connection, and RFC 9293 §3.5 has both ends of a connection open at once. It would say back
+    what it hears, and keep the service from its port.
+    """
+    return sock.getsockname()[1] == address[1] and sock.getsockname() == sock.getpeername()
 
 
 def is_local(address: IPAddress) -> bool:

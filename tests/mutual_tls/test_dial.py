@@ -1,5 +1,7 @@
 """Connecting: addresses in turn, and what went wrong."""
 
+import _socket
+import contextlib
 import errno
 import ipaddress
 import os
@@ -11,6 +13,7 @@ import pytest
 import trio
 from trio.testing import trio_test
 
+from mutual_tls import dial as module
 from mutual_tls.dial import DialError, DialReason, Endpoint, dial, is_local, resolve
 from sniproxy.engine.story import Story
 from tests.support.story import told
@@ -187,3 +190,38 @@ async def test_who_has_no_time_leaves_no_socket() -> None:
 
         assert await told(run)
     assert os.listdir("/proc/self/fd") == before
+
+
+class Unlucky(_socket.socket):
+    """Is given the very port that it is to connect to."""
+
+    def connect_ex(self, address: tuple[str, int]) -> int:  # type: ignore[override]
+        with contextlib.suppress(OSError):  # it has it already
+            self.bind(address)
+        return super().connect_ex(address)
+
+
+@trio_test
+async def test_a_socket_that_is_connected_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "socket", Unlucky)
+    for host, family in ("127.0.0.1", V4), ("::1", V6):
+        with socket.create_server((host, 0), family=family) as listening:
+            port = listening.getsockname()[1]
+        with pytest.raises(DialError) as caught:
+            await dialled(Endpoint(host, port))
+        assert caught.value.reason is DialReason.REFUSED
+
+
+class Unwanted(_socket.socket):
+    """Is accepted, and reset before anybody has looked."""
+
+    def connect_ex(self, address: tuple[str, int]) -> int:  # type: ignore[override]
+        return errno.ECONNRESET
+
+
+@trio_test
+async def test_who_resets_at_once_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "socket", Unwanted)
+    with pytest.raises(DialError, match="reset by peer") as caught:
+        await dialled(Endpoint("127.0.0.1", 9))
+    assert caught.value.reason is DialReason.REFUSED
