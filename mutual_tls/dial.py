@@ -133,7 +133,11 @@ def address_family(host: str) -> std.AddressFamily | None:
 
 
 async def dial(
-    story: Story, endpoint: Endpoint, is_forbidden: Callable[[IPAddress], bool] | None = None
+    story: Story,
+    endpoint: Endpoint,
+    is_forbidden: Callable[[IPAddress], bool] | None = None,
+    *,
+    options: Sequence[tuple[int, int, int]] = (),
 ) -> socket:
     """Return a non-blocking socket that is connected to the endpoint.
 
@@ -141,10 +145,11 @@ async def dial(
         story: which waits for it.
         endpoint: where to.
         is_forbidden: addresses that are left out.
+        options: what is set before connecting, each as for setsockopt(2): level, name and value.
 
     Raises:
         DialError: nobody could be reached.
-        OSError: there is no descriptor left, or the like.
+        OSError: there is no descriptor left, an option can't be set, or the like.
     """
     addresses = await resolve(story, endpoint)
     if is_forbidden is not None:
@@ -153,11 +158,14 @@ async def dial(
             detail = f"{endpoint.host} is {addresses[0][1][0]}"
             raise DialError(DialReason.FORBIDDEN, detail)
         addresses = allowed
-    return await _dial_in_turn(story, addresses, str(endpoint))
+    return await _dial_in_turn(story, addresses, str(endpoint), options)
 
 
 async def _dial_in_turn(
-    story: Story, addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]], what: str
+    story: Story,
+    addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]],
+    what: str,
+    options: Sequence[tuple[int, int, int]],
 ) -> socket:
     """Connect to whichever answers first; each has a quarter of a second before the next begins."""
     attempts: dict[socket, tuple[str, int]] = {}  # that are under way
@@ -165,7 +173,7 @@ async def _dial_in_turn(
     connected = None
     try:
         for family, address in addresses:
-            if (newest := _begin(family, address, errors)) is None:
+            if (newest := _begin(family, address, options, errors)) is None:
                 continue
             attempts[newest] = address
             with story.time_limit(_ATTEMPT_EVERY):
@@ -187,15 +195,29 @@ async def _dial_in_turn(
     raise DialError(reason, f"{what}: {os.strerror(number)}")
 
 
-def _begin(family: std.AddressFamily, address: tuple[str, int], errors: list[int]) -> socket | None:
-    """Begin to connect; if there is no socket to be had, its error number goes to the list."""
+def _begin(
+    family: std.AddressFamily,
+    address: tuple[str, int],
+    options: Sequence[tuple[int, int, int]],
+    errors: list[int],
+) -> socket | None:
+    """Begin to connect; if there is no socket to be had, its error number goes to the list.
+
+    Raises:
+        OSError: an option can't be set.
+    """
     try:
         sock = socket(family, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC, 0)
     except OSError as error:
         errors.append(error.errno or errno.EMFILE)
         return None
-    for option in CLIENT_OPTIONS:  # a dead peer is noticed as a dead client is
-        sock.setsockopt(*option)
+    try:
+        for option in (*CLIENT_OPTIONS, *options):  # a dead peer is noticed as a dead client is
+            sock.setsockopt(*option)
+    except OSError:
+        # Without a mark the connection would be redirected to us; it must not begin.
+        sock.close()
+        raise
     number = sock.connect_ex(address)
     if number in _UNDER_WAY or number == 0:
         return sock
@@ -238,7 +260,8 @@ def _is_its_own_peer(sock: socket, address: tuple[str, int]) -> bool:
     the connection, and RFC 9293 §3.5 has both ends of a connection open at once. It would say back
     what it hears, and keep the service from its port.
     """
-    return sock.getsockname()[1] == address[1] and sock.getsockname() == sock.getpeername()
+    own = sock.getsockname()
+    return bool(own[1] == address[1] and own == sock.getpeername())
 
 
 def is_local(address: IPAddress) -> bool:

@@ -225,3 +225,30 @@ async def test_who_resets_at_once_is_there(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(DialError, match="reset by peer") as caught:
         await dialled(Endpoint("127.0.0.1", 9))
     assert caught.value.reason is DialReason.REFUSED
+
+
+@trio_test
+async def test_options_are_set_before_it_connects() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, silent_port() as silent:
+        port = listening.getsockname()[1]
+        options = ((socket.SOL_SOCKET, socket.SO_PRIORITY, 3),)
+        with name_is((V4, "127.0.0.1", silent), (V4, "127.0.0.1", port)) as endpoint:
+            sock = await told(lambda story: dial(story, endpoint, options=options))
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) == 3
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    sock.close()
+
+
+@trio_test
+async def test_an_option_that_cannot_be_set_is_no_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        endpoint = Endpoint(*listening.getsockname())
+        options = ((socket.SOL_SOCKET, 0x7FFF, 1),)
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(OSError) as raised:  # noqa: PT011
+            await told(lambda story: dial(story, endpoint, options=options))
+        assert raised.value.errno == errno.ENOPROTOOPT
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+        with pytest.raises(BlockingIOError):
+            listening.accept()
