@@ -1,0 +1,1 @@
+"""tls-tproxy: plain connections of this machine's own clients, wrapped in mutual TLS."""

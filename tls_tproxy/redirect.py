@@ -1,0 +1,168 @@
+"""The rules that redirect connections of this machine's own programs to us.
+
+Two tables of family inet, so IPv4 and IPv6 alike. The one that redirects lasts as long as we do.
+Its rule is in the output hook, which all packets pass that begin here, those to ourselves, too.
+There `redirect` means the loopback address: it suffices to listen on 127.0.0.1 and ::1. Where
+nobody listens, connections are refused.
+
+With `fail_closed` there is another table, which belongs to nobody, and so outlives us whatever
+happens. It resets connections to the same ports that nobody has redirected, of established ones
+too. Its name has our listening port in it, which a new start has again, and no other instance:
+`tls_tproxy_refuse_PORT`. The next start takes it over; `stop_refusing` removes it.
+
+Connections that carry our mark, of whichever instance, pass both.
+"""
+
+import os
+from collections.abc import Collection
+from typing import Final
+
+from mutual_tls.netfilter.command import Cgroup, Command, Name
+from mutual_tls.netfilter.mark import MARK, MASK
+from mutual_tls.netfilter.table import Nft, create_table, replace_elements
+
+_PORTS: Final = Name("ports")
+
+
+class Redirection:
+    """Connections to some TCP ports come to our listening port, as long as this lasts.
+
+    Args:
+        nft: the session whose end ends it.
+        listening_port: ours, on the loopback addresses.
+        ports: which are redirected.
+        users: user ids, of whose programs alone; none: of all, root's too.
+        cgroup: of whose programs alone.
+        fail_closed: whether to refuse those connections from now on when we are gone.
+
+    Raises:
+        ValueError: a port is none, or is the listening one.
+        NftError: nft refuses it, and nothing has changed.
+        NftEndedError: nft has ended.
+    """
+
+    def __init__(
+        self,
+        nft: Nft,
+        listening_port: int,
+        ports: Collection[int],
+        *,
+        users: Collection[int] = (),
+        cgroup: Cgroup | None = None,
+        fail_closed: bool = False,
+    ) -> None:
+        self._nft = nft
+        self._listening_port = listening_port
+        _check_ports([listening_port])
+        self._check(ports)
+        # The process id, because the next copy may begin while this one drains.
+        name = Name(f"tls_tproxy_{listening_port}_{os.getpid()}")
+        self._tables = [name]
+        who = _who(users, cgroup)
+        commands = _redirect(name, listening_port, who)
+        if fail_closed:
+            refusing = _refusing(listening_port)
+            self._tables.append(refusing)
+            commands += _refuse(refusing, who)
+        nft.run(*commands, *self._replace(ports))
+
+    def replace_ports(self, ports: Collection[int]) -> None:
+        """Redirect these and no others from now on. Connections that are established stay.
+
+        Raises:
+            ValueError, NftError, NftEndedError: as above.
+        """
+        self._check(ports)
+        self._nft.run(*self._replace(ports))
+
+    def _check(self, ports: Collection[int]) -> None:
+        _check_ports(ports)
+        if self._listening_port in ports:
+            raise ValueError(f"port {self._listening_port} is the one that listens here")
+
+    def _replace(self, ports: Collection[int]) -> list[Command]:
+        return [
+            command
+            for table in self._tables
+            for command in replace_elements(table, _PORTS, sorted(set(ports)))
+        ]
+
+
+def stop_refusing(nft: Nft, listening_port: int) -> None:
+    """Remove what `fail_closed` has left behind for that listening port, if there is anything.
+
+    Raises:
+        ValueError: it is no port.
+        NftError: nft refuses it.
+        NftEndedError: nft has ended.
+    """
+    _check_ports([listening_port])
+    nft.run(*_remove(_refusing(listening_port)))
+
+
+def _check_ports(ports: Collection[int]) -> None:
+    for port in ports:
+        if not 1 <= port <= 65535:
+            raise ValueError(f"{port} is no port")
+
+
+def _refusing(listening_port: int) -> Name:
+    return Name(f"tls_tproxy_refuse_{listening_port}")
+
+
+def _who(users: Collection[int], cgroup: Cgroup | None) -> Command:
+    """Return the conditions for the packets of connections that are meant."""
+    who = Command(
+        "meta l4proto tcp tcp dport @$ports meta mark & $mask != $mark",
+        ports=_PORTS,
+        mask=MASK,
+        mark=MARK,
+    )
+    if users:
+        who += Command("meta skuid { $users }", users=sorted(set(users)))
+    if cgroup is not None:
+        who += Command("socket cgroupv2 $cgroup", cgroup=cgroup)
+    return who
+
+
+def _redirect(table: Name, listening_port: int, who: Command) -> list[Command]:
+    return [
+        create_table(table),
+        _add_ports(table),
+        Command("add chain inet $table output", table=table)
+        # A connection gets its destination from the first chain that has one for it. Those of
+        # others, of Docker and Kubernetes above all, have the priority dstnat, -100, nft(8). Behind
+        # them, connections to addresses that they translate would leave as they are.
+        + Command("{ type nat hook output priority -101; }"),
+        Command("add rule inet $table output", table=table)
+        + who
+        + Command("redirect to :$port", port=listening_port),
+    ]
+
+
+def _refuse(table: Name, who: Command) -> list[Command]:
+    return [
+        *_remove(table),
+        Command("add table inet $table", table=table),
+        _add_ports(table),
+        Command("add chain inet $table output", table=table)
+        # After the nat chains: what was redirected has another port now.
+        + Command("{ type filter hook output priority 0; }"),
+        # A client from elsewhere may have such a port as its own.
+        Command("add rule inet $table output ct direction reply accept", table=table),
+        Command("add rule inet $table output", table=table)
+        + who
+        + Command("reject with tcp reset"),
+    ]
+
+
+def _remove(table: Name) -> list[Command]:
+    return [
+        # To delete a table is an error where there is none.
+        Command("add table inet $table", table=table),
+        Command("delete table inet $table", table=table),
+    ]
+
+
+def _add_ports(table: Name) -> Command:
+    return Command("add set inet $table $ports { type inet_service; }", table=table, ports=_PORTS)
