@@ -113,7 +113,8 @@ class Command:
 def _render(value: Value | Collection[Value]) -> str:
     match value:
         case Cgroup(level, path):
-            assert all(_CGROUP_PART.fullmatch(part) for part in path.split("/"))
+            if not all(_CGROUP_PART.fullmatch(part) for part in path.split("/")):
+                raise ValueError(f"{path!a} is no path of a control group")
             return f'level {_render(level)} "{path}"'
         case bool():
             raise TypeError("a truth value is no number")

@@ -65,7 +65,7 @@ class NftEndedError(NftError):
 
 
 class Nft:
-    """A session. To be opened while there is one thread only, and with CAP_NET_ADMIN.
+    """A session. To be opened with CAP_NET_ADMIN.
 
     In copies of this process that fork(2) makes, it is closed at once: a worker that outlives the
     first process does not keep its tables.
@@ -100,7 +100,11 @@ class Nft:
                 self._socket.close()
                 raise NftEndedError(f"unable to run nft: {error.strerror}") from error
         os.register_at_fork(after_in_child=self._socket.close)
-        self.run()  # whether it answers
+        try:
+            self.run()  # whether it answers
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, *commands: Command) -> None:
         """Do all that, or nothing of it: one transaction. It takes a millisecond or so.
@@ -145,7 +149,10 @@ class Nft:
         """End it, for what it has done is not known; its tables go with it."""
         with contextlib.suppress(PermissionError):  # ours is another user now
             self._process.kill()
-        self.close()
+        with contextlib.suppress(OSError):
+            # Not closed: somebody may wait for its end.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._reap()
         raise NftEndedError(f"unable to run nft: {' '.join(why.split())[:_MOST_WORDS]}")
 
     async def wait_ended(self) -> None:
@@ -168,6 +175,9 @@ class Nft:
     def close(self) -> None:
         """Let nft end, and its tables with it; when this returns they are gone."""
         self._socket.close()
+        self._reap()
+
+    def _reap(self) -> None:
         try:
             self._process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
