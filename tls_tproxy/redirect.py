@@ -8,9 +8,15 @@ nobody listens, connections are refused.
 With `fail_closed` there is another table, which belongs to nobody, and so outlives us whatever
 happens. It resets connections to the same ports that nobody has redirected, of established ones
 too. Its name has our listening port in it, which a new start has again, and no other instance:
-`tls_tproxy_refuse_PORT`. The next start takes it over; `stop_refusing` removes it.
+`tls_tproxy_refuse_PORT`. The next start takes it over; `stop_refusing` removes it. Anybody with the
+right to can remove it, `flush ruleset` does; each change of ports makes it anew.
 
-Connections that carry our mark, of whichever instance, pass both.
+Connections that carry our mark, of whichever instance, pass both. Packets that are forwarded, of
+containers above all, do not come here: theirs is another network namespace.
+
+A client that is bound to a device, SO_BINDTODEVICE in socket(7), or that wants a link-local
+address, is not served: the kernel keeps its packets on that device, where there is no loopback
+address. It gets no answer.
 """
 
 import os
@@ -56,15 +62,11 @@ class Redirection:
         _check_ports([listening_port])
         self._check(ports)
         # The process id, because the next copy may begin while this one drains.
-        name = Name(f"tls_tproxy_{listening_port}_{os.getpid()}")
-        self._tables = [name]
-        who = _who(users, cgroup)
-        commands = _redirect(name, listening_port, who)
-        if fail_closed:
-            refusing = _refusing(listening_port)
-            self._tables.append(refusing)
-            commands += _refuse(refusing, who)
-        nft.run(*commands, *self._replace(ports))
+        self._table = Name(f"tls_tproxy_{listening_port}_{os.getpid()}")
+        self._who = _who(users, cgroup)
+        self._fail_closed = fail_closed
+        self._ports = ports
+        nft.run(*_redirect(self._table, listening_port, self._who), *self._replace(ports))
 
     def replace_ports(self, ports: Collection[int]) -> None:
         """Redirect these and no others from now on. Connections that are established stay.
@@ -74,6 +76,18 @@ class Redirection:
         """
         self._check(ports)
         self._nft.run(*self._replace(ports))
+        self._ports = ports
+
+    def stop(self) -> None:
+        """Redirect no new connection from now on; with `fail_closed` they are refused.
+
+        Those that are established stay. They do not when the session ends: where nobody else's
+        rules translate addresses the kernel then ceases to, for them as well.
+
+        Raises:
+            NftError, NftEndedError: as above.
+        """
+        self._nft.run(*replace_elements(self._table, _PORTS, ()), *self._refuse(self._ports))
 
     def _check(self, ports: Collection[int]) -> None:
         _check_ports(ports)
@@ -81,11 +95,16 @@ class Redirection:
             raise ValueError(f"port {self._listening_port} is the one that listens here")
 
     def _replace(self, ports: Collection[int]) -> list[Command]:
-        return [
-            command
-            for table in self._tables
-            for command in replace_elements(table, _PORTS, sorted(set(ports)))
-        ]
+        elements = sorted(set(ports))
+        return [*replace_elements(self._table, _PORTS, elements), *self._refuse(elements)]
+
+    def _refuse(self, ports: Collection[int]) -> list[Command]:
+        """Return the commands for the table that refuses; it may be another one's, or be gone."""
+        if not self._fail_closed:
+            return []
+        table = _refusing(self._listening_port)
+        elements = replace_elements(table, _PORTS, sorted(set(ports)))
+        return [*_refuse(table, self._who), *elements]
 
 
 def stop_refusing(nft: Nft, listening_port: int) -> None:

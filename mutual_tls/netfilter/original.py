@@ -31,7 +31,7 @@ def original_destination(sock: socket) -> tuple[str, int]:
 
     Raises:
         NotRedirectedError: to our own.
-        OSError: it is no TCP connection over IP, or the like.
+        OSError: a system call failed.
     """
     own_host, own_port = sock.getsockname()[:2]
     own = ipaddress.ip_address(own_host.partition("%")[0])

@@ -20,7 +20,7 @@ HOSTILE = (
     "443",
 )
 
-scopes = st.text(st.characters(exclude_characters="%"), min_size=1)
+scopes = st.text(st.characters(exclude_characters="%/"), min_size=1)
 addresses_with_scope = scopes.map(lambda scope: IPv6Address(f"fe80::1%{scope}"))
 
 anything = st.recursive(
