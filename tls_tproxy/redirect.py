@@ -65,7 +65,7 @@ class Redirection:
         self._table = Name(f"tls_tproxy_{listening_port}_{os.getpid()}")
         self._who = _who(users, cgroup)
         self._fail_closed = fail_closed
-        self._ports = ports
+        self._ports = tuple(ports)
         nft.run(*_redirect(self._table, listening_port, self._who), *self._replace(ports))
 
     def replace_ports(self, ports: Collection[int]) -> None:
@@ -76,7 +76,7 @@ class Redirection:
         """
         self._check(ports)
         self._nft.run(*self._replace(ports))
-        self._ports = ports
+        self._ports = tuple(ports)
 
     def stop(self) -> None:
         """Redirect no new connection from now on; with `fail_closed` they are refused.

@@ -10,6 +10,7 @@ import textwrap
 from _socket import socket as Socket  # noqa: N812 - as the engine has them
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -441,7 +442,7 @@ def test_what_others_have_flushed_is_made_anew(place: Place) -> None:
     redirection = Redirection(place.nft(), LISTENING, [PORT], fail_closed=True)
     both = place.tables()
     assert len(both) == 2
-    for change in lambda: redirection.replace_ports([PORT]), redirection.stop:
+    for change in partial(redirection.replace_ports, [PORT]), redirection.stop:
         place.here.run("nft", "flush", "ruleset")
         assert len(place.tables()) == 1
         change()
