@@ -80,7 +80,7 @@ class Nft:
     """
 
     def __init__(self, user: tuple[int, int] | None = None) -> None:
-        path = os.pathsep.join((os.environ.get("PATH", ""), _SYSTEM_PATH))
+        path = os.pathsep.join((*os.get_exec_path(), _SYSTEM_PATH))
         if (nft := shutil.which("nft", path=path)) is None:
             raise NftEndedError("unable to run nft: it is not installed (Debian package nftables)")
         command = [nft, "-i"]
