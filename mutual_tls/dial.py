@@ -69,14 +69,23 @@ class Endpoint(NamedTuple):
             raise ValueError("an IPv6 address stands in brackets: [2001:db8::1]:443")
         if not colon or not host:
             raise ValueError("it is not HOST:PORT")
-        if not (digits.isascii() and digits.isdigit() and len(digits) <= 5 and int(digits) < 65536):
-            raise ValueError("its port is no number up to 65535")
-        if not int(digits):
-            raise ValueError("there is no port 0")
-        return cls(host, int(digits))
+        return cls(host, parse_port(digits))
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_port(text: str) -> int:
+    """Return the number of a port.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 65536):
+        raise ValueError(f"{text!a} is no port, a number up to 65535")
+    if not int(text):
+        raise ValueError("there is no port 0")
+    return int(text)
 
 
 async def resolve(

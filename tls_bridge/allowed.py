@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from mutual_tls.dial import Endpoint
 from mutual_tls.refusal import Refusal, SessionReason
+from mutual_tls.rules import rules_in
 from mutual_tls.settings import SettingsError, exists, read_values
 from mutual_tls.verify import Certificate, Rule, matches
 from tls_bridge.refusal import BridgeReason
-from tls_bridge.routes import rules_in
 
 
 class Service(NamedTuple):

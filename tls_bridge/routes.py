@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import re2
 
-from mutual_tls.dial import Endpoint
+from mutual_tls.dial import Endpoint, parse_port
 from mutual_tls.identity import Identity
 from mutual_tls.refusal import Refusal, SessionReason
+from mutual_tls.rules import rules_in
 from mutual_tls.settings import (
     SettingsError,
     StrPath,
@@ -31,7 +32,7 @@ from mutual_tls.settings import (
     read_values,
     unreadable,
 )
-from mutual_tls.verify import Rule, RuleError, parse_rule
+from mutual_tls.verify import Rule
 from tls_bridge.refusal import BridgeReason
 
 # A name of a peer: one component of a path that is neither hidden nor above us.
@@ -137,7 +138,7 @@ class Routes:
         for place in self._places(host):
             path = f"{place}/port"
             try:
-                return parse_port(path, read_value(path))
+                return _port(path, read_value(path))
             except FileNotFoundError:
                 continue
             except SettingsError as error:
@@ -157,7 +158,7 @@ class Routes:
 
     def _check_port(self, path: str, port: int) -> None:
         try:
-            allowed = [parse_port(path, name) for name in read_names(path)]
+            allowed = [_port(path, name) for name in read_names(path)]
         except FileNotFoundError:
             return
         if port not in allowed:
@@ -257,28 +258,10 @@ def parse_pattern(pattern: str, peer: str) -> Pattern:
     return Pattern(compiled.fullmatch, peer)
 
 
-def parse_port(path: str, text: str) -> int:
-    """Return the number of a port.
-
-    Raises:
-        SettingsError: it is none; `path` is where it stands.
-    """
-    if text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536:
-        return int(text)
-    raise SettingsError(path, f"{text!a} is no port")
-
-
-def rules_in(path: str) -> list[Rule] | None:
-    """Return the rules in a file or directory; None if it is absent.
-
-    Raises:
-        SettingsError: one can't be read, or understood.
-    """
+def _port(path: str, text: str) -> int:
     try:
-        return [parse_rule(text) for text in read_names(path)]
-    except FileNotFoundError:
-        return None
-    except RuleError as error:
+        return parse_port(text)
+    except ValueError as error:
         raise SettingsError(path, str(error)) from None
 
 
