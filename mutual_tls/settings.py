@@ -25,6 +25,7 @@ __all__ = [
     "SettingsError",
     "StrPath",
     "exists",
+    "read_entries",
     "read_lines",
     "read_names",
     "read_value",
@@ -37,7 +38,8 @@ __all__ = [
 _LARGEST = 64 * 1024
 
 # The most entries of a directory: each is opened and read, which takes about 10 µs, and 10 ms are
-# the most that all other connections should have to wait.
+# the most that all other connections should have to wait. It holds where the entries are only
+# listed, too: whoever lists them looks into them next.
 _MOST_ENTRIES = 1000
 
 # O_NONBLOCK: a FIFO without a writer opens at once (fifo(7)), and is refused then. O_NOCTTY: a
@@ -87,6 +89,9 @@ _Lines = list[tuple[int, str]]
 
 # What was read, by its path, and whether that might have been a directory.
 _known: dict[tuple[str, bool], tuple[list[tuple[str, Signature]], _Lines]] = {}
+
+# The entries of directories that were listed, by their paths.
+_listed: dict[str, tuple[Signature, frozenset[str]]] = {}
 
 
 class SettingsError(Exception):
@@ -158,6 +163,36 @@ def read_names(path: StrPath) -> list[str]:
     return [value for _, value in _read_or_remember(path, may_be_directory=True)]
 
 
+def read_entries(path: StrPath) -> frozenset[str]:
+    """Return the names of the entries of a directory, whatever they are: links to nothing, too.
+
+    Entries that begin with "." are skipped, as in `read_names`. A name that is not UTF-8 has
+    surrogates in it, os.fsdecode.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        SettingsError: it is no directory, has too many entries, or is out of reach.
+    """
+    path = os.fspath(path)
+    known = _listed.get(path)
+    if known is not None and _look(path) == known[0]:
+        return known[1]
+    fd = _open(path, path)
+    try:
+        seen = _Seen()
+        seen.note(path, status := os.fstat(fd))
+        if not stat.S_ISDIR(status.st_mode):
+            raise SettingsError(path, "it is not a directory")
+        entries = frozenset(_list(fd, path))
+    finally:
+        os.close(fd)
+    if seen.is_settled:
+        if len(_listed) >= _MOST_REMEMBERED:
+            _listed.clear()
+        _listed[path] = signature(status), entries
+    return entries
+
+
 def exists(path: StrPath) -> bool:
     """Tell whether there is an entry at `path`, such as the empty file `send-proxy-v1`.
 
@@ -206,15 +241,9 @@ def _look(path: str) -> Signature | None:
 def _read_directory(fd: int, path: str, seen: _Seen) -> _Lines:
     # All from the directory that was opened, even while a link to it is being swapped.
     seen.note(path, os.fstat(fd))
-    try:
-        entries = sorted(name for name in os.listdir(fd) if not name.startswith("."))
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if len(entries) > _MOST_ENTRIES:
-        raise SettingsError(path, f"it has more than {_MOST_ENTRIES} entries")
     lines: _Lines = []
     left = _LARGEST
-    for name in entries:
+    for name in sorted(_list(fd, path)):
         entry_path = f"{path}/{name}"
         try:
             entry = _open(name, entry_path, directory=fd)
@@ -232,6 +261,16 @@ def _read_directory(fd: int, path: str, seen: _Seen) -> _Lines:
         left -= len(content)
         lines += _parse(entry_path, content) if content else [_entry_value(path, name)]
     return lines
+
+
+def _list(fd: int, path: str) -> list[str]:
+    try:
+        entries = [name for name in os.listdir(fd) if not name.startswith(".")]
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if len(entries) > _MOST_ENTRIES:
+        raise SettingsError(path, f"it has more than {_MOST_ENTRIES} entries")
+    return entries
 
 
 def _entry_value(path: str, name: str) -> tuple[int, str]:

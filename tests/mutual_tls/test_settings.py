@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from mutual_tls import settings
-from mutual_tls.settings import SettingsError, exists, read_names, read_value, read_values
+from mutual_tls.settings import (
+    SettingsError,
+    exists,
+    read_entries,
+    read_names,
+    read_value,
+    read_values,
+)
 
 # Any user who is not root, who may read everything.
 NOBODY = 65534
@@ -374,3 +381,67 @@ def test_only_so_much_is_remembered(directory: Path, monkeypatch: pytest.MonkeyP
     for number in range(10):
         assert read_value(write(directory / str(number), "443")) == "443"
         assert len(settings._known) <= 3
+
+
+# --- entries
+
+
+def test_entries(directory: Path) -> None:
+    write(directory / "b.example", "not empty")
+    (directory / "443").mkdir()
+    (directory / "link").symlink_to("nothing")
+    write(directory / ".hidden", "")
+    with open(os.fsencode(directory) + b"/\xff", "w"):
+        pass
+    assert read_entries(directory) == {"b.example", "443", "link", "\udcff"}
+
+
+def test_entries_of_what_is_no_directory(file: Path, directory: Path) -> None:
+    for path in file, directory / "a" / "b":
+        with pytest.raises(FileNotFoundError):
+            read_entries(path)
+    with pytest.raises(SettingsError, match="setting: it is not a directory"):
+        read_entries(write(file, ""))
+    with pytest.raises(FileNotFoundError):
+        read_entries(file / "below")
+    directory.chmod(0)
+    with as_nobody(), pytest.raises(SettingsError, match="Permission denied"):
+        read_entries(directory)
+
+
+def test_too_many_entries_to_list(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_MOST_ENTRIES", 2)
+    write(directory / "a", "")
+    write(directory / "b", "")
+    assert len(read_entries(directory)) == 2
+    write(directory / "c", "")
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(SettingsError, match="more than 2 entries"):
+        read_entries(directory)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.usefixtures("settled")
+def test_entries_are_listed_again_when_they_change(directory: Path, tmp_path: Path) -> None:
+    write(directory / "a", "")
+    assert read_entries(directory) == {"a"}
+    with nothing_opens():
+        assert read_entries(directory) == {"a"}
+    (tmp_path / "other").mkdir()
+    directory.rename(tmp_path / "old")
+    (tmp_path / "other").rename(directory)
+    assert read_entries(directory) == set()
+    directory.rmdir()
+    with pytest.raises(FileNotFoundError):
+        read_entries(directory)
+
+
+@pytest.mark.usefixtures("settled")
+def test_only_so_many_lists_are_remembered(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "_MOST_REMEMBERED", 3)
+    for number in range(10):
+        (directory / str(number)).mkdir()
+        assert read_entries(directory / str(number)) == set()
+        assert len(settings._listed) <= 3
