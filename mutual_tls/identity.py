@@ -2,6 +2,7 @@
 
 The directory holds `cert.pem`, `key.pem` and, if others are trusted than the system trusts,
 `ca.pem`; or the same under the names of a Kubernetes secret, `tls.crt`, `tls.key` and `ca.crt`.
+Files with any other names, in any places, can be named one by one.
 
 Files are swapped one after the other, and can be read between two steps. So each file is read once,
 all of them are looked at again afterwards, and OpenSSL loads the very bytes that were checked. What
@@ -55,6 +56,9 @@ _MISMATCH: Final = frozenset(
     {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
 )
 
+# Stands for a file that is not given: nothing is there, path_resolution(7), "Empty pathname".
+_NO_NAME: Final = ""
+
 # What tells a file from the one that was in its place before; or the error of stat(2).
 _File = Signature | int
 
@@ -88,6 +92,21 @@ class _Loaded(NamedTuple):
     contexts: dict[_Kind, ssl.SSLContext]
 
 
+class Files(NamedTuple):
+    """The files of an identity, one by one, where there is no directory of them.
+
+    Attributes:
+        certificate: the path of the certificate, and of its chain behind it.
+        key: that of its key; it may be the same file.
+        authorities: that of those who are trusted; None for those whom the system trusts. If a
+            path is given, and nothing is there, the files are broken.
+    """
+
+    certificate: str
+    key: str
+    authorities: str | None = None
+
+
 class IdentityError(Exception):
     """There is no identity; the message says why."""
 
@@ -99,22 +118,35 @@ class Identity:
     in the calling thread: milliseconds.
 
     Args:
-        directory: where the files are. It may be a link.
+        where: the directory of the files, which may be a link; or the files.
         on_event: called with a word and a text for the log. `identity_broken`: the files can't be
             used, once for each such state of them. `identity_loaded`: they were read again, with
             success. `identity_expires`: the certificate does within a day, or has; once an hour.
         clock: the time of day, in seconds since 1970.
+
+    Raises:
+        ValueError: the path of a file is empty.
     """
 
     def __init__(
         self,
-        directory: Path,
+        where: Path | Files,
         on_event: Callable[[str, str], None],
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._directory = directory
-        self._path = str(directory)
+        # What stands before the names of the files, and the names that they may have.
+        self._within = ""
+        self._names: tuple[tuple[str, str, str], ...] = _NAMES
+        self._is_directory = not isinstance(where, Files)
+        if isinstance(where, Files):
+            if "" in where:
+                raise ValueError("the path of a file is empty")
+            self._names = ((where.certificate, where.key, where.authorities or _NO_NAME),)
+            self._shown = ", ".join(filter(None, where))
+        else:
+            self._within = f"{where}/"
+            self._shown = str(where)
         self._on_event = on_event
         self._clock = clock
         self._is_new = True
@@ -168,7 +200,7 @@ class Identity:
             self._load(state, kind)
         loaded = self._loaded
         if loaded is None:
-            raise IdentityError(f"no identity in {self._directory}: {self._failure}")
+            raise IdentityError(f"no identity in {self._shown}: {self._failure}")
         self._warn(loaded.material.not_after)
         context = loaded.contexts.get(kind)
         if context is None:
@@ -177,24 +209,25 @@ class Identity:
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     raise
-                raise IdentityError(f"no identity in {self._directory}: {error}") from None
+                raise IdentityError(f"no identity in {self._shown}: {error}") from None
         return context
 
     def _look(self) -> _State:
         """Look at the files: three calls of stat(2), and one more for Kubernetes' names."""
-        ours, theirs = _NAMES
-        names, certificate = ours, self._stat(ours[0])
+        names, *others = self._names
+        certificate = self._stat(names[0])
         if certificate == errno.ENOENT:
-            other = self._stat(theirs[0])
-            if other != errno.ENOENT:
-                names, certificate = theirs, other
+            for theirs in others:
+                other = self._stat(theirs[0])
+                if other != errno.ENOENT:
+                    names, certificate = theirs, other
         return _State(names, (certificate, self._stat(names[1]), self._stat(names[2])))
 
     def _stat(self, name: str) -> _File:
         try:
             # Joined by hand: it is done for each connection, and pathlib takes three times as long
             # as the call.
-            seen = os.stat(f"{self._path}/{name}")
+            seen = os.stat(f"{self._within}{name}")
         except OSError as error:
             return error.errno or errno.EIO
         return signature(seen)
@@ -207,7 +240,8 @@ class Identity:
                 material = self._read(state)
                 loaded = _Loaded(material, {kind: _make_context(kind, material)})
             except ssl.SSLError as error:  # an OSError, too
-                failure = f"OpenSSL refuses {' or '.join(state.names)}: {error.reason}"
+                files = " or ".join(filter(None, state.names))
+                failure = f"OpenSSL refuses {files}: {error.reason}"
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     raise  # no fault of the files; nothing has changed here
@@ -225,12 +259,12 @@ class Identity:
         if loaded is None:
             if self._reported != (state, failure):
                 self._reported = (state, failure)
-                self._on_event("identity_broken", f"{self._directory}: {failure}")
+                self._on_event("identity_broken", f"{self._shown}: {failure}")
         else:
             self._loaded = loaded
             self._reported = None
             if not self._is_new:
-                self._on_event("identity_loaded", str(self._directory))
+                self._on_event("identity_loaded", self._shown)
         self._is_new = False
 
     def _read(self, state: _State) -> _Material:
@@ -241,15 +275,19 @@ class Identity:
             ValueError: one of them is not what it should be.
         """
         certificate_name, key_name, authority_name = state.names
-        chain = _certificates(certificate_name, _read_file(self._directory / certificate_name))
-        key = _read_file(self._directory / key_name)
+        directory = Path(self._within)
+        chain = _certificates(certificate_name, _read_file(directory / certificate_name))
+        key = _read_file(directory / key_name)
         authorities: list[x509.Certificate] = []
-        authority_path = self._directory / authority_name
+        authority_path = directory / authority_name
         # A dangling link was put there on purpose: it does not stand for the system's authorities.
-        if state.files[2] == errno.ENOENT and not os.path.lexists(authority_path):
+        # Neither does a path that was given, and leads nowhere.
+        is_absent = state.files[2] == errno.ENOENT and not os.path.lexists(authority_path)
+        if authority_name == _NO_NAME or (is_absent and self._is_directory):
             trusted = system_authorities()
             if not trusted:
-                raise ValueError(f"there is no {authority_name}, and the system has no authorities")
+                what = authority_name or "file of authorities"
+                raise ValueError(f"there is no {what}, and the system has no authorities")
         else:
             authorities = _certificates(authority_name, _read_file(authority_path))
             trusted = b"".join(each.public_bytes(Encoding.DER) for each in authorities)
@@ -270,7 +308,7 @@ class Identity:
         when = datetime.fromtimestamp(not_after, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         # It is used all the same: whether it still counts is for the peer to say.
         what = "expires at" if now <= not_after else "has expired at"
-        self._on_event("identity_expires", f"{self._directory}: the certificate {what} {when}")
+        self._on_event("identity_expires", f"{self._shown}: the certificate {what} {when}")
 
 
 class Identities:
@@ -282,13 +320,18 @@ class Identities:
 
     def __init__(self, on_event: Callable[[str, str], None]) -> None:
         self._on_event = on_event
-        self._known: dict[str | Path, Identity] = {}
+        self._known: dict[str | Path | Files, Identity] = {}
 
-    def __call__(self, directory: str | Path) -> Identity:
-        """Return the identity in a directory."""
-        if directory not in self._known:
-            self._known[directory] = Identity(Path(directory), self._on_event)
-        return self._known[directory]
+    def __call__(self, where: str | Path | Files) -> Identity:
+        """Return the identity in a directory, or of files.
+
+        Raises:
+            ValueError: the path of a file is empty.
+        """
+        if where not in self._known:
+            place = Path(where) if isinstance(where, str) else where
+            self._known[where] = Identity(place, self._on_event)
+        return self._known[where]
 
 
 @cache

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from mutual_tls import identity as module
-from mutual_tls.identity import Identity, IdentityError, system_authorities
+from mutual_tls.identity import Files, Identities, Identity, IdentityError, system_authorities
 
 NAME = "peer.example"
 END = datetime(2100, 1, 1, tzinfo=UTC)
@@ -289,6 +289,97 @@ def test_a_dangling_link_does_not_stand_for_the_system(case: Case) -> None:
     (case.directory / "ca.pem").symlink_to("nowhere")
     with pytest.raises(IdentityError, match=r"ca\.pem: No such file"):
         case.identity.client_context()
+
+
+# --- files that are named one by one
+
+
+class NamedCase(Case):
+    """The files of a case, by names of their own, and in two directories."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.write(("mine.crt", "mine.key", "theirs.crt"))
+        self.key = directory / "keys" / "mine.key"
+        self.key.parent.mkdir()
+        (directory / "mine.key").rename(self.key)
+        self.certificate, self.trusted = directory / "mine.crt", directory / "theirs.crt"
+        self.name(str(self.trusted))
+
+    def name(self, trusted: str | None) -> None:
+        self.files = Files(str(self.certificate), str(self.key), trusted)
+        self.identity = Identity(
+            self.files, lambda word, detail: self.events.append((word, detail)), clock=self.clock
+        )
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> NamedCase:
+    return NamedCase(tmp_path / "files")
+
+
+def test_named_files_are_an_identity(named: NamedCase) -> None:
+    identity = named.identity
+    Handshake(identity.client_context(), identity.server_context()).finish()
+    assert identity.client_context() is identity.client_context()
+    assert named.events == []
+
+
+def test_one_file_may_hold_the_key_too(named: NamedCase) -> None:
+    both = named.directory / "both.pem"
+    both.write_bytes(named.key.read_bytes() + named.certificate.read_bytes())
+    identity = Identity(Files(str(both), str(both), str(named.trusted)), lambda *_: None)
+    Handshake(identity.client_context(), identity.server_context()).finish()
+
+
+def test_swapped_named_files_serve_the_next_connection(named: NamedCase) -> None:
+    before = named.identity.server_context()
+    leaf = named.issue()
+    named.certificate.write_bytes(leaf.cert_chain_pems[0].bytes())
+    assert named.identity.server_context() is before
+    named.key.write_bytes(leaf.private_key_pem.bytes())
+    assert shown_by(named.identity.server_context()) == der(leaf)
+    shown = ", ".join(map(str, named.files))
+    assert named.events == [
+        ("identity_broken", f"{shown}: {named.key} is not the key of {named.certificate}"),
+        ("identity_loaded", shown),
+    ]
+
+
+def test_named_files_that_are_absent_are_no_identity(named: NamedCase) -> None:
+    named.key.unlink()
+    with pytest.raises(IdentityError, match=r"mine\.key: No such file"):
+        named.identity.client_context()
+
+
+def test_without_a_file_of_authorities_the_system_s_are_trusted(
+    named: NamedCase, own_system: Path
+) -> None:
+    named.name(None)
+    with pytest.raises(IdentityError, match="there is no file of authorities, and the system has"):
+        named.identity.client_context()
+    system_authorities.cache_clear()
+    own_system.write_bytes(named.authority.cert_pem.bytes())
+    named.name(None)
+    Handshake(named.identity.client_context(), named.identity.server_context()).finish()
+
+
+def test_authorities_that_are_named_and_absent_are_not_the_system_s(
+    named: NamedCase, own_system: Path
+) -> None:
+    own_system.write_bytes(named.authority.cert_pem.bytes())
+    named.trusted.unlink()
+    with pytest.raises(IdentityError, match=r"theirs\.crt: No such file"):
+        named.identity.client_context()
+    with pytest.raises(ValueError, match="the path of a file is empty"):
+        named.name("")
+
+
+def test_identities_are_made_once(named: NamedCase) -> None:
+    identities = Identities(lambda *_: None)
+    assert identities(named.files) is identities(Files(*named.files))
+    assert identities(named.files) is not identities(named.files._replace(authorities=None))
+    assert identities("a") is identities("a")
 
 
 # --- what is noticed
