@@ -67,7 +67,8 @@ class TLSEnd:
         server_side: whether the peer is the client.
         server_name: for a client: the name that it sends, and that the context checks if it does.
         check: called with the certificate (DER) that the peer has shown, after its chain has been
-            verified and before ours is sent. It raises `TLSError` if that is not whom we want.
+            verified and before ours is sent. It raises an exception, of any kind, if that is not
+            whom we want.
         session: of an earlier connection to the same peer, to be resumed.
 
     Attributes:
@@ -103,6 +104,7 @@ class TLSEnd:
 
         Raises:
             TLSError: it failed; the peer has been told.
+            Whatever `check` raises.
         """
         if self.ssl.server_side and not self.incoming.pending:
             await self._feed()
@@ -134,7 +136,7 @@ class TLSEnd:
             self._checked = shown
             try:
                 check(shown)
-            except TLSError:
+            except BaseException:
                 # Our certificate may be among what has not been sent, and stays here.
                 self.outgoing.read()
                 raise

@@ -1,13 +1,19 @@
-"""What a story says to a peer and hears from it while there is no tunnel."""
+"""What a story says to a peer while there is no tunnel, and what it keeps to itself."""
 
+import ssl
 from _socket import socket
+from collections.abc import Awaitable, Callable
 from typing import cast
 
+import pytest
+import trio
 from trio.testing import trio_test
 
-from mutual_tls.end import listen_to_the_end, receive_some
-from sniproxy.engine.story import Story
-from tests.support.story import told
+from mutual_tls.end import TLSEnd, TLSError, TLSReason, listen_to_the_end, receive_some
+from sniproxy.engine.story import Stories, Story
+from tests.support.sockets import plain, tcp_pair
+from tests.support.story import stories, tell, told
+from tests.support.tls import NAME, context
 
 
 class Flood:
@@ -46,3 +52,44 @@ async def test_a_peer_that_never_lets_up_is_listened_to_for_a_second() -> None:
         await listen_to_the_end(story, flood())
 
     await told(run)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("kind", [TLSError, ValueError, SystemExit])
+@trio_test
+async def test_whatever_a_check_raises_our_certificate_stays(
+    version: ssl.TLSVersion, kind: type[BaseException]
+) -> None:
+    near, far = (plain(each) for each in tcp_pair())
+    shown: list[bytes] = []
+    ours: list[bytes] = []
+
+    def check(der: bytes) -> None:
+        shown.append(der)
+        raise TLSError(TLSReason.WRONG_NAME, "no") if kind is TLSError else kind("no")
+
+    async def client(story: Story) -> None:
+        side = context(version, server_side=False)
+        end = TLSEnd(story, near, side, server_name=NAME, check=check)
+        with pytest.raises(kind, match="no"):
+            await end.shake_hands()
+        assert not end.outgoing.pending
+        story.loop.close(near)
+
+    async def server(story: Story) -> None:
+        side = context(version, server_side=True)
+        end = TLSEnd(story, far, side, server_side=True, check=ours.append)
+        with pytest.raises(TLSError) as caught:
+            await end.shake_hands()
+        assert caught.value.reason in (TLSReason.TLS_CLOSED, TLSReason.TLS_RESET)
+        story.loop.close(far)
+
+    async def run(it: Stories, side: Callable[[Story], Awaitable[None]]) -> None:
+        (await tell(it, side))()
+
+    with trio.fail_after(5):
+        async with stories() as it, trio.open_nursery() as nursery:
+            for side in client, server:
+                nursery.start_soon(run, it, side)
+    assert len(shown) == 1
+    assert ours == []
