@@ -1,1 +1,1 @@
-"""tls-tproxy: plain connections of this machine's own clients, wrapped in mutual TLS."""
+"""tls-tproxy: plaintext connections of programs on this machine, wrapped in mutual TLS."""
