@@ -171,7 +171,8 @@ def read_entries(path: StrPath) -> frozenset[str]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        SettingsError: it is no directory, has too many entries, or is out of reach.
+        NotADirectoryError: something else is.
+        SettingsError: it has too many entries, or is out of reach.
     """
     path = os.fspath(path)
     known = _listed.get(path)
@@ -182,7 +183,7 @@ def read_entries(path: StrPath) -> frozenset[str]:
         seen = _Seen()
         seen.note(path, status := os.fstat(fd))
         if not stat.S_ISDIR(status.st_mode):
-            raise SettingsError(path, "it is not a directory")
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         entries = frozenset(_list(fd, path))
     finally:
         os.close(fd)

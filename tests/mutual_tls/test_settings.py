@@ -400,7 +400,7 @@ def test_entries_of_what_is_no_directory(file: Path, directory: Path) -> None:
     for path in file, directory / "a" / "b":
         with pytest.raises(FileNotFoundError):
             read_entries(path)
-    with pytest.raises(SettingsError, match="setting: it is not a directory"):
+    with pytest.raises(NotADirectoryError, match="setting"):
         read_entries(write(file, ""))
     with pytest.raises(FileNotFoundError):
         read_entries(file / "below")
