@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from mutual_tls.end import TLSReason
+from tests.mutual_tls.test_verify import raw_names
 from tests.support.bridge import authority, write
 from tls_tproxy.checkers import GROUP, Checkers, UnknownCheckerError, ask
 from tls_tproxy.refusal import Refusal, WrapReason
@@ -227,6 +228,15 @@ def test_san_rejects(names: list[str], shown: str) -> None:
     assert refusal.reason is WrapReason.CERTIFICATE_REJECTED
     assert str(refusal).startswith(f"san: it is for {shown}")
     assert str(refusal).endswith(", not for db.example.com")
+
+
+def test_names_that_can_not_be_read_are_nobody_s(tmp_path: Path) -> None:
+    certificate = raw_names(b"\x82\x02\xc3\xbc")  # a dNSName that is not ASCII
+    write(tmp_path / "pins", pin(certificate))
+    for name in "san", "spki-pin":
+        refusal = refused(Checkers([]), name, place=str(tmp_path), certificate=certificate)
+        assert refusal.reason is WrapReason.CERTIFICATE_REJECTED
+        assert "unable to read the certificate" in str(refusal)
 
 
 def test_pins(tmp_path: Path) -> None:

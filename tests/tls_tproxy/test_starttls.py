@@ -16,6 +16,7 @@ from mutual_tls.end import TLSEnd, TLSError, TLSReason
 from sniproxy.engine.story import Story
 from tests.support.sockets import plain, receive_exactly, reset, tcp_pair, unix_pair
 from tests.support.story import told
+from tests.support.strategies import steady
 from tests.support.tls import NAME, authority, context
 from tls_tproxy.refusal import Refusal, WrapReason
 from tls_tproxy.starttls import decline_encryption, request_encryption
@@ -107,6 +108,7 @@ async def test_a_client_goes_on_in_plaintext(
 PIECES = st.sampled_from([SSL, GSSENC, STARTUP, CANCEL, SSL[:4], SSL[:7], b"\0", b"x"])
 
 
+@steady
 @given(st.lists(PIECES | st.binary(max_size=9), max_size=5).map(b"".join))
 def test_whatever_a_client_says_is_passed_on(data: bytes) -> None:
     rest, declined = data, b""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import hypothesis
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from mutual_tls import settings
@@ -16,6 +17,7 @@ from mutual_tls.identity import Files, Identities, IdentityError
 from sniproxy_hostname import Hostname, InvalidHostname
 from tests.mutual_tls.test_settings import as_nobody
 from tests.support.bridge import write, write_identity
+from tests.support.strategies import steady
 from tls_tproxy.checkers import Checkers, UnknownCheckerError
 from tls_tproxy.refusal import Refusal, WrapReason
 from tls_tproxy.starttls import StartTLS
@@ -200,6 +202,36 @@ def test_names_that_are_a_file(case: Case) -> None:
     case.start(ports={8443: 443})
     case.write("names")
     assert case.misconfigured() == "unable to read wrap/names: it is not a directory"
+
+
+LABELS = st.sampled_from(["a", "b", "c"])
+NAMES = st.lists(LABELS, min_size=1, max_size=3).map(".".join)
+ENTRIES = NAMES | NAMES.map("_.{}".format) | st.just("_default")
+
+
+@hypothesis.settings(steady, max_examples=50)  # it writes many files
+@given(st.dictionaries(ENTRIES, st.lists(NAMES, max_size=2), max_size=6), NAMES)
+def test_every_name_is_found_where_it_is_said(also: dict[str, list[str]], name: str) -> None:
+    """Against what a reader of the manual would do by hand."""
+    labels = name.split(".")
+    claims = sorted(entry for entry in also if name in also[entry])
+    suffixes = [f"_.{'.'.join(labels[start:])}" for start in range(1, len(labels))]
+    order = [name, *claims, *suffixes, "_default"]
+    expected = next((entry for entry in order if entry in also), None)
+
+    with TemporaryDirectory() as directory:
+        case = Case(Path(directory))
+        case.names.mkdir(parents=True)
+        for port, (entry, names) in enumerate(also.items(), 1):
+            case.name(entry, port)
+            for each in names:
+                case.write(f"names/{entry}/also/{each}")
+        if expected is None:
+            assert case.refused(name).reason is WrapReason.UNKNOWN_NAME
+        elif name not in also and len(claims) > 1:
+            assert case.misconfigured(name).startswith(f"{name} is in wrap/names/")
+        else:
+            assert case.find(name).port == 1 + list(also).index(expected)
 
 
 # --- the command line
@@ -597,16 +629,39 @@ def test_nothing_is_opened_while_nothing_changes(
     assert look() == before
 
 
-@given(st.text("aB_.*/\0\n-1é", max_size=8) | st.sampled_from(["..", ".", "_default", "_.a"]))
-@example("_default")
-def test_only_hostnames_are_asked_for(text: str) -> None:
-    """A name never leads out of the directory: `Hostname` is proof, and this is its reminder."""
+FILE_NAMES = st.lists(
+    st.sampled_from(
+        [b"a", b"B", b"_", b".", b"-", b"*", b"\n", b"\xff", "\u00e9".encode(), b"%s", b" "]
+    )
+    | st.binary(min_size=1, max_size=3),
+    min_size=1,
+    max_size=6,
+).map(b"".join)
+
+
+@hypothesis.settings(steady, max_examples=50)  # it makes many files
+@given(FILE_NAMES)
+@example(b"a" * 255)
+def test_whatever_else_a_directory_is_called_nobody_is_disturbed(entry: bytes) -> None:
+    assume(not set(entry) & set(b"/\0") and entry not in {b".", b".."})
     try:
-        name = Hostname(text.encode())
+        is_name = Hostname(entry.removeprefix(b"_.")).encode() == entry.removeprefix(b"_.")
     except InvalidHostname:
-        return
-    assert "/" not in name
-    assert not name.startswith(("_", "."))
+        is_name = False
+    with TemporaryDirectory() as directory:
+        case = Case(Path(directory))
+        case.name(NAME)
+        place = os.path.join(os.fsencode(case.names), entry)
+        for each in b"ports", b"addresses":
+            os.makedirs(os.path.join(place, each))
+        os.mknod(os.path.join(place, b"ports", b"5432"))
+        os.mknod(os.path.join(place, b"addresses", b"192.0.2.1"))
+        assert case.find().port == 8443
+        assert case.refused("other.example").reason is WrapReason.UNKNOWN_NAME
+        assert case.wrap.ports() == ({8443, 5432} if is_name else {8443})
+        is_exact = is_name and not entry.startswith(b"_")
+        assert case.wrap.fixed_names(ADDRESS) == ([entry.decode()] if is_exact else [])
+        assert case.problems == []
 
 
 # --- --portMap
@@ -644,12 +699,14 @@ def test_what_is_no_port_map(text: str, why: str) -> None:
         parse_port_map(text)
 
 
+@steady
 @given(st.dictionaries(st.integers(1, 65535), st.integers(1, 65535), min_size=1, max_size=20))
 def test_every_port_map_is_read_back(ports: dict[int, int]) -> None:
     text = ",".join(f"{taken}:{leads_to}" for taken, leads_to in ports.items())
     assert parse_port_map(text) == ports
 
 
+@steady
 @given(st.text("0123456789:, \n", max_size=12))
 def test_no_port_map_is_understood_in_part(text: str) -> None:
     try:
