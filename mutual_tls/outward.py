@@ -7,12 +7,13 @@ from functools import partial
 from typing import NamedTuple
 
 from mutual_tls.dial import Endpoint, dial
-from mutual_tls.end import TLSEnd, TLSError, TLSReason
+from mutual_tls.end import TLSEnd, TLSError
 from mutual_tls.identity import Identity, IdentityError
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.resumption import Sessions
+from mutual_tls.rules import check_server
 from mutual_tls.session import Session
-from mutual_tls.verify import Certificate, CertificateError, Rule, matches
+from mutual_tls.verify import Rule
 from sniproxy.engine.story import Story
 
 
@@ -93,18 +94,3 @@ class Outward:
         end = TLSEnd(story, far, context, server_name=server.name, check=check, session=known)
         await end.shake_hands()
         return end
-
-
-def check_server(rules: Sequence[Rule], der: bytes) -> None:
-    """Check that a server is somebody whom the rules allow.
-
-    Raises:
-        TLSError: it is not.
-    """
-    try:
-        certificate = Certificate.parse(der)
-    except CertificateError as error:
-        raise TLSError(TLSReason.UNTRUSTED, str(error)) from None
-    if not matches(rules, certificate, is_server=True):
-        shown = certificate.show_names() or "nobody"
-        raise TLSError(TLSReason.WRONG_NAME, f"its certificate is for {shown}")
