@@ -20,6 +20,7 @@ longest suffix; `_default`. Nothing is taken from the others.
 
 Fixed addresses serve those names whose DNS answers can't be seen. And they protect against forged
 answers: a name that has `addresses/` is at these addresses and at no others, whatever the DNS says.
+With `accept-cname`, whoever can forge an answer for NAME chooses whom the server has to be.
 
 All of it is read anew for each connection. What can't be read refuses that connection, and never
 makes the rules weaker: a link to nothing is not absent, and ports that can't be listed are taken as
@@ -247,7 +248,10 @@ class Wrap:
 
     def _list_names(self) -> frozenset[str] | None:
         """Return the entries of wrap/names; None if it is absent."""
-        return _list(self._names) if "names" in self._list_wrap() else None
+        if "names" not in self._list_wrap():
+            return None
+        self._needs_names = True
+        return _list(self._names)
 
     def _list_wrap(self) -> frozenset[str]:
         # It may be absent, for the command line suffices.
@@ -267,7 +271,6 @@ class Wrap:
         """
         there = self._list_names()
         if there is not None:
-            self._needs_names = True
             found = self._find_place(there, name)
             if found is not None:
                 return _place(f"{self._names}/{found}")

@@ -259,6 +259,14 @@ def test_names_that_were_there_once_do_not_vanish(case: Case) -> None:
     assert case.refused().reason is WrapReason.UNKNOWN_NAME
 
 
+def test_names_that_are_seen_in_passing_do_not_vanish(case: Case) -> None:
+    case.start(ports={8443: 443})
+    case.names.mkdir(parents=True)
+    case.wrap.ports()
+    case.names.rmdir()
+    assert case.refused().reason is WrapReason.UNKNOWN_NAME
+
+
 def test_the_directory_overrides_the_ports_of_the_command_line(case: Case) -> None:
     case.start(ports={8443: 443, 8080: 80})
     case.write("ports/8443", "444")
