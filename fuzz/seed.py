@@ -11,7 +11,7 @@ from base64 import b64encode
 from pathlib import Path
 
 from fuzz.rule_invariants import pin_of
-from tests.support import hellos
+from tests.support import dns, hellos
 from tests.support.hellos import client_hello, handshake, record, records, server_name
 
 MESSAGE = handshake(hellos.hello_body("a.example", protocols=["h2", "http/1.1"]))
@@ -198,11 +198,64 @@ RULE = {
     "unknown-kind": "https://a/b\nhttps://a/b",
 }
 
+_WWW = "www.example"
+_ADDRESS = dns.record(_WWW, dns.A, "192.0.2.1")
+_CHAIN = [
+    dns.record(dns.pointer(12), dns.CNAME, b"\1a" + dns.pointer(16), 60),
+    dns.record(b"\1a" + dns.pointer(16), dns.CNAME, "b.example.net", 5),
+    dns.record("B.example.NET", dns.A, "192.0.2.1"),
+]
+
+
+def _saying(*records: bytes, flags: int = dns.ANSWER) -> bytes:
+    return dns.message([dns.question(_WWW)], list(records), flags=flags)
+
+
+DNS_ANSWER = {
+    "a": dns.answering(_WWW, "192.0.2.1", "192.0.2.2"),
+    "aaaa": dns.answering("WWW.Example", "2001:db8::1", kind=dns.AAAA),
+    "question": dns.asking(_WWW),
+    "chain": _saying(*_CHAIN),
+    "chain-backwards": _saying(*reversed(_CHAIN[1:]), _CHAIN[0]),
+    "circle": _saying(
+        dns.record(_WWW, dns.CNAME, "a.example"), dns.record("a.example", dns.CNAME, _WWW), _ADDRESS
+    ),
+    "two-aliases": _saying(
+        dns.record(_WWW, dns.CNAME, "a"), dns.record(_WWW, dns.CNAME, "b"), _ADDRESS
+    ),
+    "edns": dns.message(
+        [dns.question(_WWW)],
+        [_ADDRESS],
+        additionals=[dns.record("", dns.OPT, b"\0\x0a\0\4abcd", of_class=1232)],
+    ),
+    "extended-rcode": dns.message(
+        [dns.question(_WWW)], [_ADDRESS], additionals=[dns.record("", dns.OPT, b"", 1 << 24)]
+    ),
+    "sections": dns.message(
+        [dns.question(_WWW)],
+        [_ADDRESS, dns.record(_WWW, dns.TXT, b"\3abc")],
+        authorities=[dns.record("example", dns.NS, "ns.example")],
+        additionals=[dns.record("ns.example", dns.A, "192.0.2.66")],
+    ),
+    "truncated": _saying(_ADDRESS, flags=dns.ANSWER | dns.TC),
+    "nxdomain": _saying(flags=dns.ANSWER | 3),
+    "two-questions": dns.message([dns.question(_WWW)] * 2, [_ADDRESS]),
+    "chaos": dns.message([dns.question(_WWW, dns.A, dns.CHAOS)], [_ADDRESS]),
+    "ttl-of-2-31": dns.answering(_WWW, "192.0.2.1", ttl=2**31),
+    "trailing": _saying(_ADDRESS) + b"\0",
+    "pointer-to-itself": _saying(dns.record(dns.pointer(29), dns.A, "192.0.2.1")),
+    "pointers-in-a-circle": _saying(
+        dns.pointer(30) + b"x" * 30 + dns.pointer(29) + bytes(14),
+    ),
+    "dot-in-a-label": dns.message([dns.question(b"\3a.b\0")], [_ADDRESS]),
+    "address-of-5-bytes": _saying(dns.record(_WWW, dns.A, b"abcde")),
+}
+
 
 def main() -> None:
     """Write every seed to `corpus/TARGET/NAME`."""
     texts = {"hostname": HOSTNAME, "typed": TYPED, "rule": RULE}
-    corpus = {"hello": HELLO, "proxy_header": PROXY_HEADER} | {
+    corpus = {"hello": HELLO, "proxy_header": PROXY_HEADER, "dns_answer": DNS_ANSWER} | {
         target: {name: text.encode() for name, text in seeds.items()}
         for target, seeds in texts.items()
     }

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzz import invariants, rule_invariants
-from tests.support import hellos, strategies
+from fuzz import dns_invariants, invariants, rule_invariants
+from tests.support import dns, hellos, strategies
 
 CORPUS = Path(__file__).parent.parent / "fuzz" / "corpus"
 
@@ -25,6 +25,7 @@ CHECKS: dict[str, Callable[[bytes], None]] = {
     "typed": check_typed_bytes,
     "proxy_header": invariants.check_proxy_header,
     "rule": rule_invariants.check_rule,
+    "dns_answer": dns_invariants.check_dns_answer,
 }
 FILES = [path.relative_to(CORPUS) for path in sorted(CORPUS.glob("*/*"))]
 
@@ -115,3 +116,32 @@ def test_a_rule_and_a_name(prefix: str, dot: str, pieces: list[str], data: st.Da
     rule = prefix + dot.join(pieces)
     rule_invariants.check_rule(f"{rule}\n{names}".encode())
     rule_invariants.check_rule(f"{rule}\n{names}\n{rule}".encode())
+
+
+# Answers of few names, so that they often lead to each other, by pointers too.
+dns_names = st.sampled_from(["a", "B", "a.b", "", "*"]).map(dns.name) | st.builds(
+    lambda label, at: label + dns.pointer(at), st.sampled_from([b"", b"\1a"]), st.integers(0, 60)
+)
+dns_records = st.builds(
+    dns.record,
+    dns_names,
+    st.sampled_from([dns.A, dns.CNAME, dns.CNAME, dns.AAAA, dns.TXT, dns.OPT]),
+    dns_names | st.binary(max_size=5) | st.just(bytes(4)) | st.just(bytes(16)),
+    st.sampled_from([0, 300, 2**31]),
+)
+dns_questions = st.builds(dns.question, dns_names, st.sampled_from([dns.A, dns.AAAA]))
+
+
+@strategies.steady
+@given(
+    dns_questions,
+    st.lists(dns_records, max_size=5),
+    st.lists(dns_records, max_size=2),
+    st.data(),
+)
+def test_a_dns_answer(
+    question: bytes, answers: list[bytes], others: list[bytes], data: st.DataObject
+) -> None:
+    message = dns.message([question], answers, additionals=others)
+    dns_invariants.check_dns_answer(message)
+    dns_invariants.check_dns_answer(data.draw(strategies.mutations(message)))
