@@ -25,6 +25,9 @@ class Server(NamedTuple):
         name: Sent as SNI; and the certificate has to be for it, if there are no rules.
         identity: What we show.
         rules: Who it may be instead.
+        options: Of the socket, set before it connects, beside those that every socket has.
+        check: Called with its certificate (DER) as well, when all else is verified; it raises what
+            the connection is to end with.
         before_tls: Says what is to be said on the socket before the handshake.
     """
 
@@ -32,6 +35,8 @@ class Server(NamedTuple):
     name: str
     identity: Identity
     rules: Sequence[Rule] | None = None
+    options: Sequence[tuple[int, int, int]] = ()
+    check: Callable[[bytes], None] | None = None
     before_tls: Callable[[Story, socket], Awaitable[None]] | None = None
 
 
@@ -87,10 +92,17 @@ class Outward:
         self, server: Server, context: ssl.SSLContext, known: ssl.SSLSession | None
     ) -> TLSEnd:
         story = self._session.story
-        self._session.far = far = await dial(story, server.address)
+        self._session.far = far = await dial(story, server.address, options=server.options)
         if server.before_tls is not None:
             await server.before_tls(story, far)
-        check = None if server.rules is None else partial(check_server, server.rules)
+        check = partial(_check, server) if server.check or server.rules is not None else None
         end = TLSEnd(story, far, context, server_name=server.name, check=check, session=known)
         await end.shake_hands()
         return end
+
+
+def _check(server: Server, der: bytes) -> None:
+    if server.rules is not None:
+        check_server(server.rules, der)
+    if server.check is not None:
+        server.check(der)

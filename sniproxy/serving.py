@@ -57,6 +57,7 @@ async def serve_until_drained(
     drain_seconds: float,
     *,
     tasks: Sequence[Callable[[], Awaitable[None]]] = (),
+    on_drain: Callable[[], None] = lambda: None,
     hosts: bytes | None = None,
 ) -> None:
     """Serve what the sockets accept, until an order to end.
@@ -71,6 +72,7 @@ async def serve_until_drained(
         notifier: told how we fare.
         drain_seconds: how long a drain waits for the last connection.
         tasks: what else runs meanwhile.
+        on_drain: called when nobody is accepted any more.
         hosts: the directory that is served, for the line `listening`.
 
     Returns when the last connection has ended, by itself or at the end of the drain.
@@ -109,6 +111,7 @@ async def serve_until_drained(
             await orders.drain.wait()
             for listener in listeners:
                 listener.close()
+            on_drain()
             notifier.stopping()
             log.event("draining", open=limit.open)
             await drain(limit.wait_until_empty, orders.end, drain_seconds)

@@ -23,10 +23,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from mutual_tls.end import TLSReason
+from mutual_tls.refusal import Refusal
 from mutual_tls.rules import rules_in
 from mutual_tls.settings import SettingsError
 from mutual_tls.verify import Certificate, CertificateError, matches, parse_rule
-from tls_tproxy.refusal import Refusal, WrapReason
+from tls_tproxy.refusal import WrapReason
 
 __all__ = ["GROUP", "Checker", "Checkers", "Rejected", "UnknownCheckerError", "ask"]
 

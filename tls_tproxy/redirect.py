@@ -41,6 +41,9 @@ class Redirection:
         cgroup: of whose programs alone.
         fail_closed: whether to refuse those connections from now on when we are gone.
 
+    Attributes:
+        ports: Which are redirected.
+
     Raises:
         ValueError: a port is none, or is the listening one.
         NftError: nft refuses it, and nothing has changed.
@@ -65,7 +68,7 @@ class Redirection:
         self._table = Name(f"tls_tproxy_{listening_port}_{os.getpid()}")
         self._who = _who(users, cgroup)
         self._fail_closed = fail_closed
-        self._ports = tuple(ports)
+        self.ports = frozenset(ports)
         nft.run(*_redirect(self._table, listening_port, self._who), *self._replace(ports))
 
     def replace_ports(self, ports: Collection[int]) -> None:
@@ -76,7 +79,7 @@ class Redirection:
         """
         self._check(ports)
         self._nft.run(*self._replace(ports))
-        self._ports = tuple(ports)
+        self.ports = frozenset(ports)
 
     def stop(self) -> None:
         """Redirect no new connection from now on; with `fail_closed` they are refused.
@@ -87,7 +90,7 @@ class Redirection:
         Raises:
             NftError, NftEndedError: as above.
         """
-        self._nft.run(*replace_elements(self._table, _PORTS, ()), *self._refuse(self._ports))
+        self._nft.run(*replace_elements(self._table, _PORTS, ()), *self._refuse(self.ports))
 
     def _check(self, ports: Collection[int]) -> None:
         _check_ports(ports)

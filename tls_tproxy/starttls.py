@@ -12,8 +12,9 @@ from _socket import socket
 from enum import StrEnum
 
 from mutual_tls.end import receive_some, send_all
+from mutual_tls.refusal import Refusal
 from sniproxy.engine.story import Story
-from tls_tproxy.refusal import Refusal, WrapReason
+from tls_tproxy.refusal import WrapReason
 
 # Int32(8), "Length of message contents in bytes, including self", and Int32(80877103): "chosen to
 # contain 1234 in the most significant 16 bits, and 5679 in the least significant 16 bits"; 5680 for

@@ -40,6 +40,7 @@ from typing import Final, NamedTuple
 
 from mutual_tls.dial import IPAddress, parse_port
 from mutual_tls.identity import Files, Identity
+from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.rules import rules_in
 from mutual_tls.settings import (
     SettingsError,
@@ -52,7 +53,7 @@ from mutual_tls.settings import (
 from mutual_tls.verify import Rule
 from sniproxy_hostname import Hostname, InvalidHostname
 from tls_tproxy.checkers import Checker, Checkers, UnknownCheckerError
-from tls_tproxy.refusal import Refusal, WrapReason
+from tls_tproxy.refusal import WrapReason
 from tls_tproxy.starttls import StartTLS
 
 _DEFAULT: Final = "_default"
@@ -167,7 +168,7 @@ class Wrap:
                 _starttls(place),
             )
         except SettingsError as error:
-            raise Refusal(WrapReason.MISCONFIGURED, str(error)) from None
+            raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
         except UnknownCheckerError as error:
             raise Refusal(WrapReason.UNKNOWN_CHECKER, str(error)) from None
 
@@ -180,7 +181,7 @@ class Wrap:
         try:
             return _is_allowed(self._place(name), address)
         except SettingsError as error:
-            raise Refusal(WrapReason.MISCONFIGURED, str(error)) from None
+            raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
 
     def accepts_cname(self, name: Hostname) -> bool:
         """Tell whether targets of a name's CNAMEs count as names for it; no, if nobody can say."""
@@ -284,7 +285,7 @@ class Wrap:
         claimed = [entry for entry in sorted(there) if name in self._also(entry)]
         if len(claimed) > 1:
             paths = " and ".join(f"{self._names}/{entry}/also" for entry in claimed)
-            raise Refusal(WrapReason.MISCONFIGURED, f"{name} is in {paths}")
+            raise Refusal(SessionReason.MISCONFIGURED, f"{name} is in {paths}")
         if claimed:
             return claimed[0]
         for suffix in _suffixes(name):

@@ -25,8 +25,6 @@ import time
 from collections.abc import Collection
 from typing import Final, NoReturn
 
-import trio
-
 from mutual_tls.netfilter.command import Command, Name, Value
 
 # Seconds for a command. It takes a millisecond; but the kernel changes the tables of one at a time,
@@ -155,22 +153,16 @@ class Nft:
         self._reap()
         raise NftEndedError(f"unable to run nft: {' '.join(why.split())[:_MOST_WORDS]}")
 
-    async def wait_ended(self) -> None:
-        """Wait until nft has ended, and our tables with it, which nobody has asked for.
-
-        Nobody may be waiting when it is closed.
-        """
-        while True:
-            await trio.lowlevel.wait_readable(self._socket)
+    def has_ended(self) -> bool:
+        """Tell whether nft has ended, and our tables with it, which nobody has asked for."""
+        try:
             self._socket.setblocking(False)
-            try:
-                # It says nothing but answers, and those have been read.
-                if not self._socket.recv(1 << 16):
-                    return
-            except BlockingIOError:
-                pass  # it was an answer
-            except OSError:
-                return
+            # It says nothing but answers, and those have been read.
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Let nft end, and its tables with it; when this returns they are gone."""

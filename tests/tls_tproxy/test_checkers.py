@@ -18,10 +18,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from mutual_tls.end import TLSReason
+from mutual_tls.refusal import Refusal
 from tests.mutual_tls.test_verify import raw_names
 from tests.support.bridge import authority, write
 from tls_tproxy.checkers import GROUP, Checkers, UnknownCheckerError, ask
-from tls_tproxy.refusal import Refusal, WrapReason
+from tls_tproxy.refusal import WrapReason
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "cert-checker-example"
@@ -308,7 +309,7 @@ ASK = """\
 import sys
 from pathlib import Path
 from tls_tproxy.checkers import Checkers, ask
-from tls_tproxy.refusal import Refusal
+from mutual_tls.refusal import Refusal
 
 checker = Checkers().find("short-lived", "")
 for path in sys.argv[1:]:

@@ -14,13 +14,14 @@ import trio
 from trio.testing import trio_test
 
 from mutual_tls.end import TLSEnd
+from mutual_tls.refusal import Refusal
 from tests.support.bridge import write
 from tests.support.daemon import eventually
 from tests.support.foreign import free_port
 from tests.support.sockets import plain
 from tests.support.story import TrioStory, told
 from tests.support.tls import NAME, authority, context, tls_bench
-from tls_tproxy.refusal import Refusal, WrapReason
+from tls_tproxy.refusal import WrapReason
 from tls_tproxy.starttls import decline_encryption, request_encryption
 
 # Debian has a directory for each version, and not on the PATH.

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from trio.testing import trio_test
 
 from mutual_tls.end import TLSEnd, TLSError, TLSReason
+from mutual_tls.refusal import Refusal
 from sniproxy.engine.story import Story
 from tests.support.sockets import plain, receive_exactly, reset, tcp_pair, unix_pair
 from tests.support.story import told
 from tests.support.strategies import steady
 from tests.support.tls import NAME, authority, context
-from tls_tproxy.refusal import Refusal, WrapReason
+from tls_tproxy.refusal import WrapReason
 from tls_tproxy.starttls import decline_encryption, request_encryption
 
 SSL = struct.pack(">II", 8, 80877103)

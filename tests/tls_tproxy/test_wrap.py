@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from mutual_tls import settings
 from mutual_tls.identity import Files, Identities, IdentityError
+from mutual_tls.refusal import Refusal, SessionReason
 from sniproxy_hostname import Hostname, InvalidHostname
 from tests.mutual_tls.test_settings import as_nobody
 from tests.support.bridge import write, write_identity
 from tests.support.strategies import steady
 from tls_tproxy.checkers import Checkers, UnknownCheckerError
-from tls_tproxy.refusal import Refusal, WrapReason
+from tls_tproxy.refusal import WrapReason
 from tls_tproxy.starttls import StartTLS
 from tls_tproxy.wrap import Service, Wrap, parse_port_map
 
@@ -70,7 +71,7 @@ class Case:
 
     def misconfigured(self, name: str = NAME) -> str:
         refusal = self.refused(name)
-        assert refusal.reason is WrapReason.MISCONFIGURED
+        assert refusal.reason is SessionReason.MISCONFIGURED
         return str(refusal).replace(f"{self.directory}/", "")
 
 

@@ -11,15 +11,20 @@ It needs the package dnslib.
 import socket
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 
 from mutual_tls.settings import StrPath
 from sniproxy.engine.loop import EventLoop
+from sniproxy_hostname import Hostname
 from tls_tproxy.names.cache import Cache
 from tls_tproxy.names.hosts_file import HOSTS_FILE, HostsFile
 from tls_tproxy.names.watch import Counts, Watch, open_packet_socket
 
 __all__ = ["Counts", "Names", "open_packet_socket"]
+
+
+_hostname = lru_cache(maxsize=1024)(Hostname)
 
 
 class Names:
@@ -36,7 +41,7 @@ class Names:
         self,
         sock: socket.socket,
         *,
-        accept_cname: bool = False,
+        accept_cname: Callable[[Hostname], bool] = lambda name: False,
         hosts: StrPath = HOSTS_FILE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -56,7 +61,7 @@ class Names:
         """Close the packet socket. What is known stays until it expires."""
         self._watch.close()
 
-    def of(self, address: IPv4Address | IPv6Address) -> list[str]:
+    def of(self, address: IPv4Address | IPv6Address) -> list[Hostname]:
         """Return the names of `address`: those of the DNS, newest first, then those of /etc/hosts.
 
         What is in the socket's queue is read before. So it knows what a client was told who has
@@ -69,7 +74,9 @@ class Names:
         if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
             address = address.ipv4_mapped
         names = self._cache.names(address.packed)
-        return names + [name for name in self._hosts.names(address.packed) if name not in names]
+        names += [name for name in self._hosts.names(address.packed) if name not in names]
+        # They were hostnames when they were learned; as plain text they take less memory.
+        return [_hostname(name.encode()) for name in names]
 
     @property
     def counts(self) -> Counts:

@@ -26,6 +26,7 @@ from typing import Final
 
 from sniproxy.engine.loop import EventLoop
 from sniproxy.service import libc
+from sniproxy_hostname import Hostname
 from tls_tproxy.names.answers import LARGEST, read_answer
 from tls_tproxy.names.cache import Cache
 from tls_tproxy.names.packets import read_datagram
@@ -226,10 +227,10 @@ class Watch:
     Args:
         sock: from `open_packet_socket`; it is ours from now on.
         cache: where names are learned.
-        accept_cname: whether the targets of CNAMEs are names of an address, too, after the
-            question's name. Nobody here has asked for those: whoever forges a CNAME, or runs the
-            zone that holds it, chooses a name, for which any server with a valid certificate will
-            be accepted.
+        accept_cname: called with a name that was asked for; tells whether the targets of its CNAMEs
+            are names of an address, too, after itself. Nobody here has asked for those: whoever
+            forges a CNAME, or runs the zone that holds it, chooses a name, for which any server
+            with a valid certificate will be accepted.
         clock: seconds that never go back.
     """
 
@@ -238,7 +239,7 @@ class Watch:
         sock: socket.socket,
         cache: Cache,
         *,
-        accept_cname: bool = False,
+        accept_cname: Callable[[Hostname], bool] = lambda name: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._socket = sock
@@ -346,8 +347,9 @@ class Watch:
         answer = read_answer(message)
         if answer is None:
             return
+        accepts_aliases = bool(answer.aliases) and self._accept_cname(answer.name)
         for address in answer.addresses:
-            if self._accept_cname:
+            if accepts_aliases:
                 # The last one is the newest, and the question's name is to be the first of all.
                 for alias in reversed(answer.aliases[: address.aliases]):
                     if alias is not None:

@@ -9,8 +9,6 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 import pytest
-import trio
-import trio.testing
 
 from mutual_tls.netfilter import table
 from mutual_tls.netfilter.command import Command, Name
@@ -154,18 +152,10 @@ def test_signals_for_our_group_do_not_end_nft(machine: Machine, nft: Nft) -> Non
 def test_the_end_of_nft_is_noticed(machine: Machine, nft: Nft) -> None:
     nft.run(create_table(NAME))
 
-    async def wait() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(nft.wait_ended)
-            await trio.testing.wait_all_tasks_blocked()
-            nft.run()  # its answers are not its end
-            await trio.testing.wait_all_tasks_blocked()
-            assert nursery.child_tasks
-            nursery.cancel_scope.deadline = trio.current_time() + PATIENCE
-            os.kill(nft._process.pid, signal.SIGKILL)
-        assert not nursery.cancel_scope.cancelled_caught
-
-    trio.run(wait)
+    nft.run()
+    assert not nft.has_ended()  # its answers are not its end
+    os.kill(nft._process.pid, signal.SIGKILL)
+    eventually(nft.has_ended)
     eventually(lambda: tables(machine) == [])
     with pytest.raises(NftEndedError, match="unable to run nft"):
         nft.run(create_table(NAME))
@@ -197,20 +187,13 @@ def test_a_copy_of_this_process_does_not_hold_the_table(machine: Machine, nft: N
 
 
 @needs_network
-def test_who_waits_hears_of_an_nft_that_was_ended(machine: Machine, nft: Nft) -> None:
-    async def wait() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.cancel_scope.deadline = trio.current_time() + PATIENCE
-            nursery.start_soon(nft.wait_ended)
-            await trio.testing.wait_all_tasks_blocked()
-            os.kill(nft._process.pid, signal.SIGSTOP)
-            with pytest.raises(NftEndedError, match="it did not answer within"):
-                nft.run()
-        assert not nursery.cancel_scope.cancelled_caught
-
+def test_whoever_looks_sees_the_end_of_an_nft_that_was_ended(machine: Machine, nft: Nft) -> None:
+    os.kill(nft._process.pid, signal.SIGSTOP)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "_DEADLINE", 0.05)
-        trio.run(wait)
+        with pytest.raises(NftEndedError, match="it did not answer within"):
+            nft.run()
+    assert nft.has_ended()
 
 
 # --- An nft of our own, in place of the real one

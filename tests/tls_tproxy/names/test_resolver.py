@@ -127,7 +127,11 @@ def place() -> Iterator[Place]:
 
 
 def watch(machine: Machine, stack: ExitStack, *, accept_cname: bool = False) -> Names:
-    names = Names(machine.do(open_packet_socket), accept_cname=accept_cname, hosts="/dev/null/none")
+    names = Names(
+        machine.do(open_packet_socket),
+        accept_cname=lambda name: accept_cname,
+        hosts="/dev/null/none",
+    )
     stack.callback(names.close)
     return names
 
@@ -139,7 +143,7 @@ def names(place: Place) -> Iterator[Names]:
 
 
 def of(names: Names, address: str) -> list[str]:
-    return names.of(ip_address(address))
+    return [str(name) for name in names.of(ip_address(address))]
 
 
 SERVERS = [RESOLVER, RESOLVER6, "127.0.0.1", "::1"]

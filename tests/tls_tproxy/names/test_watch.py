@@ -67,7 +67,9 @@ class It:
     def __init__(self, *, accept_cname: bool = False) -> None:
         self.socket = PacketSocket()
         self.cache = Cache()
-        self.watch = Watch(cast(socket.socket, self.socket), self.cache, accept_cname=accept_cname)
+        self.watch = Watch(
+            cast(socket.socket, self.socket), self.cache, accept_cname=lambda name: accept_cname
+        )
 
     def see(self, *seen: Seen) -> list[str]:
         """Read these packets; return the names of one address."""

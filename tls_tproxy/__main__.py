@@ -1,0 +1,363 @@
+"""The command line of tls-tproxy, and its start: what takes privileges, and then giving them up."""
+
+# First of all: until it is loaded, process 1 loses signals.
+import sniproxy.service.process1  # noqa: F401  # isort: skip
+
+import os
+import pwd
+import socket as std
+import sys
+from _socket import socket
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from mutual_tls.identity import Files, Identities
+from mutual_tls.netfilter.command import Cgroup
+from mutual_tls.netfilter.table import Nft, NftError
+from sniproxy.engine.listener import take_listening_socket
+from sniproxy.service import sandbox, standard
+from sniproxy.service.fatal import FatalError, UsageError, attempt
+from sniproxy.service.notify import Notifier
+from sniproxy.service.options import OptionParser, look_up_user, service_fields
+from sniproxy.service.privileges import CAP_NET_ADMIN, CAP_NET_RAW
+from sniproxy.service.start import drop_privileges, run_program, run_service, share_descriptors
+from sniproxy.service.syslogd import Syslog
+from tls_tproxy.checkers import Checkers, UnknownCheckerError
+from tls_tproxy.config import Config
+from tls_tproxy.log import Log
+from tls_tproxy.names import Names, open_packet_socket
+from tls_tproxy.redirect import Redirection, stop_refusing
+from tls_tproxy.serve import Watch, serve, show_ports
+from tls_tproxy.wrap import Wrap, parse_port_map
+
+_PROGRAM: Final = "tls-tproxy"
+
+_DESCRIPTION = """\
+Put mutual TLS around programs of this machine that have none.
+
+A program connects in plaintext to a port that is taken; the kernel redirects
+the connection to us, and it leaves with TLS and our certificate, for the name
+that the program has looked up in the DNS. Which ports, names and certificates,
+the directory wrap/ says, or the options. It takes root at the start, or
+CAP_NET_ADMIN and CAP_NET_RAW.
+"""
+_EXAMPLE = "tls-tproxy --cert cert.pem --key key.pem --cacert ca.pem --portMap 8443:443"
+
+# Where the system keeps the authorities that it trusts, and /etc/hosts.
+_READABLE: Final = tuple(map(Path, ("/etc", "/usr", "/lib", "/lib64")))
+
+# Descriptors that one connection takes beside the two that every program counts.
+_NO_PIPES: Final = 0
+
+# The levels of the first tls-tproxy's log, and whether connections are logged at each.
+_LEVELS: Final = {
+    **dict.fromkeys(("panic", "fatal", "error", "warn", "warning"), False),
+    **dict.fromkeys(("info", "debug", "trace"), True),
+}
+
+# The loopback addresses, to which the kernel redirects.
+_LOOPBACK: Final = ((std.AF_INET, "127.0.0.1"), (std.AF_INET6, "::1"))
+
+# Ports that are tried where any will do, until one is free for both families.
+_TRIES: Final = 20
+
+# Connections that wait to be accepted; the kernel takes net.core.somaxconn if that is less.
+_BACKLOG: Final = 4096
+
+# socket(7): since then CAP_NET_RAW suffices for SO_MARK.
+_MARKED_BY_NET_RAW: Final = (5, 17)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run tls-tproxy with the arguments `argv`; return its exit code."""
+    return run_program(_PROGRAM, partial(_run, argv))
+
+
+def _read_options(argv: Sequence[str] | None) -> tuple[Config, bool] | None:
+    """Return what the options say, and whether to remove what fail-closed has left, and end."""
+    parser = OptionParser(_PROGRAM, _DESCRIPTION, _EXAMPLE)
+    parser.add_argument(
+        "--portMap",
+        type=_port_map,
+        default={},
+        metavar="FROM:TO[,FROM:TO...]",
+        help="take connections to port FROM, which leave to port TO",
+    )
+    parser.add_argument("--cert", metavar="FILE", help="the certificate to show, and its chain")
+    parser.add_argument("--key", metavar="FILE", help="its key")
+    parser.add_argument(
+        "--cacert",
+        metavar="FILE",
+        help="the authorities that servers' certificates are to be of (default: the system's)",
+    )
+    parser.add_argument(
+        "--certCheckerPlugin",
+        metavar="NAME",
+        help="ask that certificate checker, too: san, spki-pin, or a plugin",
+    )
+    parser.add_argument(
+        "--user-only",
+        type=_user,
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="take connections of this user's programs only; may be given several times",
+    )
+    parser.add_argument(
+        "--cgroup",
+        type=_cgroup,
+        metavar="PATH",
+        help="take connections of the programs in this control group only, such as /a.slice",
+    )
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=0,
+        metavar="PORT",
+        help="the port of ours, on the loopback addresses, to which they are redirected "
+        "(default: any)",
+    )
+    parser.add_argument(
+        "--fail-closed",
+        action="store_true",
+        help="refuse those connections when we have ended, however that was (needs --port)",
+    )
+    parser.add_argument(
+        "--stop-refusing",
+        action="store_true",
+        help="remove what --fail-closed has left for --port, and end",
+    )
+    parser.add_argument(
+        "--logLevel",
+        choices=_LEVELS,
+        metavar="LEVEL",
+        help="the same as --log: connections from info on, errors before",
+    )
+    parser.add_service_options()
+
+    def check(options: Namespace) -> None:
+        if bool(options.cert) != bool(options.key):
+            parser.error("--cert and --key go together")
+        if options.cacert and not options.cert:
+            parser.error("--cacert goes with --cert and --key")
+        for word in "fail_closed", "stop_refusing":
+            if getattr(options, word) and not options.port:
+                parser.error(f"--{word.replace('_', '-')} needs --port: the rules are known by it")
+
+    options = parser.understand(argv, check)
+    if options is None:
+        return None
+    config = Config(
+        ports=options.portMap,
+        identity=_files(options),
+        checker=options.certCheckerPlugin,
+        users=tuple(options.user_only),
+        cgroup=options.cgroup,
+        port=options.port,
+        fail_closed=options.fail_closed,
+        **service_fields(options),
+    )
+    if options.logLevel:
+        config = replace(config, log_connections=_LEVELS[options.logLevel])
+    return config, options.stop_refusing
+
+
+def _files(options: Namespace) -> Files | None:
+    if not options.cert:
+        return None
+    cert, key, cacert = (
+        path and str(Path(path).absolute()) for path in (options.cert, options.key, options.cacert)
+    )
+    return Files(cert, key, cacert)
+
+
+def _port_map(text: str) -> dict[int, int]:
+    try:
+        return parse_port_map(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"unable to understand {text!a}: {error}") from None
+
+
+def _port(text: str) -> int:
+    if text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536:
+        return int(text)
+    raise ArgumentTypeError(f"{text!a} is no port")
+
+
+def _user(text: str) -> int:
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except KeyError:
+        # Ids have 32 bits, and the highest of them stands for "as it is".
+        if text.isascii() and text.isdigit() and len(text) <= 10 and int(text) < (1 << 32) - 1:
+            return int(text)
+        raise ArgumentTypeError(f"there is no user {text!a}") from None
+
+
+def _cgroup(text: str) -> Cgroup:
+    try:
+        return Cgroup.find(text)
+    except (ValueError, OSError) as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def _listen(port: int) -> list[socket]:
+    """Return sockets that listen on the loopback addresses, on one port.
+
+    A kernel without IPv6 has one socket only.
+
+    Raises:
+        FatalError: the port is taken, or the like.
+    """
+    for _ in range(_TRIES):
+        opened: list[std.socket] = []
+        chosen = port
+        try:
+            for family, host in _LOOPBACK:
+                if family == std.AF_INET6 and not _has_ipv6():
+                    continue
+                sock = std.socket(family, std.SOCK_STREAM)
+                opened.append(sock)
+                sock.setsockopt(std.SOL_SOCKET, std.SO_REUSEADDR, 1)
+                sock.bind((host, chosen))
+                chosen = sock.getsockname()[1]
+                sock.listen(_BACKLOG)
+            return [take_listening_socket(sock.fileno()) for sock in opened]
+        except OSError as error:
+            failure = error
+        finally:
+            for sock in opened:
+                sock.close()
+        if port:
+            break
+    raise FatalError.of(f"listen on port {chosen} of the loopback addresses", failure)
+
+
+def _has_ipv6() -> bool:
+    return Path("/proc/sys/net/ipv6").exists()
+
+
+def _needed_capabilities() -> list[int]:
+    """Return what is needed to set a mark: a smaller right, where the kernel knows it."""
+    release = os.uname().release.split(".")
+    version = tuple(int(part) for part in release[:2] if part.isdigit())
+    return [CAP_NET_RAW] if version >= _MARKED_BY_NET_RAW else [CAP_NET_RAW, CAP_NET_ADMIN]
+
+
+def _open_nft(config: Config) -> Nft:
+    """Run nft, as the user that we are going to be.
+
+    Raises:
+        FatalError: it can't be run.
+    """
+    identity = look_up_user(config.user)
+    try:
+        return Nft(None if identity is None else (identity.uid, identity.gid))
+    except NftError as error:
+        raise FatalError(f"unable to redirect connections: {error}") from None
+
+
+def _identity_directories(config: Config) -> list[Path]:
+    if config.identity is None:
+        return []
+    return [Path(path).parent for path in config.identity if path]
+
+
+def _linked_directories(directory: Path) -> list[Path]:
+    """Return where links lead to that are identities, or are in one: they may lead anywhere."""
+    identities = [directory / "identity", *directory.glob("wrap/names/*/identity")]
+    links = [*identities, *(path for each in identities for path in each.glob("*"))]
+    targets = (path.resolve() for path in links if path.is_symlink())
+    return [path if path.is_dir() else path.parent for path in targets]
+
+
+def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
+    understood = _read_options(argv)
+    if understood is None:
+        return
+    config, is_to_stop_refusing = understood
+    if not config.ports and not Path("wrap").is_dir():
+        raise UsageError("unable to wrap anything: there is no --portMap, and no directory wrap")
+    with attempt("start"):
+        standard.open_missing()
+        standard.replace_copies_of_input()
+        log = Log(syslogd)
+    nft = _open_nft(config)
+    try:
+        if is_to_stop_refusing:
+            stop_refusing(nft, config.port)
+            return
+        _serve(config, log, nft)
+    except NftError as error:
+        raise FatalError(f"unable to redirect connections: {error}") from None
+    finally:
+        nft.close()
+
+
+def _serve(config: Config, log: Log, nft: Nft) -> None:
+    listening = _listen(config.port)
+    port: int = listening[0].getsockname()[1]
+    share = share_descriptors(config, _NO_PIPES, log)
+    with attempt("watch DNS answers (it takes CAP_NET_RAW)"):
+        packets = [open_packet_socket() for _ in range(config.workers)]
+    notifier = Notifier()
+    drop_privileges(config, _needed_capabilities())
+    identities = Identities(log.identity)
+    directory = Path()
+    try:
+        wrap = Wrap(
+            directory,
+            identities,
+            Checkers(),
+            log.problem,
+            ports=config.ports,
+            identity=config.identity,
+            checker=config.checker,
+        )
+    except UnknownCheckerError as error:
+        raise UsageError(f"unable to check certificates: {error}") from None
+    names = [Names(sock, accept_cname=wrap.accepts_cname) for sock in packets]
+    with attempt("enter the sandbox (--no-sandbox does without)"):
+        # Some modules are loaded when they are first needed.
+        modules = [Path(path) for path in sys.path if path]
+        given = [*_identity_directories(config), *_linked_directories(directory)]
+        readable = [directory, *_READABLE, *modules, *given]
+        forbidden = sandbox.enter(readable, may_connect=True) if config.sandbox else ["nothing"]
+    log.event("sandbox", forbids=",".join(forbidden))
+    ports = wrap.ports()
+    redirection = Redirection(
+        nft,
+        port,
+        ports,
+        users=config.users,
+        cgroup=config.cgroup,
+        fail_closed=config.fail_closed,
+    )
+    log.ports(show_ports(ports))
+
+    watch = Watch(wrap, nft, redirection, log)
+
+    def stop_listening() -> None:
+        for sock in listening:
+            sock.close()
+        watch.stop()
+
+    try:
+        run_service(
+            config,
+            log,
+            notifier,
+            partial(serve, listening, wrap, names, watch.stop, config, share, log),
+            stop_listening,
+            watch.look,
+        )
+    finally:
+        notifier.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

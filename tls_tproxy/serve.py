@@ -1,0 +1,121 @@
+"""Everything put together: names, sessions, relay; and what is looked at meanwhile."""
+
+import contextlib
+from _socket import socket
+from collections.abc import Callable, Iterable, Sequence
+
+import trio
+
+from mutual_tls.netfilter.table import Nft, NftEndedError, NftError
+from mutual_tls.relay import TLSRelay
+from sniproxy.engine.limit import ConnectionLimit
+from sniproxy.engine.loop import EventLoop
+from sniproxy.service.descriptors import Share
+from sniproxy.service.fatal import FatalError
+from sniproxy.service.notify import Notifier
+from sniproxy.service.signals import Signals
+from sniproxy.service.workers import Worker
+from sniproxy.serving import serve_until_drained
+from tls_tproxy.config import Config
+from tls_tproxy.log import Log
+from tls_tproxy.names import Names
+from tls_tproxy.redirect import Redirection
+from tls_tproxy.session import Sessions
+from tls_tproxy.wrap import Wrap
+
+
+async def serve(
+    listening: Sequence[socket],
+    wrap: Wrap,
+    names: Sequence[Names],
+    stop_redirecting: Callable[[], None],
+    config: Config,
+    share: Share,
+    log: Log,
+    orders: Signals | Worker,
+    notifier: Notifier | Worker,
+) -> None:
+    """Serve what is redirected to the sockets, until an order to end.
+
+    There is one of `names` for each process. Among several, the first one stops redirecting.
+
+    Returns when the last connection has ended, by itself or at the end of the drain.
+    """
+    loop = EventLoop(on_fault=log.bug)
+    relay = TLSRelay(loop, log.bug, config.idle_seconds, config.half_closed_seconds)
+    limit = ConnectionLimit(share.connections)
+    # Each process has a packet socket of its own: what one has read is gone for the others.
+    own = names[(log.worker or 1) - 1]
+    for other in names:
+        if other is not own:
+            other.close()
+    own.start(loop)
+
+    def make_sessions(nursery: trio.Nursery) -> Sessions:
+        return Sessions(config, wrap, own, loop, relay, log, limit, nursery)
+
+    await serve_until_drained(
+        [(sock, Sessions.accept) for sock in listening],
+        make_sessions,
+        loop,
+        limit,
+        log,
+        orders,
+        notifier,
+        config.drain_seconds,
+        on_drain=stop_redirecting if log.worker is None else lambda: None,
+    )
+    own.close()
+
+
+class Watch:
+    """What is looked at once a second: that nft is there, and which ports are to be redirected.
+
+    Args:
+        wrap: what the directory says.
+        nft: holds the redirection.
+        redirection: of the ports that it has now.
+        log: where changes go.
+    """
+
+    def __init__(self, wrap: Wrap, nft: Nft, redirection: Redirection, log: Log) -> None:
+        self._wrap = wrap
+        self._nft = nft
+        self._redirection = redirection
+        self._log = log
+        self._ports = redirection.ports
+        self._is_over = False
+
+    def stop(self) -> None:
+        """Stop redirecting new connections; those that are established go on."""
+        self._is_over = True
+        with contextlib.suppress(NftError):  # it is gone, and so are its rules
+            self._redirection.stop()
+
+    def look(self) -> None:
+        """Look.
+
+        Raises:
+            FatalError: nft has ended, and with it the redirection. Connections leave in plaintext.
+        """
+        if self._is_over:
+            return
+        if self._nft.has_ended():
+            raise FatalError("unable to redirect connections: nft has ended")
+        ports = self._wrap.ports()
+        if ports == self._ports:
+            return
+        self._ports = ports
+        try:
+            self._redirection.replace_ports(ports)
+        except NftEndedError as error:
+            raise FatalError(f"unable to redirect connections: {error}") from None
+        except (ValueError, NftError) as error:
+            self._log.problem(str(error))
+        else:
+            self._log.ports(show_ports(ports))
+
+
+def show_ports(ports: Iterable[int]) -> str:
+    """Return ports as people write them."""
+    return ",".join(map(str, sorted(ports))) or "none"

@@ -1,0 +1,174 @@
+"""One connection of a program on this machine, from plaintext to mutual TLS.
+
+The kernel has redirected it to us, and knows where it was to go. The names that this address was
+looked up under say whom it is for; each that is allowed is tried, the newest first, until a server
+shows a certificate for it. Before that the program hears nothing, and the server sees nothing of
+our certificate.
+"""
+
+from _socket import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+from ipaddress import ip_address
+from typing import Final
+
+import trio
+
+from mutual_tls import resumption, session
+from mutual_tls.dial import Endpoint, IPAddress
+from mutual_tls.end import TLSEnd, TLSError
+from mutual_tls.netfilter.mark import OPTION
+from mutual_tls.netfilter.original import NotRedirectedError, original_destination
+from mutual_tls.outward import Outward, Server
+from mutual_tls.refusal import Refusal
+from mutual_tls.relay import TLSRelay
+from sniproxy.engine.limit import ConnectionLimit
+from sniproxy.engine.listener import Address
+from sniproxy.engine.loop import EventLoop
+from sniproxy_hostname import Hostname
+from tls_tproxy.checkers import ask
+from tls_tproxy.config import Config
+from tls_tproxy.log import Log
+from tls_tproxy.names import Names
+from tls_tproxy.refusal import WrapReason
+from tls_tproxy.starttls import StartTLS, decline_encryption, request_encryption
+from tls_tproxy.wrap import Service, Wrap
+
+# Names that are tried for one address. Each wrong one costs a handshake; behind an address of a
+# content network there may be thousands, but few that one machine has looked up lately.
+_MOST_TRIED: Final = 8
+
+# A client connects a moment after it has heard the answer, and so have we; but in a flood the
+# kernel may hand it to us later. Seconds that we look for a name, and between two looks.
+_LOOK_FOR: Final = 0.5
+_LOOK_EVERY: Final = 0.05
+
+
+class Sessions(session.Sessions):
+    """Everything that connections share.
+
+    Args:
+        config: what can be set.
+        wrap: what the directory says.
+        names: what addresses are called.
+        log: where refusals go, too.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        wrap: Wrap,
+        names: Names,
+        loop: EventLoop,
+        relay: TLSRelay,
+        log: Log,
+        limit: ConnectionLimit,
+        nursery: trio.Nursery,
+    ) -> None:
+        super().__init__(config, loop, relay, log, limit, nursery)
+        self.wrap = wrap
+        self.names = names
+        self.log = log
+        self.resumption = resumption.Sessions()
+
+    def accept(self, client: socket, address: Address) -> None:
+        """Begin the story of an accepted client."""
+        self.begin(Session(self, client, address))
+
+
+class Session(session.Session):
+    """A program has connected in plaintext."""
+
+    def __init__(self, shared: Sessions, client: socket, address: Address) -> None:
+        super().__init__(shared, client, address)
+        self.shared = shared
+        self.destination: Endpoint | None = None
+        self.name: str | None = None
+        self._outward = Outward(self, shared.resumption)
+
+    async def tell(self) -> None:
+        """Find out whom it is for, and reach it."""
+        try:
+            self.destination = Endpoint(*original_destination(self.client))
+        except NotRedirectedError as error:
+            raise Refusal(WrapReason.NOT_REDIRECTED, str(error)) from None
+        # It need not say anything: many a protocol has the server speak first.
+        self.is_understood(WrapReason.SERVER_SILENT)
+        services = await self._find_services(self.destination)
+        said = b""
+        if any(service.starttls is StartTLS.POSTGRES for service in services):
+            said = await decline_encryption(self.story, self.client)
+        end = await self._reach_one(services)
+        self.join(self.client, end, b"", said)
+
+    async def _find_services(self, destination: Endpoint) -> list[Service]:
+        """Return how the connection may be wrapped, the likeliest first."""
+        address = ip_address(destination.host.partition("%")[0])
+        refusal = Refusal(WrapReason.NO_NAME, "no name was looked up for that address")
+        with self.story.time_limit(_LOOK_FOR):
+            while True:
+                names = self._names(address)
+                if names:
+                    break
+                await self.story.sleep(_LOOK_EVERY)
+        self.name = ",".join(names) or None
+        services = []
+        for name in names:
+            try:
+                services.append(self.shared.wrap.find(name, destination.port, address))
+            except Refusal as error:
+                # What is said of the newest name is what the log is to tell.
+                refusal = error if refusal.reason is WrapReason.NO_NAME else refusal
+        if not services:
+            raise refusal
+        return services[:_MOST_TRIED]
+
+    def _names(self, address: IPAddress) -> list[Hostname]:
+        """Return what an address is called: fixed names first, for nobody can forge them."""
+        fixed = self.shared.wrap.fixed_names(address)
+        return list(dict.fromkeys([*fixed, *self.shared.names.of(address)]))
+
+    async def _reach_one(self, services: Sequence[Service]) -> TLSEnd:
+        """Reach the server for the first of these for whom it shows a certificate."""
+        first: TLSError | Refusal | None = None
+        for service in services:
+            try:
+                end = await self._reach(service)
+            except (TLSError, Refusal) as error:
+                # The newest name is the one that the client has meant, most likely.
+                first = first or error
+                self._outward.close()
+            else:
+                self.name = service.name
+                return end
+        assert first is not None
+        raise first
+
+    async def _reach(self, service: Service) -> TLSEnd:
+        assert self.destination is not None
+        check: Callable[[bytes], None] | None = None
+        if service.checkers:
+            check = partial(ask, service.checkers, [service.name])
+        server = Server(
+            Endpoint(self.destination.host, service.port),
+            service.name,
+            service.identity,
+            service.rules,
+            options=(OPTION,),
+            before_tls=request_encryption if service.starttls is StartTLS.POSTGRES else None,
+            check=check,
+        )
+        return await self._outward.reach(server)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Reset the connection, so that the program fails at once, and not as if all was said."""
+        self.reset()
+
+    def report(self, refusal: Refusal) -> None:
+        """Write the line of a refusal."""
+        destination = str(self.destination) if self.destination else None
+        self.shared.log.refusal(refusal, self.show_client(), destination, self.name)
+
+    def fields(self) -> dict[str, object]:
+        """Return what the line of a connection says beside the client."""
+        return {"destination": self.destination, "name": self.name}
