@@ -62,7 +62,7 @@ _DEFAULT: Final = "_default"
 # looked at for each connection.
 _MOST_REMEMBERED: Final = 4096
 
-_NOWHERE: Final = "it leads nowhere"
+_NOWHERE: Final = "it is a link that leads nowhere"
 
 
 class Service(NamedTuple):

@@ -185,9 +185,11 @@ def test_a_link_to_a_directory_is_one(case: Case) -> None:
 def test_links_to_nothing_are_not_absent(case: Case) -> None:
     case.name("_default")
     (case.names / NAME).symlink_to("nothing")
-    assert case.misconfigured() == f"unable to read wrap/names/{NAME}: it leads nowhere"
+    assert (
+        case.misconfigured() == f"unable to read wrap/names/{NAME}: it is a link that leads nowhere"
+    )
     # Nobody knows what names it would have had beside.
-    assert "it leads nowhere" in case.misconfigured("b.example")
+    assert "it is a link that leads nowhere" in case.misconfigured("b.example")
     (case.names / NAME).unlink()
     assert case.find().port == 8443
 
@@ -196,7 +198,7 @@ def test_names_that_are_a_link_to_nothing(case: Case) -> None:
     case.start(ports={8443: 443})
     case.names.parent.mkdir()
     case.names.symlink_to("nothing")
-    assert case.misconfigured() == "unable to read wrap/names: it leads nowhere"
+    assert case.misconfigured() == "unable to read wrap/names: it is a link that leads nowhere"
 
 
 def test_names_that_are_a_file(case: Case) -> None:
@@ -368,7 +370,7 @@ def test_ports_that_are_no_directory(case: Case) -> None:
     assert case.misconfigured("b.example").endswith("ports/8443: it is not a regular file")
     (case.names / "c.example").mkdir()
     (case.names / "c.example" / "ports").symlink_to("nothing")
-    assert case.misconfigured("c.example").endswith("ports: it leads nowhere")
+    assert case.misconfigured("c.example").endswith("ports: it is a link that leads nowhere")
 
 
 def test_an_empty_directory_of_ports_allows_none(case: Case) -> None:
@@ -426,7 +428,7 @@ def test_ports_that_can_not_be_listed_stay_taken(reachable: Case, path: str) -> 
     where.rename(where.with_name(".before"))
     where.symlink_to("nothing")
     assert case.wrap.ports() == {1, 2}
-    assert f"unable to read {where}: it leads nowhere" in case.problems
+    assert f"unable to read {where}: it is a link that leads nowhere" in case.problems
     where.unlink()
     assert case.wrap.ports() < {1, 2}
 
@@ -491,7 +493,7 @@ def test_no_address_that_is_a_link_to_nothing_is_one(case: Case) -> None:
     assert not case.wrap.allows(NAME, ADDRESS)
     addresses.rename(addresses.with_name("old"))
     addresses.symlink_to("nothing")
-    assert case.misconfigured().endswith("addresses: it leads nowhere")
+    assert case.misconfigured().endswith("addresses: it is a link that leads nowhere")
 
 
 def test_of_an_unknown_name_no_address_is_known(case: Case) -> None:
@@ -505,7 +507,7 @@ def test_names_that_can_not_be_listed_have_no_address(case: Case) -> None:
     case.names.parent.mkdir()
     case.names.symlink_to("nothing")
     assert case.wrap.fixed_names(ADDRESS) == []
-    assert case.problems == [f"unable to read {case.names}: it leads nowhere"]
+    assert case.problems == [f"unable to read {case.names}: it is a link that leads nowhere"]
 
 
 # --- what else a name has
