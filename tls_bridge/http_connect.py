@@ -32,8 +32,10 @@ _HOP_BY_HOP = frozenset(
 )
 
 # What is understood is remembered, for clients and peers say the same in each connection, and h11
-# takes 150 µs for the four messages of one. That bounds the memory to two megabytes.
+# takes 150 µs for the four messages of one. Requests and answers take four megabytes each at the
+# most: a field takes a tenth of a kilobyte, however short it is, so there are few of them.
 _LONGEST_REMEMBERED = 1024
+_MOST_LINES_REMEMBERED = 12
 _MOST_REMEMBERED = 1024
 
 _HEAD = b"HEAD "
@@ -161,7 +163,9 @@ def _next_event(connection: h11.Connection) -> object:
 def _end_of_head(data: bytes) -> int | None:
     """Return where a head ends that is there as a whole, and short enough to be remembered."""
     end = data.find(b"\r\n\r\n", 0, _LONGEST_REMEMBERED)
-    return end + 4 if end >= 0 else None
+    if end < 0 or data.count(b"\n", 0, end) >= _MOST_LINES_REMEMBERED:
+        return None
+    return end + 4
 
 
 @lru_cache(_MOST_REMEMBERED)

@@ -72,6 +72,16 @@ def test_what_is_remembered_is_not_what_came_behind_it() -> None:
         assert ask(b"HTTP/1.1 200 OK\r\n\r\n" + early).body == early
 
 
+@pytest.mark.parametrize(("fields", "is_remembered"), [(3, True), (30, False)])
+def test_what_would_take_much_memory_is_not_remembered(fields: int, is_remembered: bool) -> None:
+    """Each field of four bytes takes two hundred, and whoever asks makes up how many there are."""
+    request = REQUEST.replace(b"X-One: 1", b"\r\n".join(b"%d: 1" % n for n in range(fields)))
+    one, two = read(request), read(request)
+    assert one == two
+    assert len(one.headers) == fields
+    assert (one.headers is two.headers) == is_remembered
+
+
 def test_a_remembered_request_is_refused_and_answered_like_a_new_one() -> None:
     for request in REQUEST, REQUEST.replace(b"CONNECT", b"HEAD"):
         answers = []
