@@ -82,6 +82,7 @@ class Sessions:
         self.stories = Stories(loop, nursery, log.bug)
         relay.last_words.is_place_wanted = limit.is_place_wanted
         self.served = self.refused = 0
+        self.is_cut = False  # whoever is left is reset
         self.silent: dict[Session, None] = {}
         self.unfinished: dict[Session, float] = {}
         self.refusing: dict[Session, None] = {}
@@ -130,6 +131,7 @@ class Sessions:
     def cut(self) -> int:
         """End whoever is left; return how many."""
         left = self.limit.open
+        self.is_cut = True
         self.stories.abort_all()
         self.relay.abort_all()
         return left
@@ -208,6 +210,8 @@ class Session(ABC):
             self._leave()
             shared.refusing.pop(self, None)
             if not self._is_joined:
+                if shared.is_cut:
+                    self.reset()
                 for sock in self.client, self.far:
                     if sock is not None:
                         shared.loop.close(sock)

@@ -706,6 +706,20 @@ def test_a_drain_waits_for_the_tunnel(it: Bridge) -> None:
     assert "served=1 refused=0 cut=0" in ingress.wait_for_log("drained")
 
 
+def test_who_is_being_set_up_at_the_end_is_reset(it: Bridge) -> None:
+    """Nobody is to take the end of the program for an answer without a word."""
+    ingress = it.start_ingress()
+    with ingress.connect() as silent, ingress.connect() as waiting:
+        waiting.sendall(connect())
+        peer, _ = it.peer_socket.accept()  # and it does not answer
+        with peer:
+            ingress.signal(signal.SIGINT)
+            for client in silent, waiting:
+                with pytest.raises(ConnectionResetError):
+                    receive_all(client)
+    assert "cut=2" in ingress.wait_for_log("drained")
+
+
 def test_a_thousand_tunnels_beside_three_thousand_unfinished_handshakes(it: Bridge) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard < 6000:
