@@ -218,11 +218,14 @@ class Session(ABC):
                 shared.limit.remove()
 
     def has_unread(self) -> bool:
-        """Tell whether the client has said something that nobody has read yet."""
+        """Tell whether there is something of the client, or its end, that nobody has read yet."""
         try:
-            return bool(self.client.recv(1, MSG_PEEK | MSG_DONTWAIT))
-        except OSError:
+            self.client.recv(1, MSG_PEEK | MSG_DONTWAIT)
+        except BlockingIOError:
             return False
+        except OSError:
+            pass  # it has gone, and that is to be read, too
+        return True
 
     async def hear(self) -> bytes:
         """Return the first bytes of the client; none if it leaves without a word.
