@@ -63,7 +63,12 @@ class PeerSide(Session):
         service = find_service(request.target, certificate)
         self.far = await self._dial(service.where)
         if service.send_proxy_v1:
-            await send_all(self.story, self.far, self._proxy_header(request.headers))
+            try:
+                await send_all(self.story, self.far, self._proxy_header(request.headers))
+            except OSError as error:
+                # Of the service; of the client it would be a TLSError.
+                detail = f"{service.where}: {error.strerror}"
+                raise Refusal(BridgeReason.PEER_CLOSED, detail) from None
         via = (b"Via", f"1.1 {shared.pseudonym}".encode())
         await end.send(self.asked.accept([via]))
         self.join(self.far, end, request.early, b"")

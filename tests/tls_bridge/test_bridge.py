@@ -784,6 +784,53 @@ def test_who_leaves_without_a_word_is_no_refusal(it: Bridge, who: str, how: str)
     assert sum(" refused " in line for line in daemon.log()) == 1
 
 
+def test_who_leaves_without_a_word_does_not_have_to_be_let_go(it: Bridge) -> None:
+    it.start_peer()
+    ingress = it.start_ingress("--max-connections", "5")
+    before = ingress.descriptors()
+    silent = [ingress.connect() for _ in range(5)]
+    eventually(lambda: ingress.descriptors() == before + 5)
+    ingress.signal(signal.SIGSTOP)
+    with ingress.connect() as client:  # it is heard of first
+        for each in silent:
+            each.close()
+        ingress.signal(signal.SIGCONT)
+        client.sendall(connect())
+        assert read_header(client).startswith(OK)
+    assert not [line for line in ingress.log() if " refused " in line]
+
+
+def test_a_service_that_resets_at_once_is_told_of(it: Bridge) -> None:
+    """Whether that is noticed when it is connected, or when it is sent the PROXY header."""
+    write(it.peer_place / "allow/web.internal/send-proxy-v1")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        write(it.peer_place / "allow/web.internal/80", f"127.0.0.1:{listening.getsockname()[1]}")
+
+        def reset() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    connection.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
+                    connection.close()
+
+        service = threading.Thread(target=reset)
+        service.start()
+        peer, ingress = it.start_peer(), it.start_ingress()
+        answers = []
+        for _ in range(30):
+            client, header = ask(ingress, connect())
+            client.close()
+            answers.append(status(header))
+        listening.shutdown(socket.SHUT_RDWR)
+        service.join(PATIENCE)
+    peer.signal(signal.SIGTERM)
+    assert set(answers) <= {200, 502}
+    told = f"served={answers.count(200)} refused={answers.count(502)} "
+    assert told in peer.wait_for_log("drained")
+
+
 def test_with_workers(it: Bridge) -> None:
     it.start_peer("--workers", "2")
     ingress = it.start_ingress("--workers", "2")
