@@ -36,8 +36,8 @@ _WRITABLE: Final = EPOLLOUT | _ENDING
 _FEW: Final = 64
 
 # Steps in a row that a story may take before the others have their turn. A handshake waits after
-# each; a step of the longest kind, a chunk full of KeyUpdates, takes some milliseconds.
-_MOST_STEPS: Final = 4
+# each; one of the longest kind, 16 KiB of nothing but KeyUpdates, takes 20 ms.
+_MOST_STEPS: Final = 2
 
 T = TypeVar("T")
 
@@ -93,7 +93,8 @@ class Stories:
             deadline = timers[0][0] if timers else float("inf")
             with trio.CancelScope(deadline=deadline) as self._sleep:
                 await trio.sleep_forever()
-            while timers and timers[0][0] <= trio.current_time():
+            now = trio.current_time()  # who sleeps again meanwhile has another turn
+            while timers and timers[0][0] <= now:
                 _, _, timer = heapq.heappop(timers)
                 if timer.expire is None:
                     self._cancelled -= 1
@@ -183,9 +184,15 @@ class Story:
             timer.cancel()
 
     def has_had_its_turn(self) -> bool:
-        """Count a step that was taken without waiting; tell whether it is time to `sleep(0)`."""
+        """Count a step that was taken without waiting; tell whether it is time to `give_turns`."""
         self._steps += 1
-        return self._steps >= _MOST_STEPS
+        return self._steps > _MOST_STEPS
+
+    async def give_turns(self) -> None:
+        """Wait until all that is ready now has had its turn."""
+        self._awaited = turn = _Watcher(self)
+        self.loop.call_soon(turn)
+        await _pause()
 
     async def in_trio(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
         """Wait for an async function that waits by means of trio; return what it returns.
@@ -257,23 +264,25 @@ class Story:
             self.stories.forget(self)
             self.stories.on_fault(fault)
 
-    def _watch(self, sock: socket) -> "_SocketWatcher":
+    def _watch(self, sock: socket) -> "_Watcher":
         fd = sock.fileno()
         watcher = self.loop.watcher(fd)
         if watcher is None:
-            watcher = _SocketWatcher(self)
+            watcher = _Watcher(self)
             self.loop.watch(fd, watcher, _EVENTS)
-        assert isinstance(watcher, _SocketWatcher)
+        assert isinstance(watcher, _Watcher)
         return watcher
 
-    def on_event(self, watcher: "_SocketWatcher", events: int) -> None:
+    def on_event(self, watcher: "_Watcher", events: int) -> None:
         """Go on, if that is what was waited for."""
-        if events & self._wanted and (self._awaited is watcher or self._awaited is self):
+        # No events: it is a turn that was asked for.
+        is_wanted = events & self._wanted or not events
+        if is_wanted and (self._awaited is watcher or self._awaited is self):
             self._go_on()
 
 
-class _SocketWatcher:
-    """Watches one socket of a story, from the first time that it is waited for."""
+class _Watcher:
+    """Watches one socket of a story, from the first time that it is waited for; or has its turn."""
 
     __slots__ = ("_story",)
 

@@ -11,7 +11,7 @@ from trio.testing import trio_test
 
 from mutual_tls.end import TLSEnd, TLSError, TLSReason, listen_to_the_end, receive_some
 from sniproxy.engine.story import Stories, Story
-from tests.support.sockets import plain, tcp_pair
+from tests.support.sockets import plain, tcp_pair, unix_pair
 from tests.support.story import stories, tell, told
 from tests.support.tls import NAME, context
 
@@ -93,3 +93,46 @@ async def test_whatever_a_check_raises_our_certificate_stays(
                 nursery.start_soon(run, it, side)
     assert len(shown) == 1
     assert ours == []
+
+
+@trio_test
+async def test_a_peer_that_never_lets_up_does_not_keep_others_from_their_turn() -> None:
+    far, near = unix_pair()
+    inside = plain(near)
+    with far:
+        heard: list[bytes] = []
+
+        async def listen(story: Story) -> None:
+            far.send(b"one")
+            while len(heard) < 3:
+                heard.append(await receive_some(story, inside, 10))
+                far.send(b"more")
+
+        async def run(story: Story) -> None:
+            other = Story(story.stories)
+            story.stories.begin(other, listen(other))
+            while len(heard) < 3:
+                await receive_some(story, flood(), 10)
+
+        await told(run)
+    inside.close()
+    assert heard == [b"one", b"more", b"more"]
+
+
+class NoData:
+    """What OpenSSL makes of changes of keys."""
+
+    def read(self, most: int) -> bytes:
+        raise ssl.SSLWantReadError
+
+
+@trio_test
+async def test_a_peer_that_sends_no_data_is_not_listened_to_for_long() -> None:
+    async def run(story: Story) -> None:
+        end = TLSEnd(story, flood(), ssl.create_default_context(), server_name="a.example")
+        end.ssl = cast("ssl.SSLObject", NoData())
+        with pytest.raises(TLSError, match="much, and no data") as caught:
+            await end.receive()
+        assert caught.value.reason is TLSReason.TLS_FAILED
+
+    await told(run)
