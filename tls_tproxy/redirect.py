@@ -6,10 +6,10 @@ There `redirect` means the loopback address: it suffices to listen on 127.0.0.1 
 nobody listens, connections are refused.
 
 With `fail_closed` there is another table, which belongs to nobody, and so outlives us whatever
-happens. It resets connections to the same ports that nobody has redirected, of established ones
-too. Its name has our listening port in it, which a new start has again, and no other instance:
-`tls_tproxy_refuse_PORT`. The next start takes it over; `stop_refusing` removes it. Anybody with the
-right to can remove it, `flush ruleset` does; each change of ports makes it anew.
+happens. It resets connections to the same ports that nobody has redirected to this machine, new and
+established ones. Its name has our listening port in it, which a new start has again, and no other
+instance: `tls_tproxy_refuse_PORT`. The next start takes it over; `stop_refusing` removes it. Anybody
+with the right to can remove it, `flush ruleset` does; each change of ports makes it anew.
 
 Connections that carry our mark, of whichever instance, pass both. Packets that are forwarded, of
 containers above all, do not come here: theirs is another network namespace.
@@ -69,7 +69,7 @@ class Redirection:
         self._who = _who(users, cgroup)
         self._fail_closed = fail_closed
         self.ports = frozenset(ports)
-        nft.run(*_redirect(self._table, listening_port, self._who), *self._replace(ports))
+        nft.run(*_redirecting_table(self._table, listening_port, self._who), *self._replace(ports))
 
     def replace_ports(self, ports: Collection[int]) -> None:
         """Redirect these and no others from now on. Connections that are established stay.
@@ -105,9 +105,9 @@ class Redirection:
         """Return the commands for the table that refuses; it may be another one's, or be gone."""
         if not self._fail_closed:
             return []
-        table = _refusing(self._listening_port)
+        table = _name_of_refusing(self._listening_port)
         elements = replace_elements(table, _PORTS, sorted(set(ports)))
-        return [*_refuse(table, self._who), *elements]
+        return [*_refusing_table(table, self._who), *elements]
 
 
 def stop_refusing(nft: Nft, listening_port: int) -> None:
@@ -119,7 +119,7 @@ def stop_refusing(nft: Nft, listening_port: int) -> None:
         NftEndedError: nft has ended.
     """
     _check_ports([listening_port])
-    nft.run(*_remove(_refusing(listening_port)))
+    nft.run(*_remove(_name_of_refusing(listening_port)))
 
 
 def _check_ports(ports: Collection[int]) -> None:
@@ -128,18 +128,13 @@ def _check_ports(ports: Collection[int]) -> None:
             raise ValueError(f"{port} is no port")
 
 
-def _refusing(listening_port: int) -> Name:
+def _name_of_refusing(listening_port: int) -> Name:
     return Name(f"tls_tproxy_refuse_{listening_port}")
 
 
 def _who(users: Collection[int], cgroup: Cgroup | None) -> Command:
-    """Return the conditions for the packets of connections that are meant."""
-    who = Command(
-        "meta l4proto tcp tcp dport @$ports meta mark & $mask != $mark",
-        ports=_PORTS,
-        mask=MASK,
-        mark=MARK,
-    )
+    """Return the conditions for the packets of connections that are meant, but for the ports."""
+    who = Command("meta mark & $mask != $mark", mask=MASK, mark=MARK)
     if users:
         who += Command("meta skuid { $users }", users=sorted(set(users)))
     if cgroup is not None:
@@ -147,7 +142,7 @@ def _who(users: Collection[int], cgroup: Cgroup | None) -> Command:
     return who
 
 
-def _redirect(table: Name, listening_port: int, who: Command) -> list[Command]:
+def _redirecting_table(table: Name, listening_port: int, who: Command) -> list[Command]:
     return [
         create_table(table),
         _add_ports(table),
@@ -156,25 +151,39 @@ def _redirect(table: Name, listening_port: int, who: Command) -> list[Command]:
         # others, of Docker and Kubernetes above all, have the priority dstnat, -100, nft(8). Behind
         # them, connections to addresses that they translate would leave as they are.
         + Command("{ type nat hook output priority -101; }"),
-        Command("add rule inet $table output", table=table)
+        Command("add rule inet $table output tcp dport @$ports", table=table, ports=_PORTS)
         + who
         + Command("redirect to :$port", port=listening_port),
     ]
 
 
-def _refuse(table: Name, who: Command) -> list[Command]:
+def _refusing_table(table: Name, who: Command) -> list[Command]:
     return [
         *_remove(table),
         Command("add table inet $table", table=table),
         _add_ports(table),
         Command("add chain inet $table output", table=table)
-        # After the nat chains: what was redirected has another port now.
+        # After the nat chains.
         + Command("{ type filter hook output priority 0; }"),
         # A client from elsewhere may have such a port as its own.
         Command("add rule inet $table output ct direction reply accept", table=table),
-        Command("add rule inet $table output", table=table)
-        + who
-        + Command("reject with tcp reset"),
+        # What was redirected; these are the addresses of that.
+        Command(
+            "add rule inet $table output ct status dnat ip daddr 127.0.0.1 accept", table=table
+        ),
+        Command("add rule inet $table output ct status dnat ip6 daddr ::1 accept", table=table),
+        # Another one's rule may have changed the port. And of a packet that is not tracked no
+        # original one is known.
+        *(
+            Command("add rule inet $table output", table=table)
+            + port
+            + who
+            + Command("reject with tcp reset")
+            for port in (
+                Command("tcp dport @$ports", ports=_PORTS),
+                Command("meta l4proto tcp ct original proto-dst @$ports", ports=_PORTS),
+            )
+        ),
     ]
 
 

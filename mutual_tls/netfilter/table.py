@@ -63,7 +63,7 @@ class NftEndedError(NftError):
 
 
 class Nft:
-    """A session. To be opened with CAP_NET_ADMIN.
+    """A session, for one thread. To be opened with CAP_NET_ADMIN.
 
     In copies of this process that fork(2) makes, it is closed at once: a worker that outlives the
     first process does not keep its tables.
@@ -105,7 +105,9 @@ class Nft:
             raise
 
     def run(self, *commands: Command) -> None:
-        """Do all that, or nothing of it: one transaction. It takes a millisecond or so.
+        """Do all that, or nothing of it: one transaction.
+
+        It takes a millisecond or so, and ten seconds at the most.
 
         Raises:
             NftError: nft refuses it.

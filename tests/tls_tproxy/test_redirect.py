@@ -375,12 +375,15 @@ def test_rules_of_others_stay(place: Place) -> None:
                 assert len(before) == 2
             assert place.reached(SERVER[4], PORT).startswith("ours")
             assert place.reached(SERVER[4], OTHER_PORT, fwmark=mark.MARK).startswith("server")
-            redirection.replace_ports([PORT, OTHER_PORT])
-            stop_refusing(nft, LISTENING)
+            redirection.replace_ports([PORT])
             nft.close()
+            # What would go to another port is refused, too.
+            with pytest.raises(ConnectionRefusedError):
+                place.connect(SERVER[4], PORT)
+            nft = place.nft()
+            stop_refusing(nft, LISTENING)
             assert _rules(run("iptables-nft-save")) == before
             assert place.reached(SERVER[4], PORT) == f"server, IPv4, {OTHER_PORT}"
-            nft = place.nft()
     finally:
         run("nft", "flush", "ruleset")
 
