@@ -343,6 +343,17 @@ def test_the_mark_is_not_to_be_had_without_rights() -> None:
         assert done.returncode == bool(error)
 
 
+# Connections that the kernel does not follow have no addresses translated.
+NOT_TRACKED: Final = f"""
+table inet others {{
+    chain output {{
+        type filter hook output priority raw
+        tcp dport {PORT} notrack
+    }}
+}}
+"""
+
+
 def test_two_instances(place: Place) -> None:
     first, second = place.nft(), place.nft()
     Redirection(first, LISTENING, [PORT])
@@ -354,6 +365,18 @@ def test_two_instances(place: Place) -> None:
     first.close()
     assert place.reached(SERVER[4], PORT).startswith("server")
     assert place.reached(SERVER[4], OTHER_PORT).startswith(f"ours {OTHER_LISTENING}")
+
+
+@FAMILIES
+def test_what_is_not_tracked_is_refused(place: Place, version: int) -> None:
+    Redirection(place.nft(), LISTENING, [PORT], fail_closed=True)
+    place.here.run("nft", "-f", "-", stdin=NOT_TRACKED)
+    try:
+        with pytest.raises(ConnectionRefusedError):
+            place.connect(SERVER[version], PORT)
+        assert place.reached(SERVER[version], PORT, fwmark=mark.MARK).startswith("server")
+    finally:
+        place.here.run("nft", "flush", "ruleset")
 
 
 def test_rules_of_others_stay(place: Place) -> None:
@@ -537,6 +560,17 @@ def test_nothing_is_left_behind_by_one_who_is_killed(
         process.wait(PATIENCE)
         eventually(lambda: place.tables() == [])  # even while its worker lives
         assert place.reached(SERVER[6], PORT).startswith("server")
+
+
+def test_the_next_copy_may_begin_before_the_end_of_the_last(place: Place) -> None:
+    with running(place, program()) as process:
+        Redirection(place.nft(), LISTENING, [PORT])
+        assert len(place.tables()) == 2
+        assert place.reached(SERVER[4], PORT).startswith("ours")
+        process.kill()
+        process.wait(PATIENCE)
+        eventually(lambda: len(place.tables()) == 1)
+        assert place.reached(SERVER[4], PORT).startswith("ours")
 
 
 @FAMILIES
