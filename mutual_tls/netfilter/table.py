@@ -127,8 +127,9 @@ class Nft:
         try:
             self._socket.settimeout(_DEADLINE)
             # It reads a line as a whole before it says anything, and the question is short: neither
-            # side can wait for the other one to read.
-            self._socket.sendall(f"{line}\n{_QUESTION}\n".encode("ascii"))
+            # side can wait for the other one to read. If it has ended, it may have said why.
+            with contextlib.suppress(ConnectionError):
+                self._socket.sendall(f"{line}\n{_QUESTION}\n".encode("ascii"))
             while True:
                 # Only what stands after the answer's first words ends it: all of its line.
                 before, found, rest = heard.partition(_ANSWER)

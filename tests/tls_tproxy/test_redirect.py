@@ -270,7 +270,8 @@ def test_only_a_control_group(place: Place, version: int) -> None:
     top = next(
         (each for each in (root, root / "unified") if (each / "cgroup.procs").exists()), root
     )
-    inner = top / "tls_tproxy.slice/test.slice"
+    outer = f"test_{os.getpid()}.slice"
+    inner = top / outer / "inner.slice"
     if not (top / "cgroup.controllers").exists():
         pytest.skip("there are no control groups of version 2")
     try:
@@ -279,7 +280,7 @@ def test_only_a_control_group(place: Place, version: int) -> None:
         pytest.skip(f"no control group can be made: {error.strerror}")
     here = top / Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     try:
-        groups = [Cgroup.find("/tls_tproxy.slice/test.slice"), Cgroup.find("/tls_tproxy.slice")]
+        groups = [Cgroup.find(f"/{outer}/inner.slice"), Cgroup.find(f"/{outer}")]
         assert [group.level for group in groups] == [2, 1]
         for group in groups:
             nft = place.nft()

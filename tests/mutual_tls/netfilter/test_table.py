@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -226,6 +227,18 @@ def test_an_nft_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     pretend(tmp_path, monkeypatch, "echo 'nft: no interactive mode' >&2; exit 1")
     with pytest.raises(NftEndedError, match=r"^unable to run nft: nft: no interactive mode$"):
         Nft()
+    # So it is if it has ended before it is asked anything.
+    start = table._start
+
+    def start_late(command: list[str], theirs: socket.socket) -> "subprocess.Popen[bytes]":
+        process = start(command, theirs)
+        process.wait(PATIENCE)
+        return process
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "_start", start_late)
+        with pytest.raises(NftEndedError, match=r"^unable to run nft: nft: no interactive mode$"):
+            Nft()
     (tmp_path / "nft").write_text("#!/nowhere\n")
     with pytest.raises(NftEndedError, match=r"^unable to run nft: No such file or directory$"):
         Nft()
