@@ -1,5 +1,6 @@
 """What the commands start: it says which package is missing, if one is."""
 
+import shlex
 import sys
 
 
@@ -23,5 +24,8 @@ def main_peer() -> int:
 
 def _complain(program: str, error: ModuleNotFoundError) -> int:
     missing = f"unable to start: the Python package {error.name} is missing"
-    print(f"{program}: fatal: {missing}; pip install 'sniproxy[bridge]'", file=sys.stderr)  # noqa: T201
+    # The pip of this very environment, which has sniproxy: it fetches what that lacks. Another one
+    # would look elsewhere for something called sniproxy.
+    pip = f"{shlex.quote(sys.executable)} -m pip install 'sniproxy[bridge]'"
+    print(f"{program}: fatal: {missing}; {pip}", file=sys.stderr)  # noqa: T201
     return 100  # it does not get better by itself
