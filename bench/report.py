@@ -187,7 +187,9 @@ class Results:
             if metric in self.ratios
         ]
         unit, left, top, step = 220, 350, 64, 26
-        width, height = left + 2 * unit + 30, top + step * len(bars) + 16
+        # Room for the longest bar, and for the number at its end.
+        longest = max([2.0, *(ratio for _, ratio in bars)])
+        width, height = left + round(longest * unit) + 50, top + step * len(bars) + 16
         parts = [
             f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"
  width="{width}" height="{height}" font-family="sans-serif" font-size="13">""",
@@ -197,7 +199,7 @@ class Results:
         ]
         for row, (title, ratio) in enumerate(bars):
             y = top + row * step
-            length = min(ratio, 2) * unit
+            length = ratio * unit
             colour = "#2a7f62" if ratio <= 1 else "#b5651d"
             title = re.sub(r", (µs|KB|s/GB)$", "", title)
             parts += [
