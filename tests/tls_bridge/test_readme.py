@@ -1,0 +1,59 @@
+"""The example in the README, as it stands, in a network of its own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.support.daemon import PATIENCE
+from tests.support.network import why_no_network
+
+README: Final = Path(__file__).parents[2] / "README.md"
+
+# A namespace of its own for the ports, and one for the processes: they end with the shell.
+ALONE: Final = ("unshare", "--net", "--pid", "--fork", "--kill-child", "bash", "-eumc")
+
+# In the place of the pause: programs that are there when they are there. Then it goes on as the
+# text does.
+BEFORE: Final = "ip link set lo up\n"
+WAIT: Final = """
+for port in 8000 8443 8080; do
+    until (exec 3<>/dev/tcp/127.0.0.1/$port) 2>/dev/null; do sleep 0.01; done
+done
+"""
+AFTER: Final = """
+! curl -sS -p -x http://127.0.0.1:8080 http://web.internal:81/
+kill %1 %2 %3
+wait
+"""
+
+_why_not: Final = why_no_network(("openssl", "openssl"), ("curl", "curl"), ("bash", "bash"))
+
+
+@pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
+def test_the_example(tmp_path: Path) -> None:
+    section = README.read_text().split("\n## tls-bridge: ")[1]
+    [example] = re.findall(r"```sh\n(# Who is who.*?)```", section, re.DOTALL)
+    assert example.count("sleep 2;") == 1
+    script = BEFORE + example.replace("sleep 2;", WAIT) + AFTER
+    programs = Path(sys.executable).parent
+    assert shutil.which("tls-bridge", path=programs), "the project is not installed"
+    done = subprocess.run(
+        [*ALONE, script],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=3 * PATIENCE,  # three keys of RSA are made
+    )
+    assert "hello" in done.stdout.splitlines(), done.stderr
+    assert "response 403" in done.stderr
+    assert re.search(
+        "^tls-bridge-peer: refused .* reason=port_not_allowed", done.stderr, re.MULTILINE
+    )
+    assert len(re.findall("^tls-bridge.*: drained", done.stderr, re.MULTILINE)) == 2
