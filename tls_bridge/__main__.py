@@ -8,9 +8,11 @@ from _socket import socket
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from mutual_tls.identity import Identities
+from mutual_tls.verify import parse_rule
 from sniproxy.inherited import open_listening_sockets, take_listening_sockets
 from sniproxy.service import bind, sandbox, standard
 from sniproxy.service.fatal import attempt
@@ -199,6 +201,17 @@ def _linked_directories(directory: Path) -> list[Path]:
     return [path if path.is_dir() else path.parent for path in targets]
 
 
+def _load_what_comes_late() -> None:
+    """Load what would be loaded with the first name, rule or certificate.
+
+    In another root directory, or as another user, it may be out of reach by then.
+    """
+    "ü.example".encode("idna")  # the codec by which `ssl` and `socket` have all names encoded
+    parse_rule("ü.example")  # the tables of Unicode
+    # By which cryptography verifies signatures.
+    import_module("cryptography.hazmat.backends.openssl.backend")
+
+
 def _run(
     program: str,
     read: Callable[[Sequence[str] | None], Config | None],
@@ -214,6 +227,7 @@ def _run(
         log = Log(program, syslogd)
     share = share_descriptors(config, _NO_PIPES, log)
     notifier = Notifier()
+    _load_what_comes_late()
     drop_privileges(config)
     directory = Path()
     identities = Identities(log.identity)
