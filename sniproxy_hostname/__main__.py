@@ -27,6 +27,8 @@ The NAME - stands for the names on standard input, one a line, in UTF-8.
   --hashed    the names that sniproxy --hashed opens: BLAKE3 as 64 hex digits
   --help      print this
   --version   print the version
+
+For example: mkdir "$(sniproxy-hostname one.example)"
 """
 
 
