@@ -256,6 +256,11 @@ def test_a_listener_of_roots_in_a_tenants_directory(machine: SharedMachine, daem
     assert is_refused(machine, daemon, "wrong_owner")
 
 
+def is_stopped(process: Path) -> bool:
+    """Tell whether a process or thread is stopped, by its state in proc_pid_stat(5)."""
+    return (process / "stat").read_text().rpartition(") ")[2].startswith("T")
+
+
 @needs("bindfs", "bindfs")
 @pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="there is no /dev/fuse")
 def test_a_fuse_file_system_that_calls_itself_roots(machine: SharedMachine) -> None:
@@ -269,6 +274,10 @@ def test_a_fuse_file_system_that_calls_itself_roots(machine: SharedMachine) -> N
     def stop_and_go(number: signal.Signals) -> None:
         (pid,) = machine.inside.processes("bindfs")
         os.kill(pid, number)
+        # kill(2) returns before all threads have stopped, and one of them might answer yet.
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        wanted = number == signal.SIGSTOP
+        eventually(lambda: all(is_stopped(each) == wanted for each in threads))
 
     with machine.daemon() as daemon:
         # As it is by default.
