@@ -3,6 +3,7 @@
 # First of all: until it is loaded, process 1 loses signals.
 import sniproxy.service.process1  # noqa: F401  # isort: skip
 
+import errno
 import sys
 from _socket import socket
 from argparse import ArgumentTypeError, Namespace
@@ -15,7 +16,7 @@ from mutual_tls.identity import Identities
 from mutual_tls.verify import parse_rule
 from sniproxy.inherited import open_listening_sockets, take_listening_sockets
 from sniproxy.service import bind, sandbox, standard
-from sniproxy.service.fatal import attempt
+from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
 from sniproxy.service.start import drop_privileges, run_program, run_service, share_descriptors
@@ -230,6 +231,11 @@ def _run(
     _load_what_comes_late()
     drop_privileges(config)
     directory = Path()
+    try:
+        directory.stat()
+    except OSError as error:
+        kind = UsageError if error.errno == errno.EACCES else FatalError
+        raise kind.of("search the working directory", error) from None
     identities = Identities(log.identity)
     routes = Routes(
         directory,
