@@ -326,9 +326,10 @@ def test_every_event_of_the_bridge_is_there_with_its_fields(
     for word, fields in events_in(ROOT / "sniproxy" / "serving.py"):
         assert fields is not None
         events[word] = [each for each in fields if each != "hosts"]
-    for word, fields in events_in(ROOT / "mutual_tls" / "session.py", ["name", "peer"]):
-        assert fields is not None
-        events[word] = fields
+    for path in (ROOT / "mutual_tls").glob("*.py"):
+        for word, fields in events_in(path, ["name", "peer"]):
+            assert fields is not None
+            events[word] = fields
     # What becomes of an identity is told by a function that was passed.
     told = re.findall(r'_on_event\("(\w+)"', (ROOT / "mutual_tls" / "identity.py").read_text())
     assert told

@@ -3,23 +3,21 @@
 # First of all: until it is loaded, process 1 loses signals.
 import sniproxy.service.process1  # noqa: F401  # isort: skip
 
-import errno
 import sys
 from _socket import socket
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 from mutual_tls.identity import Identities
-from mutual_tls.verify import parse_rule
+from mutual_tls.start import enter_sandbox, give_up_privileges
 from sniproxy.inherited import open_listening_sockets, take_listening_sockets
-from sniproxy.service import bind, sandbox, standard
-from sniproxy.service.fatal import FatalError, UsageError, attempt
+from sniproxy.service import bind, standard
+from sniproxy.service.fatal import attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
-from sniproxy.service.start import drop_privileges, run_program, run_service, share_descriptors
+from sniproxy.service.start import run_program, run_service, share_descriptors
 from sniproxy.service.syslogd import Syslog
 from tls_bridge.config import Config
 from tls_bridge.ingress import Ingress, ServerNameIngress
@@ -56,9 +54,6 @@ and to be one of clients/. What may be reached stands in allow/HOST/PORT, and
 nothing else is.
 """
 _PEER_EXAMPLE = "cd /srv/peer && tls-bridge-peer --listen :443"
-
-# Where the system keeps what is read to find addresses, and the authorities that it trusts.
-_READABLE = tuple(map(Path, ("/etc", "/usr", "/lib", "/lib64", "/run/systemd/resolve")))
 
 # Descriptors that one connection takes beside the two that every program counts: none, as there are
 # no pipes.
@@ -194,25 +189,6 @@ def _given_directories(config: Config) -> list[Path]:
     return [*given, config.identity] if config.identity else given
 
 
-def _linked_directories(directory: Path) -> list[Path]:
-    """Return where links lead to that are identities, or are in one: they may lead anywhere."""
-    identities = [directory / "identity", *directory.glob("peers/*/identity")]
-    links = [*identities, *(path for each in identities for path in each.glob("*"))]
-    targets = (path.resolve() for path in links if path.is_symlink())
-    return [path if path.is_dir() else path.parent for path in targets]
-
-
-def _load_what_comes_late() -> None:
-    """Load what would be loaded with the first name, rule or certificate.
-
-    In another root directory, or as another user, it may be out of reach by then.
-    """
-    "ü.example".encode("idna")  # the codec by which `ssl` and `socket` have all names encoded
-    parse_rule("ü.example")  # the tables of Unicode
-    # By which cryptography verifies signatures.
-    import_module("cryptography.hazmat.backends.openssl.backend")
-
-
 def _run(
     program: str,
     read: Callable[[Sequence[str] | None], Config | None],
@@ -228,14 +204,8 @@ def _run(
         log = Log(program, syslogd)
     share = share_descriptors(config, _NO_PIPES, log)
     notifier = Notifier()
-    _load_what_comes_late()
-    drop_privileges(config)
+    give_up_privileges(config)
     directory = Path()
-    try:
-        directory.stat()
-    except OSError as error:
-        kind = UsageError if error.errno == errno.EACCES else FatalError
-        raise kind.of("search the working directory", error) from None
     identities = Identities(log.identity)
     routes = Routes(
         directory,
@@ -246,13 +216,8 @@ def _run(
         config.identity,
         config.server_name,
     )
-    with attempt("enter the sandbox (--no-sandbox does without)"):
-        # Some modules are loaded when they are first needed.
-        modules = [Path(path) for path in sys.path if path]
-        given = [*_given_directories(config), *_linked_directories(directory)]
-        readable = [directory, *_READABLE, *modules, *given]
-        forbidden = sandbox.enter(readable, may_connect=True) if config.sandbox else ["nothing"]
-    log.event("sandbox", forbids=",".join(forbidden))
+    places = [directory / "identity", *directory.glob("peers/*/identity")]
+    enter_sandbox(config, log, _given_directories(config), places)
     listening = [(sock, _story(program, is_sni=is_sni, routes=routes)) for sock, is_sni in taken]
 
     def stop_listening() -> None:

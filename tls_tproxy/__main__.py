@@ -18,13 +18,14 @@ from typing import Final
 from mutual_tls.identity import Files, Identities
 from mutual_tls.netfilter.command import Cgroup
 from mutual_tls.netfilter.table import Nft, NftError
+from mutual_tls.start import enter_sandbox, give_up_privileges
 from sniproxy.engine.listener import take_listening_socket
-from sniproxy.service import sandbox, standard
+from sniproxy.service import standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, look_up_user, service_fields
 from sniproxy.service.privileges import CAP_NET_ADMIN, CAP_NET_RAW
-from sniproxy.service.start import drop_privileges, run_program, run_service, share_descriptors
+from sniproxy.service.start import run_program, run_service, share_descriptors
 from sniproxy.service.syslogd import Syslog
 from tls_tproxy.checkers import Checkers, UnknownCheckerError
 from tls_tproxy.config import Config
@@ -46,9 +47,6 @@ the directory wrap/ says, or the options. It takes root at the start, or
 CAP_NET_ADMIN and CAP_NET_RAW.
 """
 _EXAMPLE = "tls-tproxy --cert cert.pem --key key.pem --cacert ca.pem --portMap 8443:443"
-
-# Where the system keeps the authorities that it trusts, and /etc/hosts.
-_READABLE: Final = tuple(map(Path, ("/etc", "/usr", "/lib", "/lib64")))
 
 # Descriptors that one connection takes beside the two that every program counts.
 _NO_PIPES: Final = 0
@@ -267,14 +265,6 @@ def _identity_directories(config: Config) -> list[Path]:
     return [Path(path).parent for path in config.identity if path]
 
 
-def _linked_directories(directory: Path) -> list[Path]:
-    """Return where links lead to that are identities, or are in one: they may lead anywhere."""
-    identities = [directory / "identity", *directory.glob("wrap/names/*/identity")]
-    links = [*identities, *(path for each in identities for path in each.glob("*"))]
-    targets = (path.resolve() for path in links if path.is_symlink())
-    return [path if path.is_dir() else path.parent for path in targets]
-
-
 def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
     understood = _read_options(argv)
     if understood is None:
@@ -305,7 +295,7 @@ def _serve(config: Config, log: Log, nft: Nft) -> None:
     with attempt("watch DNS answers (it takes CAP_NET_RAW)"):
         packets = [open_packet_socket() for _ in range(config.workers)]
     notifier = Notifier()
-    drop_privileges(config, _needed_capabilities())
+    give_up_privileges(config, _needed_capabilities())
     identities = Identities(log.identity)
     directory = Path()
     try:
@@ -321,13 +311,8 @@ def _serve(config: Config, log: Log, nft: Nft) -> None:
     except UnknownCheckerError as error:
         raise UsageError(f"unable to check certificates: {error}") from None
     names = [Names(sock, accept_cname=wrap.accepts_cname) for sock in packets]
-    with attempt("enter the sandbox (--no-sandbox does without)"):
-        # Some modules are loaded when they are first needed.
-        modules = [Path(path) for path in sys.path if path]
-        given = [*_identity_directories(config), *_linked_directories(directory)]
-        readable = [directory, *_READABLE, *modules, *given]
-        forbidden = sandbox.enter(readable, may_connect=True) if config.sandbox else ["nothing"]
-    log.event("sandbox", forbids=",".join(forbidden))
+    places = [directory / "identity", *directory.glob("wrap/names/*/identity")]
+    enter_sandbox(config, log, _identity_directories(config), places)
     ports = wrap.ports()
     redirection = Redirection(
         nft,

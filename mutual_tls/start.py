@@ -1,0 +1,79 @@
+"""The start of a program that speaks TLS: what is loaded before, and locked up after."""
+
+import errno
+import sys
+from collections.abc import Collection, Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Final
+
+from mutual_tls.session import SessionOptions
+from mutual_tls.verify import parse_rule
+from sniproxy.service import sandbox
+from sniproxy.service.eventlog import EventLog
+from sniproxy.service.fatal import FatalError, UsageError, attempt
+from sniproxy.service.start import drop_privileges
+
+# Where the system keeps what is read to find addresses, and the authorities that it trusts.
+_READABLE: Final = tuple(map(Path, ("/etc", "/usr", "/lib", "/lib64", "/run/systemd/resolve")))
+
+
+def give_up_privileges(options: SessionOptions, keep: Collection[int] | None = None) -> None:
+    """Load what comes late, then change the root directory and the user, if that is asked for.
+
+    Args:
+        options: say whether.
+        keep: as for `drop_privileges`.
+
+    Raises:
+        UsageError: the user that we are then may not search the working directory.
+        FatalError: a system call failed.
+    """
+    _load_what_comes_late()
+    drop_privileges(options, keep)
+    try:
+        Path().stat()
+    except OSError as error:
+        kind = UsageError if error.errno == errno.EACCES else FatalError
+        raise kind.of("search the working directory", error) from None
+
+
+def _load_what_comes_late() -> None:
+    """Load what would be loaded with the first name, rule or certificate.
+
+    In another root directory, or as another user, it may be out of reach by then.
+    """
+    "ü.example".encode("idna")  # the codec by which `ssl` and `socket` have all names encoded
+    parse_rule("ü.example")  # the tables of Unicode
+    # By which cryptography verifies signatures.
+    import_module("cryptography.hazmat.backends.openssl.backend")
+
+
+def enter_sandbox(
+    options: SessionOptions, log: EventLog, given: Iterable[Path], identities: Iterable[Path]
+) -> None:
+    """Enter the sandbox, unless an option says not to, and tell what it forbids.
+
+    Args:
+        options: say whether.
+        log: where it is told.
+        given: directories that may be read beside the working directory, and what is in it.
+        identities: where identities are: they, and the files in them, may be links to anywhere.
+
+    Raises:
+        FatalError: the kernel refuses.
+    """
+    with attempt("enter the sandbox (--no-sandbox does without)"):
+        # Some modules are loaded when they are first needed.
+        modules = [Path(path) for path in sys.path if path]
+        readable = [Path(), *_READABLE, *modules, *given, *_linked(identities)]
+        forbidden = sandbox.enter(readable, may_connect=True) if options.sandbox else ["nothing"]
+    log.event("sandbox", forbids=",".join(forbidden))
+
+
+def _linked(identities: Iterable[Path]) -> list[Path]:
+    """Return the directories where links lead to that are identities, or are in one."""
+    places = list(identities)
+    links = [*places, *(path for each in places for path in each.glob("*"))]
+    targets = (path.resolve() for path in links if path.is_symlink())
+    return [path if path.is_dir() else path.parent for path in targets]
