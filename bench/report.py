@@ -83,6 +83,29 @@ TLS = Report(
 )
 
 
+TPROXY = Report(
+    "tls-tproxy beside the best of HAProxy, nginx and stunnel",
+    "tls-tproxy",
+    ("HAProxy", "nginx", "stunnel"),
+    {
+        "time per connection, full handshake, µs": "full handshake, ingress: time, µs",
+        "CPU per connection, full handshake, µs": "full handshake, ingress: CPU, µs",
+        "time per connection, resumed, µs": "resumed handshake, ingress: time, µs",
+        "CPU per connection, resumed, µs": "resumed handshake, ingress: CPU, µs",
+        "download, s/GB": "bulk down, ingress: time, s/GB",
+        "download, CPU, s/GB": "bulk down, ingress: CPU, s/GB",
+        "upload, s/GB": "bulk up, ingress: time, s/GB",
+        "upload, CPU, s/GB": "bulk up, ingress: CPU, s/GB",
+        "round trip of a byte, µs": "ping, ingress: round trip, µs",
+        "memory per idle connection, KB": "idle, ingress: private memory each, KB",
+        "the same, busy before, KB": "idle after bulk, ingress: private memory each, KB",
+    },
+    ROOT / "bench" / "tproxy-results.json",
+    ROOT / "docs" / "tproxy-bench.svg",
+    ROOT / "docs" / "speed-tproxy.md",
+)
+
+
 @dataclass(frozen=True)
 class Results:
     """Medians, and ratios.

@@ -1,9 +1,10 @@
-"""tls-bridge beside programs that wrap connections in TLS: the same clients, the same service.
+"""tls-bridge, or tls-tproxy, beside programs that wrap connections in TLS: the same clients.
 
-usage: scripts/bench tls [--rounds N] [--quick] [--only WORD] [--save]
+usage: scripts/bench tls|tproxy [--rounds N] [--quick] [--only WORD] [--save]
 
 Measured as in run.py: short slices with all programs in each, processor time of theirs alone, and
 ratios within a slice. Each side has its own: "ingress" puts mutual TLS on, "peer" takes it off.
+tls-tproxy has the first one only, and clients that speak TLS themselves are beside it.
 """
 
 import random
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,14 @@ from typing import NamedTuple
 
 from load import Load
 from peers import Peer, Running
-from report import TLS, Results
+from report import TLS, TPROXY, Results
 from run import FIRST_PORT, GIGABYTE, installed, raise_limits, read_options
-from tls_peers import SERVER_NAME, TLS_PEERS, TLSSetup
+from tls_peers import SERVER_NAME, TLS_PEERS, TPROXY_PEERS, TLSSetup
 
 SIDES = ("ingress", "peer")
+
+# Clients that speak TLS themselves, with nothing between them and the service.
+DIRECT = "direct TLS"
 
 AT_A_TIME = 8
 # Of the connections: some programs use each ticket once, and may have none where eight begin.
@@ -52,7 +56,7 @@ class Proxy(NamedTuple):
     name: str
     side: str
     port: int
-    running: Running
+    running: Running | None  # None for nothing in between
 
 
 class TLSBench:
@@ -83,7 +87,7 @@ class TLSBench:
         if not is_right:
             raise RuntimeError(f"{proxy.name}, {kind}: {resumed:.0%} were resumed")
         self._note(f"{kind}, {proxy.side}: time, µs", proxy, printed["seconds"] / count * 1e6)
-        self._note(f"{kind}, {proxy.side}: CPU, µs", proxy, cpu / count * 1e6)
+        self._note_cpu(f"{kind}, {proxy.side}: CPU, µs", proxy, cpu / count * 1e6)
 
     def bulk(self, direction: str, proxy: Proxy) -> None:
         """Move bytes: down is towards the client."""
@@ -91,17 +95,18 @@ class TLSBench:
         scale = GIGABYTE / self.size.bulk
         title = f"bulk {direction}, {proxy.side}"
         self._note(f"{title}: time, s/GB", proxy, printed["seconds"] * scale)
-        self._note(f"{title}: CPU, s/GB", proxy, cpu * scale)
+        self._note_cpu(f"{title}: CPU, s/GB", proxy, cpu * scale)
 
     def ping(self, proxy: Proxy) -> None:
         """Send one byte there and back, again and again."""
         cpu, printed = self._measure(proxy, "ping", self.size.pings)
         title = f"ping, {proxy.side}"
         self._note(f"{title}: round trip, µs", proxy, printed["median"] * 1e6)
-        self._note(f"{title}: CPU, µs", proxy, cpu / self.size.pings * 1e6)
+        self._note_cpu(f"{title}: CPU, µs", proxy, cpu / self.size.pings * 1e6)
 
     def idle(self, title: str, bytes_moved: int, proxy: Proxy) -> None:
         """Hold connections that do nothing, or nothing any more."""
+        assert proxy.running is not None
         count = self.size.idle // 10 if bytes_moved else self.size.idle
         self.warm_up(proxy)
         time.sleep(0.5)  # for the last to be closed
@@ -116,7 +121,7 @@ class TLSBench:
             clients.communicate()
 
     def _arguments(self, proxy: Proxy, kind: str, *arguments: object) -> tuple[object, ...]:
-        how = "plain" if proxy.side == "ingress" else "tls"
+        how = "plain" if proxy.side == "ingress" and proxy.running is not None else "tls"
         return kind, how, proxy.port, self._identities, *arguments
 
     def _run(self, proxy: Proxy, kind: str, *arguments: object) -> dict[str, float]:
@@ -126,10 +131,17 @@ class TLSBench:
         self, proxy: Proxy, kind: str, *arguments: object
     ) -> tuple[float, dict[str, float]]:
         """Run clients; return the program's processor seconds, and what they print."""
-        before = proxy.running.processor_seconds()
+        running = proxy.running
+        before = running.processor_seconds() if running is not None else 0.0
         printed = self._run(proxy, kind, *arguments)
+        if running is None:
+            return 0.0, printed
         time.sleep(0.05)  # what follows the last byte, closing, is part of the work
-        return proxy.running.processor_seconds() - before, printed
+        return running.processor_seconds() - before, printed
+
+    def _note_cpu(self, metric: str, proxy: Proxy, value: float) -> None:
+        if proxy.running is not None:
+            self._note(metric, proxy, value)
 
     def _note(self, metric: str, proxy: Proxy, value: float) -> None:
         self.values[metric][proxy.name].append(value)
@@ -158,9 +170,15 @@ class Stage:
 
 
 def run(
-    bench: TLSBench, load: Load, stage: Stage, identities: Path, peers: list[Peer], rounds: int
+    bench: TLSBench,
+    load: Load,
+    stage: Stage,
+    identities: Path,
+    peers: list[Peer],
+    sides: Sequence[str],
+    rounds: int,
 ) -> None:
-    """Measure everything, round after round."""
+    """Measure everything, round after round. With one side, also what has no program at all."""
     size = bench.size
     works: list[tuple[str, Callable[[Proxy], None]]] = [
         *((kind, partial(bench.connect, kind)) for kind in ("full handshake", "resumed handshake")),
@@ -177,7 +195,7 @@ def run(
             services[kind] = stage.port()
             stack.enter_context(load.serving("serve", kind, services[kind], identities))
         proxies: dict[tuple[str, bool], list[Proxy]] = {}
-        for side in SIDES:
+        for side in sides:
             for resumable in False, True:
                 behind = services[
                     "plain" if side == "peer" else "resumable" if resumable else "tls"
@@ -185,19 +203,21 @@ def run(
                 proxies[side, resumable] = [
                     stack.enter_context(stage.proxy(peer, side, behind)) for peer in peers
                 ]
+                if len(sides) == 1:
+                    proxies[side, resumable].append(Proxy(DIRECT, side, behind, None))
                 for proxy in proxies[side, resumable]:
                     bench.warm_up(proxy)
         for number in range(rounds):
             print(f"bench: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for title, work in works:
-                for side in SIDES:
+                for side in sides:
                     measured = proxies[side, title.startswith("resumed")]
                     for _ in range(size.slices if bench.wanted(f"{title}, {side}") else 0):
                         # In another order each time, as in run.py.
                         for proxy in shuffle.sample(measured, len(measured)):
                             work(proxy)
             for title, bytes_moved in rests:
-                for side in SIDES:
+                for side in sides:
                     for peer in peers if bench.wanted(f"{title}, {side}") else []:
                         # Each time a new process: memory once used is not given back.
                         behind = services["plain" if side == "peer" else "tls"]
@@ -241,10 +261,16 @@ def make_identities(directory: Path) -> None:
         (place / "ca.pem").write_text(authority[0].read_text())
 
 
-def main() -> int:
-    """Run what the options ask for, and print it."""
-    options = read_options("scripts/bench tls", __doc__, "docs/speed.md")
-    peers = installed(TLS_PEERS)
+def main(wraps: bool = False) -> int:
+    """Run what the options ask for, and print it.
+
+    Args:
+        wraps: whether it is tls-tproxy that is measured.
+    """
+    words = ("tproxy", "docs/speed-tproxy.md") if wraps else ("tls", "docs/speed.md")
+    options = read_options(f"scripts/bench {words[0]}", __doc__, words[1])
+    peers = installed(TPROXY_PEERS if wraps else TLS_PEERS)
+    report = TPROXY if wraps else TLS
     size = QUICK if options.quick else Size()
     raise_limits(size.idle)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
@@ -253,10 +279,14 @@ def main() -> int:
         make_identities(directory)
         load = Load(directory, "tls_load.c", "-lssl", "-lcrypto", "-lpthread")
         bench = TLSBench(load, directory, size, options.only)
-        run(bench, load, Stage(directory, directory), directory, peers, options.rounds)
+        stage = Stage(directory, directory)
+        sides = SIDES[:1] if wraps else SIDES
+        run(bench, load, stage, directory, peers, sides, options.rounds)
     versions = {peer.name: peer.show_version() for peer in peers}
+    if wraps:
+        versions[DIRECT] = ""
     results = Results.of(
-        bench.values, TLS, versions, options.rounds, size.slices, size.slices, size.idle
+        bench.values, report, versions, options.rounds, size.slices, size.slices, size.idle
     )
     print(results.text())
     if options.save:

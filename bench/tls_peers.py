@@ -9,6 +9,7 @@ else of their own choice. Two sides are measured:
   the service.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -77,6 +78,16 @@ def _ours(setup: TLSSetup) -> subprocess.Popen[bytes]:
     ):
         command = [sys.executable, "-m", program]
         return subprocess.Popen(command, stdin=listening.fileno(), stderr=log, cwd=setup.directory)
+
+
+def _tproxy(setup: TLSSetup) -> subprocess.Popen[bytes]:
+    # The kernel redirects connections to the port; they leave to that of the service.
+    setup.write(f"wrap/ports/{setup.port}", str(setup.behind))
+    setup.write(f"wrap/names/{SERVER_NAME}/addresses", "127.0.0.1")
+    (setup.directory / "identity").symlink_to(setup.identity)
+    with (setup.directory / "log").open("wb") as log:
+        command = [sys.executable, "-m", "tls_tproxy"]
+        return subprocess.Popen(command, stderr=log, cwd=setup.directory)
 
 
 def _haproxy(setup: TLSSetup, *, mode: str) -> subprocess.Popen[bytes]:
@@ -175,7 +186,7 @@ verifyChain = yes
     return start(setup.directory, "stunnel4", str(config))
 
 
-OURS = "tls-bridge"
+OURS, WRAPS = "tls-bridge", "tls-tproxy"
 
 TLS_PEERS = [
     Peer(OURS, _ours, [sys.executable, "-m", "tls_bridge", "--version"], ""),
@@ -198,4 +209,15 @@ TLS_PEERS = [
         package("nginx", "nginx-light") or ("" if NGINX_STREAM.exists() else "libnginx-mod-stream"),
     ),
     Peer("stunnel", _stunnel, ["stunnel4", "-version"], package("stunnel4", "stunnel4")),
+]
+
+# Of the same, those that do nothing more for a connection than tls-tproxy does.
+TPROXY_PEERS = [
+    Peer(
+        WRAPS,
+        _tproxy,
+        [sys.executable, "-m", "tls_tproxy", "--version"],
+        package("nft", "nftables") or ("" if os.geteuid() == 0 else "(root is needed)"),
+    ),
+    *(peer for peer in TLS_PEERS if peer.name in {"HAProxy", "nginx", "stunnel"}),
 ]

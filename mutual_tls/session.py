@@ -189,6 +189,9 @@ class Session(ABC):
     def fields(self) -> dict[str, object]:
         """Return what the line of a connection says beside the client."""
 
+    def has_ended(self) -> None:
+        """Do what is to be done when the connection that was relayed has ended: nothing."""
+
     async def run(self) -> None:
         """Tell the story; see to it that nothing is left of it."""
         shared = self._shared
@@ -282,6 +285,7 @@ class Session(ABC):
             self.client.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
 
     def _left(self, up: int, down: int, ending: Ending) -> None:
+        self.has_ended()
         if self.is_tls_client:  # the relay has counted from the plain end
             up, down = down, up
         shared = self._shared

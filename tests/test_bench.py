@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.network import why_no_network
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -51,3 +53,29 @@ def test_it_measures_tls_once() -> None:
         "idle after bulk, peer: private memory each, KB",
     ):
         assert any(line.startswith(metric) for line in lines), f"{metric} is missing"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (Debian package gcc)")
+@pytest.mark.skipif(
+    not Path("/usr/include/openssl/ssl.h").exists(),
+    reason="no headers of OpenSSL (Debian package libssl-dev)",
+)
+def test_it_measures_the_wrapping_once() -> None:
+    if missing := why_no_network(("nft", "nftables")):
+        pytest.skip(missing)
+    # The rules are for a network namespace of its own.
+    within = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+    command = [*within, sys.executable, str(BENCH / "tproxy.py"), "--quick", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for metric in (
+        "full handshake, ingress: CPU, µs",
+        "resumed handshake, ingress: time, µs",
+        "bulk down, ingress: CPU, s/GB",
+        "ping, ingress: round trip, µs",
+        "idle after bulk, ingress: private memory each, KB",
+    ):
+        assert any(line.startswith(metric) for line in lines), f"{metric} is missing"
+    assert "tls-tproxy" in done.stdout
+    assert "direct TLS" in done.stdout

@@ -85,6 +85,7 @@ class Session(session.Session):
         self.destination: Endpoint | None = None
         self.name: str | None = None
         self._outward = Outward(self, shared.resumption)
+        self._reached: TLSEnd | None = None
 
     async def tell(self) -> None:
         """Find out whom it is for, and reach it."""
@@ -98,8 +99,14 @@ class Session(session.Session):
         said = b""
         if any(service.starttls is StartTLS.POSTGRES for service in services):
             said = await decline_encryption(self.story, self.client)
-        end = await self._reach_one(services)
-        self.join(self.client, end, b"", said)
+        self._reached = await self._reach_one(services)
+        self.join(self.client, self._reached, b"", said)
+
+    def has_ended(self) -> None:
+        """Keep the session of TLS: only now it is sure that something has been read."""
+        if self._reached is not None:
+            self._outward.keep_session(self._reached)
+            self._reached = None
 
     async def _find_services(self, destination: Endpoint) -> list[Service]:
         """Return how the connection may be wrapped, the likeliest first."""
