@@ -133,6 +133,8 @@ BESIDE = {
     "a CNAME in the authority section": message(
         [question(WWW)], [OK, OTHER], authorities=[record(WWW, CNAME, "other.example")]
     ),
+    # RFC 6891 §6.1.3: version 0, and the flag DO, in what is the TTL of others.
+    "EDNS with a flag": message([question(WWW)], [OK], additionals=[record("", OPT, b"", 0x8000)]),
     "the same CNAME twice": message(
         [question(WWW)], [record(WWW, CNAME, "a.example"), record(WWW, CNAME, "A.example"), OK]
     ),

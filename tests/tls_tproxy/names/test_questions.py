@@ -179,6 +179,14 @@ def test_the_latest_are_remembered(clock: Clock) -> None:
     assert matches == [False, False, True, True, True]
 
 
+def test_a_question_sent_again_is_the_latest(clock: Clock) -> None:
+    questions = Questions(clock, most=3)
+    for number in 1, 2, 3, 1, 4:
+        assert questions.asked(ENDS, asking(WWW, number=number))
+    matches = [answered(questions, answering(WWW, "192.0.2.1", number=each)) for each in range(5)]
+    assert matches == [False, True, False, True, True]
+
+
 def test_what_is_over_leaves_the_memory(clock: Clock) -> None:
     questions = Questions(clock)
     for number in range(100):
