@@ -278,6 +278,13 @@ def test_the_directory_overrides_the_ports_of_the_command_line(case: Case) -> No
     assert "'nowhere' is no port" in case.misconfigured()
 
 
+def test_ports_of_a_name_narrow_those_of_the_command_line(case: Case) -> None:
+    case.start(ports={8443: 443, 8080: 80})
+    case.name(NAME, 444)
+    assert case.find().port == 444
+    assert case.refused(port=8080).reason is WrapReason.PORT_NOT_ALLOWED
+
+
 def test_a_checker_of_the_command_line_is_asked_for_every_name(case: Case) -> None:
     case.start(ports={8443: 443}, checker="san")
     assert [each.name for each in case.find().checkers] == ["san"]
@@ -368,6 +375,9 @@ def test_ports_that_are_no_directory(case: Case) -> None:
     assert case.misconfigured().endswith("ports: it is not a directory")
     case.write("names/b.example/ports/8443/443")
     assert case.misconfigured("b.example").endswith("ports/8443: it is not a regular file")
+    case.write("names/d.example/ports/443")
+    (case.names / "d.example/ports/8443").symlink_to("nothing")
+    assert case.misconfigured("d.example").endswith("ports/8443: it leads nowhere")
     (case.names / "c.example").mkdir()
     (case.names / "c.example" / "ports").symlink_to("nothing")
     assert case.misconfigured("c.example").endswith("ports: it is a link that leads nowhere")
@@ -446,6 +456,8 @@ def test_a_name_is_at_its_fixed_addresses_only(case: Case) -> None:
     assert case.wrap.allows(NAME, ipaddress.ip_address("2001:db8::1"))
     assert case.wrap.allows(NAME, ipaddress.ip_address("::ffff:192.0.2.1"))
     assert not case.wrap.allows(NAME, OTHER)
+    assert not case.wrap.allows(NAME, ipaddress.ip_address("2001:db8::2"))
+    assert not case.wrap.allows(NAME, ipaddress.ip_address("::192.0.2.1"))
     with pytest.raises(Refusal, match=f"{NAME}/addresses has no 192.0.2.2") as caught:
         case.wrap.find(NAME, 8443, OTHER)
     assert caught.value.reason is WrapReason.ADDRESS_NOT_ALLOWED
