@@ -294,3 +294,26 @@ async def test_what_does_not_move_has_a_limit(half_closed: bool) -> None:
             await it.all_ended()
         ending = Ending.HALF_CLOSED if half_closed else Ending.IDLE
         assert it.endings == [(0, 0, ending)]
+
+
+@kinds
+@trio_test
+async def test_who_sends_little_data_for_many_bytes_is_given_small_helpings(
+    version: ssl.TLSVersion, server_side: bool
+) -> None:
+    """Records of one byte; KeyUpdates have none, but Python can't send them."""
+    async with tls_bench() as it:
+        plain, peer = await it.join(version, server_side=server_side)
+        [pair] = {each for each in it.loop.watchers() if hasattr(each, "helping")}
+        with trio.fail_after(10):
+            for _ in range(20_000):
+                peer.ssl.write(b"x")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(peer.flush)
+                received = 0
+                while received < 20_000:
+                    received += len(await plain.receive_some())
+            assert pair.helping == 1 << 14
+            await peer.send(bytes(1000))
+            await plain.receive_some()
+            assert pair.helping == 1 << 17
