@@ -29,6 +29,9 @@ _CONNECTED = frozenset({0, errno.EISCONN})
 # And where somebody is there and does not want it: at once, or right after the handshake of TCP.
 _REFUSED = frozenset({errno.ECONNREFUSED, errno.ECONNRESET})
 
+# What getaddrinfo(3) says of one address.
+Found = tuple[int, int, int, str, tuple[str, int]]
+
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -104,6 +107,8 @@ async def resolve(
     kinds: dict[std.AddressFamily, list[tuple[str, int]]] = {}
     try:
         found = await story.in_trio(_getaddrinfo, endpoint)
+    except RuntimeError as error:  # no thread can be started
+        raise OSError(errno.ENOMEM, str(error)) from None
     except (OSError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno in EXHAUSTED:
             raise
@@ -124,10 +129,42 @@ async def resolve(
     return turns[:_MOST_ADDRESSES]
 
 
-async def _getaddrinfo(endpoint: Endpoint) -> list[tuple[int, int, int, str, tuple[str, int]]]:
-    return await trio.socket.getaddrinfo(  # type: ignore[return-value]
-        endpoint.host, endpoint.port, type=std.SOCK_STREAM, flags=std.AI_ADDRCONFIG
-    )
+class _Lookup:
+    """A name that is being looked up, and what came of it."""
+
+    def __init__(self) -> None:
+        self.is_over = trio.Event()
+        self.found: list[Found] | None = None
+        self.error: Exception | None = None
+
+
+# Those who want the same name at the same time wait for one thread. There are 40 of them, and where
+# a name server is silent each is taken for as long as glibc waits, whatever our own limit is: some
+# clients of one such name would keep all other names from being looked up.
+_under_way: dict[Endpoint, _Lookup] = {}
+
+
+async def _getaddrinfo(endpoint: Endpoint) -> list[Found]:
+    while (lookup := _under_way.get(endpoint)) is not None:
+        await lookup.is_over.wait()
+        if lookup.error is not None:
+            raise lookup.error
+        if lookup.found is not None:
+            return lookup.found
+        # Whoever had asked is not there any more.
+    lookup = _under_way[endpoint] = _Lookup()
+    try:
+        lookup.found = await trio.socket.getaddrinfo(  # type: ignore[assignment]
+            endpoint.host, endpoint.port, type=std.SOCK_STREAM, flags=std.AI_ADDRCONFIG
+        )
+    except Exception as error:
+        lookup.error = error
+        raise
+    finally:
+        del _under_way[endpoint]
+        lookup.is_over.set()
+    assert lookup.found is not None
+    return lookup.found
 
 
 def address_family(host: str) -> std.AddressFamily | None:

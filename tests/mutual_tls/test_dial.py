@@ -16,7 +16,7 @@ from trio.testing import trio_test
 from mutual_tls import dial as module
 from mutual_tls.dial import DialError, DialReason, Endpoint, dial, is_local, resolve
 from sniproxy.engine.story import Story
-from tests.support.story import told
+from tests.support.story import stories, told
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 
@@ -252,3 +252,67 @@ async def test_an_option_that_cannot_be_set_is_no_connection() -> None:
         assert len(os.listdir("/proc/self/fd")) == len(before)
         with pytest.raises(BlockingIOError):
             listening.accept()
+
+
+class Slow(Resolver):
+    """Answers when it is told to."""
+
+    def __init__(self, *found: tuple[socket.AddressFamily, str, int]) -> None:
+        super().__init__(*found)
+        self.asked = 0
+        self.may_answer = trio.Event()
+
+    async def getaddrinfo(self, *args: object, **kwargs: object) -> list[tuple[object, ...]]:  # type: ignore[override]
+        self.asked += 1
+        await self.may_answer.wait()
+        return await super().getaddrinfo(*args, **kwargs)
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+@trio_test
+async def test_who_wants_the_same_name_at_the_same_time_waits_for_one_thread(
+    is_found: bool,
+) -> None:
+    resolver = Slow(*([(V4, "192.0.2.1", 443)] if is_found else []))
+    results: list[object] = []
+
+    async def ask(story: Story) -> None:
+        try:
+            results.append(await resolve(story, Endpoint("name.example", 443)))
+        except DialError as error:
+            results.append(error.reason)
+
+    before = trio.socket.set_custom_hostname_resolver(resolver)
+    try:
+        async with stories() as it:
+            asking = [Story(it) for _ in range(100)]
+            for story in asking:
+                it.begin(story, ask(story))
+                await trio.testing.wait_all_tasks_blocked()
+            assert resolver.asked == 1
+            # The first one gives up, and another asks in its place.
+            asking[0].abort()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert resolver.asked == 2
+            resolver.may_answer.set()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert resolver.asked == 2
+            # And nothing is kept.
+            it.begin(asking[0], ask(asking[0]))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert resolver.asked == 3
+    finally:
+        trio.socket.set_custom_hostname_resolver(before)
+    expected = [(V4, ("192.0.2.1", 443))] if is_found else DialReason.UNRESOLVED
+    assert results == [expected] * 100
+
+
+@trio_test
+async def test_no_thread_is_no_fault_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(endpoint: Endpoint) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(module, "_getaddrinfo", fail)
+    with pytest.raises(OSError, match="start new thread") as caught:
+        await dialled(Endpoint("name.example", 443))
+    assert caught.value.errno == errno.ENOMEM
