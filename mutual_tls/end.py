@@ -103,11 +103,13 @@ class TLSEnd:
     async def shake_hands(self) -> None:
         """Do the handshake.
 
+        After a failure a server's last word to its client, an alert, is left to `end`.
+
         What a client has to send at its end waits for the first bytes that it says: `flush`,
         `send` and `receive` send it, and `relay` does.
 
         Raises:
-            TLSError: it failed; the peer has been told.
+            TLSError: it failed; a server has been told.
             Whatever `check` raises.
         """
         if self.ssl.server_side and not self.incoming.pending:
@@ -193,19 +195,21 @@ class TLSEnd:
                 raise TLSError(TLSReason.TLS_RESET, error.strerror or str(error)) from None
 
     async def say_end(self) -> None:
-        """Say close_notify, if the peer still hears it."""
-        with contextlib.suppress(ssl.SSLError, TLSError):
-            with contextlib.suppress(ssl.SSLWantReadError):
-                self.ssl.unwrap()
+        """Say close_notify, or the alert that OpenSSL has left, if the peer still hears it."""
+        with contextlib.suppress(ssl.SSLError):  # WantRead, or there is no TLS
+            self.ssl.unwrap()
+        with contextlib.suppress(TLSError):
             await self.flush()
 
     async def end(self) -> None:
-        """Say close_notify, and listen for the end of the peer; the socket stays open."""
+        """Say that, and listen for the end of the peer; the socket stays open."""
         await self.say_end()
         await listen_to_the_end(self._story, self.socket)
 
     async def _tell(self) -> None:
-        """Send the alert that OpenSSL has left for the peer, and let it arrive."""
+        """Send the alert that OpenSSL has left for a server, and let it arrive."""
+        if self.ssl.server_side:
+            return
         with contextlib.suppress(TLSError):
             await self.flush()
             await listen_to_the_end(self._story, self.socket)

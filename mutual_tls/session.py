@@ -189,8 +189,8 @@ class Session(ABC):
     def fields(self) -> dict[str, object]:
         """Return what the line of a connection says beside the client."""
 
-    def has_ended(self) -> None:
-        """Do what is to be done when the connection that was relayed has ended: nothing."""
+    def has_ended(self) -> None:  # noqa: B027 - most have nothing to do
+        """Do what is to be done when the connection that was relayed has ended."""
 
     async def run(self) -> None:
         """Tell the story; see to it that nothing is left of it."""

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import socket as std
+import ssl
 from _socket import socket
 
 from mutual_tls.dial import (
@@ -50,9 +51,10 @@ class PeerSide(Session):
         except IdentityError as error:
             raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
         end = TLSEnd(self.story, self.client, context, server_side=True, check=shown.append)
+        self.end = end
         end.incoming.write(said)
         await end.shake_hands()
-        self.end, self.asked = end, Asked(end.receive)
+        self.asked = Asked(end.receive)
         if not (said := await end.receive()):
             return
         request = await self.asked.read(said)
@@ -98,13 +100,14 @@ class PeerSide(Session):
         return proxy_v1_header(source, (any_address, self.target.port))
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Answer with a status, inside TLS, if there is TLS."""
-        if self.end is None or self.asked is None:
+        """Answer with a status, inside TLS, if there is TLS; else with an alert."""
+        if self.end is None:
             return
-        with contextlib.suppress(TLSError):
+        if self.asked is not None:
             answer = self.asked.refuse(refusal.reason, str(refusal), self.shared.program)
-            await self.end.send(answer)
-            await self.end.end()
+            with contextlib.suppress(TLSError, ssl.SSLError):  # TLS may be what has failed
+                await self.end.send(answer)
+        await self.end.end()
 
 
 def read_certificate(der: bytes) -> Certificate:

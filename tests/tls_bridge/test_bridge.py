@@ -831,6 +831,26 @@ def test_a_service_that_resets_at_once_is_told_of(it: Bridge) -> None:
     assert told in peer.wait_for_log("drained")
 
 
+def test_whoever_has_heard_the_alert_finds_the_line(it: Bridge) -> None:
+    peer = it.start_peer()
+    with peer.connect() as client:
+        client.sendall(bytes.fromhex("16 0301 0005 02 000001 00"))  # a ServerHello
+        assert receive_exactly(client, 7) == bytes.fromhex("15 0303 0002 02 0a")
+        # It is still here: what it has heard is to arrive.
+        assert "reason=tls_failed" in peer.wait_for_log("refused", timeout=0)
+
+
+def test_who_hears_an_alert_gives_way_at_the_limit(it: Bridge) -> None:
+    peer, ingress = it.start_peer("--max-connections", "5"), it.start_ingress()
+    with ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(peer.connect()).sendall(b"GET / HTTP/1.1\r\n\r\n")
+        client, header = ask(ingress, connect())
+        stack.enter_context(client)
+        assert header.startswith(OK)
+    assert not [line for line in peer.log() if "reason=capacity" in line]
+
+
 def test_with_workers(it: Bridge) -> None:
     it.start_peer("--workers", "2")
     ingress = it.start_ingress("--workers", "2")
