@@ -45,10 +45,7 @@ class Sessions(session.Sessions):
     ) -> None:
         super().__init__(config, loop, relay, log, limit, nursery)
         self.program = program
-        # RFC 9110 §7.6.3: a proxy may go by a pseudonym. The same in every process and after every
-        # start, and another one in every other place.
-        place = f"{os.uname().nodename}:{program}:{Path.cwd()}"
-        self.pseudonym = f"{program}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+        self.pseudonym = pseudonym(program)
         self.config = config
         self.identities = identities
         self.log = log
@@ -97,3 +94,15 @@ class Session(session.Session):
     def fields(self) -> dict[str, object]:
         """Return what the line of a connection says beside the client."""
         return {"name": self.target, "peer": self.peer}
+
+
+def pseudonym(program: str) -> str:
+    """Return what a program calls itself in Via: RFC 9110 §7.6.3 allows a pseudonym.
+
+    The same in every process and after every start, and another one in every other directory, be it
+    the root directory of each.
+    """
+    directory = Path.cwd()
+    status = directory.stat()
+    place = f"{os.uname().nodename}:{program}:{directory}:{status.st_dev}:{status.st_ino}"
+    return f"{program}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
