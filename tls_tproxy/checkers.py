@@ -173,7 +173,7 @@ def _check_san(names: Sequence[str], certificate: x509.Certificate) -> None:
 def _check_pins(path: str, names: Sequence[str], certificate: x509.Certificate) -> None:
     try:
         pins = rules_in(path)
-    except SettingsError as error:
+    except (SettingsError, OSError) as error:  # EMFILE, for one: no fault of the checker
         raise Rejected(str(error)) from None
     if not pins:
         raise Rejected(f"{path} has no pin")

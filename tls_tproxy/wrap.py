@@ -187,7 +187,7 @@ class Wrap:
         """Tell whether targets of a name's CNAMEs count as names for it; no, if nobody can say."""
         try:
             return "accept-cname" in self._place(name).entries
-        except (Refusal, SettingsError):
+        except (Refusal, SettingsError, OSError):
             return False
 
     def fixed_names(self, address: IPAddress) -> list[Hostname]:
@@ -224,14 +224,14 @@ class Wrap:
         try:
             there = self._list_names() or frozenset()
             places = {f"{self._names}/{entry}" for entry in there if _is_place(entry)}
-        except SettingsError as error:
+        except (SettingsError, OSError) as error:
             problems.add(str(error))
             places = set(before)
         found = set(self._ports)
         for place in places | {self._wrap}:
             try:
                 entries = self._list_ports(place)
-            except SettingsError as error:
+            except (SettingsError, OSError) as error:  # EMFILE, for one
                 problems.add(str(error))
                 entries = before.get(place, frozenset())
             self._taken[place] = entries

@@ -1,5 +1,6 @@
 """Certificate checkers: whom they accept, and that all else is a rejection."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -276,6 +277,21 @@ def test_without_pins_that_are_some_nobody_is_accepted(
         write(tmp_path / "pins", f"{pin(certificate)}\n{text}")
         if not text.startswith("#"):
             assert why in str(refused(Checkers([]), "spki-pin", place=str(tmp_path)))
+
+
+def test_pins_that_no_descriptor_is_left_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = der(*NAMES)
+    write(tmp_path / "pins", pin(certificate))
+
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", fail)
+    refusal = refused(Checkers([]), "spki-pin", place=str(tmp_path), certificate=certificate)
+    assert refusal.reason is WrapReason.CERTIFICATE_REJECTED
+    assert "Too many open files" in str(refusal)
 
 
 # --- the example

@@ -1,5 +1,6 @@
 """What is wrapped, and how: what the working directory says, and what is wrong with it."""
 
+import errno
 import ipaddress
 import os
 import socket
@@ -441,6 +442,30 @@ def test_ports_that_can_not_be_listed_stay_taken(reachable: Case, path: str) -> 
     assert f"unable to read {where}: it is a link that leads nowhere" in case.problems
     where.unlink()
     assert case.wrap.ports() < {1, 2}
+
+
+def test_ports_stay_taken_while_no_descriptor_is_left(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.write("ports/1")
+    case.write("names/a.example/ports/2")
+    case.write("names/a.example/accept-cname")
+    name = Hostname(b"a.example")
+    assert case.wrap.ports() == {1, 2}
+    assert case.wrap.accepts_cname(name)
+
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        assert case.wrap.ports() == case.wrap.ports() == {1, 2}
+        assert not case.wrap.accepts_cname(name)
+        assert case.problems
+        assert all("Too many open files" in problem for problem in case.problems)
+    assert case.wrap.ports() == {1, 2}
+    (case.directory / "wrap/ports/1").unlink()
+    assert case.wrap.ports() == {2}
 
 
 # --- addresses
