@@ -378,7 +378,7 @@ def test_ports_that_are_no_directory(case: Case) -> None:
     assert case.misconfigured("b.example").endswith("ports/8443: it is not a regular file")
     case.write("names/d.example/ports/443")
     (case.names / "d.example/ports/8443").symlink_to("nothing")
-    assert case.misconfigured("d.example").endswith("ports/8443: it leads nowhere")
+    assert case.misconfigured("d.example").endswith("ports/8443: it is a link that leads nowhere")
     (case.names / "c.example").mkdir()
     (case.names / "c.example" / "ports").symlink_to("nothing")
     assert case.misconfigured("c.example").endswith("ports: it is a link that leads nowhere")
