@@ -22,7 +22,8 @@ Fixed addresses serve those names whose DNS answers can't be seen. And they prot
 answers: a name that has `addresses/` is at these addresses and at no others, whatever the DNS says.
 With `accept-cname`, whoever can forge an answer for NAME chooses whom the server has to be.
 
-All of it is read anew for each connection. What can't be read refuses that connection, and never
+All of it is read anew for each connection; but what `also/` and `addresses/` of all names add up to
+is looked for once a second. What can't be read refuses that connection, and never
 makes the rules weaker: a link to nothing is not absent, and ports that can't be listed are taken as
 they were, so that nothing leaves in plaintext. Links to nothing within `also/`, `addresses/` and
 `servers/` list nothing.
@@ -32,6 +33,7 @@ On the command line there are ports, an identity and a certificate checker. Give
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
@@ -61,6 +63,9 @@ _DEFAULT: Final = "_default"
 # Names and addresses whose meaning is remembered. Each takes a few microseconds to find out, and is
 # looked at for each connection.
 _MOST_REMEMBERED: Final = 4096
+
+# Seconds for which it is enough to have looked into the directories of all names.
+_OVERVIEW_FOR: Final = 1.0
 
 _NOWHERE: Final = "it is a link that leads nowhere"
 
@@ -93,6 +98,20 @@ class _Place(NamedTuple):
     entries: frozenset[str]
 
 
+class _Overview(NamedTuple):
+    """What all directories say together.
+
+    Attributes:
+        addresses: Fixed addresses, and the names that have them.
+        also: More names, and the directories that serve them.
+        broken_also: What is wrong with one of these lists: it might have any name in it.
+    """
+
+    addresses: dict[IPAddress, list[Hostname]]
+    also: dict[Hostname, list[str]]
+    broken_also: SettingsError | None
+
+
 class Wrap:
     """Finds how a connection is wrapped.
 
@@ -105,6 +124,7 @@ class Wrap:
         ports: of the command line: taken ports, and where they lead. wrap/ports overrides them.
         identity: of the command line, for names that have none.
         checker: of the command line, asked for all names.
+        clock: seconds that never go back.
 
     Raises:
         UnknownCheckerError: there is no such checker.
@@ -120,6 +140,7 @@ class Wrap:
         ports: Mapping[int, int] | None = None,
         identity: Files | None = None,
         checker: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # Joined by hand, here and below: pathlib takes longer than the system calls.
         within = "" if directory == Path() else f"{directory}/"
@@ -139,6 +160,9 @@ class Wrap:
         # The entries of ports/ in each directory, as they could be read last; and what was told.
         self._taken: dict[str, frozenset[str]] = {}
         self._told: dict[str, set[str]] = {}
+        self._clock = clock
+        self._overview = _Overview({}, {}, None)
+        self._overview_until = 0.0
 
     def find(self, name: Hostname, port: int, address: IPAddress) -> Service:
         """Return how a connection is wrapped.
@@ -195,22 +219,42 @@ class Wrap:
 
         What can't be read names nobody, and is told.
         """
+        return list(self._look_over().addresses.get(_plain(address), ()))
+
+    def _look_over(self) -> _Overview:
+        """Return what all directories say together, as it was within the last second.
+
+        To read all of them takes 20 ms where there are a thousand.
+        """
+        now = self._clock()
+        if now < self._overview_until:
+            return self._overview
+        addresses: dict[IPAddress, list[Hostname]] = {}
+        also: dict[Hostname, list[str]] = {}
+        broken: SettingsError | None = None
         problems: set[str] = set()
-        names = []
         try:
-            for entry in sorted(self._list_names() or ()):
-                if (name := _hostname(entry)) is None:
-                    continue
-                try:
-                    place = _place(f"{self._names}/{entry}")
-                    if "addresses" in place.entries and _is_allowed(place, address):
-                        names.append(name)
-                except SettingsError as error:
-                    problems.add(str(error))
+            entries = sorted(self._list_names() or ())
         except SettingsError as error:
             problems.add(str(error))
+            entries = []
+        for entry in entries:
+            try:
+                for other in self._also(entry):
+                    also.setdefault(other, []).append(entry)
+            except SettingsError as error:
+                broken = broken or error
+            if (name := _hostname(entry)) is None:
+                continue
+            try:
+                for address in _addresses(_place(f"{self._names}/{entry}")) or ():
+                    addresses.setdefault(address, []).append(name)
+            except SettingsError as error:
+                problems.add(str(error))
         self._tell("addresses", problems)
-        return names
+        self._overview = _Overview(addresses, also, broken)
+        self._overview_until = now + _OVERVIEW_FOR
+        return self._overview
 
     def ports(self) -> frozenset[int]:
         """Return all ports whose connections are to be taken at the moment, for any name.
@@ -282,7 +326,11 @@ class Wrap:
     def _find_place(self, there: frozenset[str], name: Hostname) -> str | None:
         if name in there:
             return name
-        claimed = [entry for entry in sorted(there) if name in self._also(entry)]
+        overview = self._look_over()
+        if overview.broken_also is not None:
+            raise overview.broken_also
+        # Whom it claims there now, not a second ago.
+        claimed = [entry for entry in overview.also.get(name, ()) if name in self._also(entry)]
         if len(claimed) > 1:
             paths = " and ".join(f"{self._names}/{entry}/also" for entry in claimed)
             raise Refusal(SessionReason.MISCONFIGURED, f"{name} is in {paths}")
@@ -391,11 +439,17 @@ def _name(path: str, text: str) -> Hostname:
 
 
 def _is_allowed(place: _Place, address: IPAddress) -> bool:
+    fixed = _addresses(place)
+    return fixed is None or _plain(address) in fixed
+
+
+def _addresses(place: _Place) -> list[IPAddress] | None:
+    """Return the addresses that are fixed; None if none are."""
     if "addresses" not in place.entries:
-        return True
+        return None
     path = f"{place.path}/addresses"
     try:
-        return _plain(address) in [_address(text) for text in read_names(path)]
+        return [_address(text) for text in read_names(path)]
     except FileNotFoundError:
         raise SettingsError(path, _NOWHERE) from None
     except ValueError as error:

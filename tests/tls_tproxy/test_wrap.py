@@ -2,6 +2,7 @@
 
 import errno
 import ipaddress
+import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ class Case:
         self.directory = directory
         self.names = directory / "wrap" / "names"
         self.problems: list[str] = []
+        self.seconds = itertools.count()  # one more whenever the clock is looked at
         self.start()
 
     def start(
@@ -53,6 +55,7 @@ class Case:
             ports=ports,
             identity=identity,
             checker=checker,
+            clock=lambda: next(self.seconds),
         )
 
     def write(self, path: str, text: str = "") -> Path:
@@ -762,3 +765,21 @@ def test_no_port_map_is_understood_in_part(text: str) -> None:
     except ValueError:
         return
     assert len(ports) == text.count(":") == text.count(",") + 1
+
+
+def test_what_all_names_add_up_to_is_looked_for_once_a_second(case: Case) -> None:
+    other = Hostname(b"other.example")
+    case.seconds = itertools.count(step=0)
+    case.name("_default", 1)
+    case.name(NAME, 2)
+    assert case.wrap.fixed_names(ADDRESS) == []
+    case.write(f"names/{NAME}/addresses", str(ADDRESS))
+    case.write(f"names/{NAME}/also/{other}")
+    assert case.wrap.fixed_names(ADDRESS) == []
+    assert case.find(other).port == 1
+    case.seconds = itertools.count(start=1, step=0)
+    assert case.wrap.fixed_names(ADDRESS) == [NAME]
+    assert case.find(other).port == 2
+    # But what is taken away is gone at once.
+    (case.names / NAME / "also" / other).unlink()
+    assert case.find(other).port == 1
