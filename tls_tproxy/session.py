@@ -15,7 +15,7 @@ from typing import Final
 import trio
 
 from mutual_tls import resumption, session
-from mutual_tls.dial import Endpoint, IPAddress
+from mutual_tls.dial import DialError, Endpoint, IPAddress
 from mutual_tls.end import TLSEnd, TLSError
 from mutual_tls.netfilter.mark import OPTION
 from mutual_tls.netfilter.original import NotRedirectedError, original_destination
@@ -137,11 +137,11 @@ class Session(session.Session):
 
     async def _reach_one(self, services: Sequence[Service]) -> TLSEnd:
         """Reach the server for the first of these for whom it shows a certificate."""
-        first: TLSError | Refusal | None = None
+        first: DialError | TLSError | Refusal | None = None
         for service in services:
             try:
                 end = await self._reach(service)
-            except (TLSError, Refusal) as error:
+            except (DialError, TLSError, Refusal) as error:
                 # The newest name is the one that the client has meant, most likely.
                 first = first or error
                 self._outward.close()
