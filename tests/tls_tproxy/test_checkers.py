@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 from base64 import b64encode
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from importlib.metadata import EntryPoint
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -295,30 +293,6 @@ def test_pins_that_no_descriptor_is_left_for(
 
 
 # --- the example
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory where the example is installed."""
-    for package in "pip", "hatchling":
-        if find_spec(package) is None:
-            pytest.skip(f"the Python package {package} is missing")
-    work = tmp_path_factory.mktemp("example")
-    # A copy: nothing of building it is left in the tree.
-    source = shutil.copytree(EXAMPLE, work / "source")
-    target = work / "target"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += [
-        "--no-index",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        str(target),
-        str(source),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return target
 
 
 ASK = """\
