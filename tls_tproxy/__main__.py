@@ -270,7 +270,7 @@ def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
     if understood is None:
         return
     config, is_to_stop_refusing = understood
-    if not config.ports and not Path("wrap").is_dir():
+    if not is_to_stop_refusing and not config.ports and not Path("wrap").is_dir():
         raise UsageError("unable to wrap anything: there is no --portMap, and no directory wrap")
     with attempt("start"):
         standard.open_missing()

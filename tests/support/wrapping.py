@@ -21,8 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
+import pytest
 import trustme
 
+from sniproxy.service import libc
 from tests.support.bridge import authority, write, write_identity
 from tests.support.daemon import PATIENCE, Daemon
 from tests.support.dns import AAAA, A, asking
@@ -33,6 +35,9 @@ MOST_NAMES: Final = 250
 
 # Where connections are taken, and where they lead.
 TAKEN, PORT = 8443, 443
+
+# Seconds. The limit of a handshake is ten: whoever is refused in less has not waited for it.
+AT_ONCE: Final = 5.0
 
 # RFC 8446 §4 and §5.1.
 _CERTIFICATE: Final = 11
@@ -322,14 +327,16 @@ class Site:
         """Ask the resolver, as any program here would."""
         self.here.do(ask, server, name, kind)
 
-    def connect(self, address: str, port: int = TAKEN) -> socket.socket:
-        """Connect from here."""
-        return self.here.do(socket.create_connection, (address, port), PATIENCE)
+    def connect(self, address: str, port: int = TAKEN, *, user: int = 0) -> socket.socket:
+        """Connect from here, as a program of that user would."""
+        return self.here.do(_connect, address, port, user)
 
-    def visit(self, name: Name, port: int = TAKEN, *, version: int = 4) -> socket.socket:
+    def visit(
+        self, name: Name, port: int = TAKEN, *, version: int = 4, user: int = 0
+    ) -> socket.socket:
         """Look a name up, and connect to it."""
         self.look_up(name.name, A if version == 4 else AAAA)
-        return self.connect(name.addresses[version], port)
+        return self.connect(name.addresses[version], port, user=user)
 
     @contextmanager
     def serve(
@@ -376,6 +383,20 @@ class Site:
             daemon.wait_for_log("listening")
             yield daemon
 
+    def run(
+        self, place: Path, *options: str, before: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """Run tls-tproxy as `start` does, where it ends by itself at once."""
+        (place / "run").mkdir(exist_ok=True)
+        return subprocess.run(
+            [*self.under(place), *before, *COMMAND, *options],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE,
+            cwd=place / "run",
+        )
+
     def tables(self) -> list[str]:
         """Return the names of all nftables tables here."""
         lines = self.here.run("nft", "list", "tables").splitlines()
@@ -393,6 +414,15 @@ class Site:
             text=True,
             timeout=timeout,
         )
+
+
+def _connect(host: str, port: int, user: int) -> socket.socket:
+    # The file system's user id is that of a thread, setfsuid(2), and whose the socket is.
+    libc.call("setfsuid", user)
+    try:
+        return socket.create_connection((host, port), PATIENCE)
+    finally:
+        libc.call("setfsuid", 0)
 
 
 def _name(n: int) -> Name:
@@ -448,3 +478,20 @@ def receive_all(client: socket.socket) -> bytes:
     while data := client.recv(1 << 16):
         received += data
     return bytes(received)
+
+
+def works(client: socket.socket) -> bool:
+    """Tell whether an echo comes back."""
+    with client:
+        client.sendall(b"hello")
+        client.shutdown(socket.SHUT_WR)
+        return receive_all(client) == b"hello"
+
+
+def is_reset(connect: Callable[[], socket.socket]) -> bool:
+    """Tell whether the connection is reset, soon, and before anything was said."""
+    # It may be even before the client has learned that it is connected.
+    with pytest.raises(ConnectionResetError), connect() as client:
+        client.settimeout(AT_ONCE)
+        client.recv(1)
+    return True

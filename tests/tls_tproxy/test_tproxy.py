@@ -8,7 +8,7 @@ import ssl
 import struct
 import threading
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -19,21 +19,25 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
+from sniproxy.engine.tcp import LINGER_0
 from tests.support.bridge import authority, write, write_identity
 from tests.support.daemon import PATIENCE, Daemon, eventually
 from tests.support.dns import ID as DNS_ID
 from tests.support.dns import answering, asking
 from tests.support.network import why_no_network
 from tests.support.wrapping import (
+    AT_ONCE,
     CLIENT,
     ROUTER,
     TAKEN,
     End,
     Name,
     Site,
+    is_reset,
     options,
     receive_all,
     server_context,
+    works,
 )
 
 _why_not: Final = why_no_network(("nft", "nftables"), ("dnsmasq", "dnsmasq-base"))
@@ -48,13 +52,7 @@ VERSIONS: Final = pytest.mark.parametrize(
 TAKEN_TOO, PORT_TOO = 9443, 9444
 TAKEN_BY_WRAP: Final = 8444
 
-# Seconds. The limit of a handshake is ten: whoever is refused in less has not waited for it.
-AT_ONCE: Final = 5.0
-
 MEBIBYTE: Final = 1 << 20
-
-# A reset at once when it is closed, socket(7).
-LINGER_0: Final = struct.pack("@ii", 1, 0)
 
 
 class Wrapped(NamedTuple):
@@ -110,23 +108,6 @@ def wrap(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wrapp
         yield Wrapped(daemon, run)
 
 
-def works(client: socket.socket) -> bool:
-    """Tell whether an echo comes back."""
-    with client:
-        client.sendall(b"hello")
-        client.shutdown(socket.SHUT_WR)
-        return receive_all(client) == b"hello"
-
-
-def is_reset(connect: Callable[[], socket.socket]) -> bool:
-    """Tell whether the connection is reset, soon, and before anything was said."""
-    # It may be even before the client has learned that it is connected.
-    with pytest.raises(ConnectionResetError), connect() as client:
-        client.settimeout(AT_ONCE)
-        client.recv(1)
-    return True
-
-
 def subject(end: End) -> str:
     """Return whom the certificate is for that the server has seen."""
     assert end.certificate is not None
@@ -138,11 +119,12 @@ def subject(end: End) -> str:
 
 
 @FAMILIES
-def test_a_connection_is_wrapped(site: Site, simple: Wrapped, version: int) -> None:
+@pytest.mark.parametrize("user", [0, 1000])
+def test_a_connection_is_wrapped(site: Site, simple: Wrapped, version: int, user: int) -> None:
     """Observed: IPv6 left in plaintext; no SNI was sent; and root was never wrapped."""
     name = site.new_name()
     with site.serve(name.addresses[version], server_context(name.name)) as server:
-        assert works(site.visit(name, version=version))
+        assert works(site.visit(name, version=version, user=user))
         end = server.end()
         assert end.sni == name.name
         assert subject(end) == CLIENT
