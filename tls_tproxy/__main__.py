@@ -260,9 +260,11 @@ def _open_nft(config: Config) -> Nft:
 
 
 def _identity_directories(config: Config) -> list[Path]:
+    """Return where the files of the options are, and where they lead if they are links."""
     if config.identity is None:
         return []
-    return [Path(path).parent for path in config.identity if path]
+    files = [Path(path) for path in config.identity if path]
+    return [path.parent for file in files for path in (file, file.resolve())]
 
 
 def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
