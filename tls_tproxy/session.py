@@ -111,7 +111,6 @@ class Session(session.Session):
     async def _find_services(self, destination: Endpoint) -> list[Service]:
         """Return how the connection may be wrapped, the likeliest first."""
         address = ip_address(destination.host.partition("%")[0])
-        refusal = Refusal(WrapReason.NO_NAME, "no name was looked up for that address")
         with self.story.time_limit(_LOOK_FOR):
             while True:
                 names = self._names(address)
@@ -119,6 +118,9 @@ class Session(session.Session):
                     break
                 await self.story.sleep(_LOOK_EVERY)
         self.name = ",".join(names) or None
+        trouble = self.shared.names.hosts_trouble
+        detail = "no name was looked up for that address" + (f"; {trouble}" if trouble else "")
+        refusal = Refusal(WrapReason.NO_NAME, detail)
         services = []
         for name in names:
             try:
