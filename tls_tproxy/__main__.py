@@ -3,6 +3,7 @@
 # First of all: until it is loaded, process 1 loses signals.
 import sniproxy.service.process1  # noqa: F401  # isort: skip
 
+import errno
 import os
 import pwd
 import socket as std
@@ -59,6 +60,10 @@ _LEVELS: Final = {
 
 # The loopback addresses, to which the kernel redirects.
 _LOOPBACK: Final = ((std.AF_INET, "127.0.0.1"), (std.AF_INET6, "::1"))
+
+# The kernel has no IPv6, or the loopback device has not: net.ipv6.conf.lo.disable_ipv6. The rules
+# are for both families all the same: should there be IPv6 later, its connections are refused.
+_NO_IPV6: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 
 # Ports that are tried where any will do, until one is free for both families.
 _TRIES: Final = 20
@@ -206,7 +211,7 @@ def _cgroup(text: str) -> Cgroup:
 def _listen(port: int) -> list[socket]:
     """Return sockets that listen on the loopback addresses, on one port.
 
-    A kernel without IPv6 has one socket only.
+    A machine without IPv6 has one socket only.
 
     Raises:
         FatalError: the port is taken, or the like.
@@ -216,12 +221,13 @@ def _listen(port: int) -> list[socket]:
         chosen = port
         try:
             for family, host in _LOOPBACK:
-                if family == std.AF_INET6 and not _has_ipv6():
-                    continue
-                sock = std.socket(family, std.SOCK_STREAM)
+                try:
+                    sock = _bind(family, host, chosen)
+                except OSError as error:
+                    if family == std.AF_INET6 and error.errno in _NO_IPV6:
+                        continue
+                    raise
                 opened.append(sock)
-                sock.setsockopt(std.SOL_SOCKET, std.SO_REUSEADDR, 1)
-                sock.bind((host, chosen))
                 chosen = sock.getsockname()[1]
                 sock.listen(_BACKLOG)
             return [take_listening_socket(sock.fileno()) for sock in opened]
@@ -235,8 +241,15 @@ def _listen(port: int) -> list[socket]:
     raise FatalError.of(f"listen on port {chosen} of the loopback addresses", failure)
 
 
-def _has_ipv6() -> bool:
-    return Path("/proc/sys/net/ipv6").exists()
+def _bind(family: int, host: str, port: int) -> std.socket:
+    sock = std.socket(family, std.SOCK_STREAM)
+    try:
+        sock.setsockopt(std.SOL_SOCKET, std.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _needed_capabilities() -> list[int]:
