@@ -329,14 +329,18 @@ def _serve(config: Config, log: Log, nft: Nft) -> None:
     places = [directory / "identity", *directory.glob("wrap/names/*/identity")]
     enter_sandbox(config, log, _identity_directories(config), places)
     ports = wrap.ports()
-    redirection = Redirection(
-        nft,
-        port,
-        ports,
-        users=config.users,
-        cgroup=config.cgroup,
-        fail_closed=config.fail_closed,
-    )
+    try:
+        redirection = Redirection(
+            nft,
+            port,
+            ports,
+            users=config.users,
+            cgroup=config.cgroup,
+            fail_closed=config.fail_closed,
+        )
+    except ValueError as error:  # our own port is among them
+        kind = UsageError if config.port else FatalError  # the next start has another one
+        raise kind(f"unable to redirect connections: {error}") from None
     log.ports(show_ports(ports))
 
     watch = Watch(wrap, nft, redirection, log)

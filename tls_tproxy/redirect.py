@@ -42,6 +42,7 @@ class Redirection:
         fail_closed: whether to refuse those connections from now on when we are gone.
 
     Attributes:
+        listening_port: as above.
         ports: Which are redirected.
 
     Raises:
@@ -61,7 +62,7 @@ class Redirection:
         fail_closed: bool = False,
     ) -> None:
         self._nft = nft
-        self._listening_port = listening_port
+        self.listening_port = listening_port
         _check_ports([listening_port])
         self._check(ports)
         # The process id, because the next copy may begin while this one drains.
@@ -94,8 +95,8 @@ class Redirection:
 
     def _check(self, ports: Collection[int]) -> None:
         _check_ports(ports)
-        if self._listening_port in ports:
-            raise ValueError(f"port {self._listening_port} is the one that listens here")
+        if self.listening_port in ports:
+            raise ValueError(f"port {self.listening_port} is the one that listens here")
 
     def _replace(self, ports: Collection[int]) -> list[Command]:
         elements = sorted(set(ports))
@@ -105,7 +106,7 @@ class Redirection:
         """Return the commands for the table that refuses; it may be another one's, or be gone."""
         if not self._fail_closed:
             return []
-        table = _name_of_refusing(self._listening_port)
+        table = _name_of_refusing(self.listening_port)
         elements = replace_elements(table, _PORTS, sorted(set(ports)))
         return [*_refusing_table(table, self._who), *elements]
 

@@ -106,11 +106,16 @@ class Watch:
         if ports == self._ports:
             return
         self._ports = ports
+        own = self._redirection.listening_port
+        if own in ports:
+            # The others are to be redirected all the same: they would leave in plaintext.
+            self._log.problem(f"port {own} is the one that listens here")
+            ports -= {own}
         try:
             self._redirection.replace_ports(ports)
         except NftEndedError as error:
             raise FatalError(f"unable to redirect connections: {error}") from None
-        except (ValueError, NftError) as error:
+        except NftError as error:
             self._log.problem(str(error))
         else:
             self._log.ports(show_ports(ports))
