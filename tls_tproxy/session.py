@@ -7,7 +7,7 @@ our certificate.
 """
 
 from _socket import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from ipaddress import ip_address
 from typing import Final
@@ -85,6 +85,9 @@ class Session(session.Session):
         self.destination: Endpoint | None = None
         self.name: str | None = None
         self._outward = Outward(self, shared.resumption)
+        # What a client of PostgreSQL has said beyond its wish for encryption, which is declined.
+        self._said = b""
+        self._has_declined = False
         self._reached: TLSEnd | None = None
 
     async def tell(self) -> None:
@@ -95,12 +98,9 @@ class Session(session.Session):
             raise Refusal(WrapReason.NOT_REDIRECTED, str(error)) from None
         # It need not say anything: many a protocol has the server speak first.
         self.is_understood(WrapReason.SERVER_SILENT)
-        services = await self._find_services(self.destination)
-        said = b""
-        if any(service.starttls is StartTLS.POSTGRES for service in services):
-            said = await decline_encryption(self.story, self.client)
-        self._reached = await self._reach_one(services)
-        self.join(self.client, self._reached, b"", said)
+        names = await self._find_names(self.destination)
+        self._reached = await self._reach_one(names, self.destination)
+        self.join(self.client, self._reached, b"", self._said)
 
     def has_ended(self) -> None:
         """Keep the session of TLS: only now it is sure that something has been read."""
@@ -108,64 +108,74 @@ class Session(session.Session):
             self._outward.keep_session(self._reached)
             self._reached = None
 
-    async def _find_services(self, destination: Endpoint) -> list[Service]:
-        """Return how the connection may be wrapped, the likeliest first."""
-        address = ip_address(destination.host.partition("%")[0])
+    async def _find_names(self, destination: Endpoint) -> list[Hostname]:
+        """Return what the destination is called, the likeliest name first.
+
+        Raises:
+            Refusal: nobody here has looked up a name for it.
+        """
+        self._address = ip_address(destination.host.partition("%")[0])
         with self.story.time_limit(_LOOK_FOR):
-            while True:
-                names = self._names(address)
-                if names:
-                    break
+            while not (names := self._names(self._address)):
                 await self.story.sleep(_LOOK_EVERY)
         self.name = ",".join(names) or None
-        trouble = self.shared.names.hosts_trouble
-        detail = "no name was looked up for that address" + (f"; {trouble}" if trouble else "")
-        refusal = Refusal(WrapReason.NO_NAME, detail)
-        services = []
-        for name in names:
-            try:
-                services.append(self.shared.wrap.find(name, destination.port, address))
-            except Refusal as error:
-                # What is said of the newest name is what the log is to tell.
-                refusal = error if refusal.reason is WrapReason.NO_NAME else refusal
-        if not services:
-            raise refusal
-        return services[:_MOST_TRIED]
+        if not names:
+            trouble = self.shared.names.hosts_trouble
+            detail = "no name was looked up for that address" + (f"; {trouble}" if trouble else "")
+            raise Refusal(WrapReason.NO_NAME, detail)
+        return names
 
     def _names(self, address: IPAddress) -> list[Hostname]:
         """Return what an address is called: fixed names first, for nobody can forge them."""
         fixed = self.shared.wrap.fixed_names(address)
         return list(dict.fromkeys([*fixed, *self.shared.names.of(address)]))
 
-    async def _reach_one(self, services: Sequence[Service]) -> TLSEnd:
-        """Reach the server for the first of these for whom it shows a certificate."""
+    async def _reach_one(self, names: Sequence[Hostname], destination: Endpoint) -> TLSEnd:
+        """Reach the server for the first of these that are allowed for whom it has a certificate.
+
+        Raises:
+            DialError, TLSError, Refusal: for none. What is wrong with the newest that is allowed is
+                what is told: most likely it is the one that the client has meant.
+        """
         first: DialError | TLSError | Refusal | None = None
-        for service in services:
+        unknown: Refusal | None = None
+        left = _MOST_TRIED
+        for name in names:
             try:
-                end = await self._reach(service)
+                service = self.shared.wrap.find(name, destination.port, self._address)
+            except Refusal as refusal:
+                unknown = unknown or refusal
+                continue
+            try:
+                end = await self._reach(service, destination)
             except (DialError, TLSError, Refusal) as error:
-                # The newest name is the one that the client has meant, most likely.
                 first = first or error
                 self._outward.close()
             else:
-                self.name = service.name
+                self.name = name
                 return end
-        assert first is not None
-        raise first
+            left -= 1
+            if not left:
+                break
+        failure = first or unknown
+        assert failure is not None
+        raise failure
 
-    async def _reach(self, service: Service) -> TLSEnd:
-        assert self.destination is not None
-        check: Callable[[bytes], None] | None = None
-        if service.checkers:
-            check = partial(ask, service.checkers, [service.name])
+    async def _reach(self, service: Service, destination: Endpoint) -> TLSEnd:
+        before_tls = None
+        if service.starttls is StartTLS.POSTGRES:
+            before_tls = request_encryption
+            if not self._has_declined:
+                self._has_declined = True
+                self._said = await decline_encryption(self.story, self.client)
         server = Server(
-            Endpoint(self.destination.host, service.port),
+            Endpoint(destination.host, service.port),
             service.name,
             service.identity,
             service.rules,
             options=(OPTION,),
-            before_tls=request_encryption if service.starttls is StartTLS.POSTGRES else None,
-            check=check,
+            check=partial(ask, service.checkers, [service.name]) if service.checkers else None,
+            before_tls=before_tls,
         )
         return await self._outward.reach(server)
 

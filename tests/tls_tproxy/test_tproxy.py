@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -39,6 +40,7 @@ from tests.support.wrapping import (
     server_context,
     works,
 )
+from tls_tproxy.wrap import _OVERVIEW_FOR
 
 _why_not: Final = why_no_network(("nft", "nftables"), ("dnsmasq", "dnsmasq-base"))
 pytestmark = pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
@@ -280,6 +282,7 @@ def test_an_unknown_name(site: Site, wrap: Wrapped) -> None:
 def test_also(site: Site, wrap: Wrapped) -> None:
     name = site.new_name()
     wrap.add("also.example", **{f"also__{name.name}": ""})
+    time.sleep(_OVERVIEW_FOR)
     with site.serve(name.address, server_context(name.name)) as server:
         assert works(site.visit(name, TAKEN_BY_WRAP))
         assert server.end().sni == name.name
@@ -288,6 +291,7 @@ def test_also(site: Site, wrap: Wrapped) -> None:
 def test_fixed_addresses(site: Site, wrap: Wrapped) -> None:
     name, elsewhere = site.new_name(), site.new_name()
     wrap.add(name.name, addresses=f"{elsewhere.address}\n{elsewhere.addresses[6]}\n")
+    time.sleep(_OVERVIEW_FOR)
     context = server_context(name.name)
     for version in 4, 6:
         with site.serve(elsewhere.addresses[version], context) as server:
