@@ -396,9 +396,9 @@ def test_both_sides_are_ready(bridge: dict[str, Service]) -> None:
         status = Path("/proc", str(pid), "status").read_text()
         assert f"\nUid:\t{user}\t{user}\t{user}\t{user}\n" in status
         service.wait_for_log("listening")
-    # The client that asked whether it is ready.
-    bridge[PEER_NAME].wait_for_log("reason=tls_closed")
-    assert [line.split()[1] for line in bridge[INGRESS_NAME].log()] == ["sandbox", "listening"]
+    # The client that has asked whether it is ready is worth no line.
+    for service in bridge.values():
+        assert [line.split()[1] for line in service.log()] == ["sandbox", "listening"]
     with tunnel(bridge[INGRESS_NAME].inside) as client:
         assert says_it_back(client)
 
