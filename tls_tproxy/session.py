@@ -98,8 +98,9 @@ class Session(session.Session):
             raise Refusal(WrapReason.NOT_REDIRECTED, str(error)) from None
         # It need not say anything: many a protocol has the server speak first.
         self.is_understood(WrapReason.SERVER_SILENT)
-        names = await self._find_names(self.destination)
-        self._reached = await self._reach_one(names, self.destination)
+        address = ip_address(self.destination.host.partition("%")[0])
+        names = await self._find_names(address)
+        self._reached = await self._reach_one(names, self.destination, address)
         self.join(self.client, self._reached, b"", self._said)
 
     def has_ended(self) -> None:
@@ -108,15 +109,14 @@ class Session(session.Session):
             self._outward.keep_session(self._reached)
             self._reached = None
 
-    async def _find_names(self, destination: Endpoint) -> list[Hostname]:
-        """Return what the destination is called, the likeliest name first.
+    async def _find_names(self, address: IPAddress) -> list[Hostname]:
+        """Return what an address is called, the likeliest name first.
 
         Raises:
             Refusal: nobody here has looked up a name for it.
         """
-        self._address = ip_address(destination.host.partition("%")[0])
         with self.story.time_limit(_LOOK_FOR):
-            while not (names := self._names(self._address)):
+            while not (names := self._names(address)):
                 await self.story.sleep(_LOOK_EVERY)
         self.name = ",".join(names) or None
         if not names:
@@ -130,7 +130,9 @@ class Session(session.Session):
         fixed = self.shared.wrap.fixed_names(address)
         return list(dict.fromkeys([*fixed, *self.shared.names.of(address)]))
 
-    async def _reach_one(self, names: Sequence[Hostname], destination: Endpoint) -> TLSEnd:
+    async def _reach_one(
+        self, names: Sequence[Hostname], destination: Endpoint, address: IPAddress
+    ) -> TLSEnd:
         """Reach the server for the first of these that are allowed for whom it has a certificate.
 
         Raises:
@@ -142,7 +144,7 @@ class Session(session.Session):
         left = _MOST_TRIED
         for name in names:
             try:
-                service = self.shared.wrap.find(name, destination.port, self._address)
+                service = self.shared.wrap.find(name, destination.port, address)
             except Refusal as refusal:
                 unknown = unknown or refusal
                 continue
