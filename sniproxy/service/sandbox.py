@@ -23,6 +23,7 @@ from socket import AF_INET, AF_INET6, AF_NETLINK, AF_UNIX
 from typing import Final, NamedTuple
 
 from sniproxy.service import libc
+from sniproxy.service.bpf import Instruction, Program
 
 _PR_SET_NO_NEW_PRIVS: Final = 38
 
@@ -113,21 +114,6 @@ _CALLS: Final = {
 }
 
 
-class _Instruction(ctypes.Structure):
-    # struct sock_filter: what to do, how many to skip if a comparison holds, and if not; a constant
-    _fields_ = (
-        ("code", ctypes.c_uint16),
-        ("if_true", ctypes.c_uint8),
-        ("if_false", ctypes.c_uint8),
-        ("constant", ctypes.c_uint32),
-    )
-
-
-class _Program(ctypes.Structure):
-    # struct sock_fprog
-    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(_Instruction)))
-
-
 def enter(readable: Sequence[Path] = (), *, may_connect: bool = False) -> list[str]:
     """Lock this process in, and the children that it will have. It must have one thread only.
 
@@ -211,9 +197,7 @@ def _enter_filter(families: Sequence[int]) -> list[str]:
     calls = _CALLS.get(os.uname().machine)
     if calls is None or sys.maxsize < 1 << 32:  # a Python of 32 bits makes other calls
         return []
-    instructions = _filter(calls, families)
-    array = (_Instruction * len(instructions))(*(_Instruction(*each) for each in instructions))
-    program = ctypes.byref(_Program(len(array), array))
+    program = ctypes.byref(Program.of(_filter(calls, families)))
     try:
         libc.call("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0)
     except OSError as error:
@@ -223,7 +207,7 @@ def _enter_filter(families: Sequence[int]) -> list[str]:
     return ["network", "programs"]
 
 
-def _filter(calls: _Calls, families: Sequence[int]) -> list[tuple[int, int, int, int]]:
+def _filter(calls: _Calls, families: Sequence[int]) -> list[Instruction]:
     """Return the instructions that let all calls pass but a few, which get EACCES."""
     allow = (_RETURN, 0, 0, _SECCOMP_RET_ALLOW)
     deny = (_RETURN, 0, 0, _SECCOMP_RET_ERRNO | errno.EACCES)

@@ -26,6 +26,7 @@ from typing import Final
 
 from sniproxy.engine.loop import EventLoop
 from sniproxy.service import libc
+from sniproxy.service.bpf import Program
 from sniproxy_hostname import Hostname
 from tls_tproxy.names.answers import LARGEST, read_answer
 from tls_tproxy.names.cache import Cache
@@ -97,7 +98,6 @@ _LARGEST_BATCH: Final = 512
 _PASS: Final = (_RETURN, 0, 0, _LARGEST_PACKET)
 _DROP: Final = (_RETURN, 0, 0, 0)
 
-# Code, how many to skip if a comparison holds, and if not; a constant.
 _FILTER: Final = (
     (_LOAD_WORD, 0, 0, _VLAN_TAG_PRESENT),
     (_IF_EQUAL, 1, 0, 0),
@@ -140,21 +140,6 @@ _FILTER: Final = (
 )
 
 
-class _Instruction(ctypes.Structure):
-    # struct sock_filter
-    _fields_ = (
-        ("code", ctypes.c_uint16),
-        ("if_true", ctypes.c_uint8),
-        ("if_false", ctypes.c_uint8),
-        ("constant", ctypes.c_uint32),
-    )
-
-
-class _Program(ctypes.Structure):
-    # struct sock_fprog
-    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(_Instruction)))
-
-
 class _Address(ctypes.Structure):
     # struct sockaddr_ll, packet(7). No interface: all of them.
     _fields_ = (
@@ -181,8 +166,8 @@ def open_packet_socket() -> socket.socket:
     # No protocol yet: without its filter, the socket would see everything.
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
     try:
-        array = (_Instruction * len(_FILTER))(*(_Instruction(*each) for each in _FILTER))
-        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(_Program(len(array), array)))
+        program = Program.of(_FILTER)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(program))
         sock.setsockopt(socket.SOL_SOCKET, _SO_LOCK_FILTER, 1)
         try:
             sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE)
