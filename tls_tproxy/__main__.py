@@ -11,6 +11,7 @@ import sys
 from _socket import socket
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,7 @@ _LEVELS: Final = {
 _LOOPBACK: Final = ((std.AF_INET, "127.0.0.1"), (std.AF_INET6, "::1"))
 
 # The kernel has no IPv6, or the loopback device has not: net.ipv6.conf.lo.disable_ipv6. The rules
-# are for both families all the same: should there be IPv6 later, its connections are refused.
+# are for both families all the same: should there be IPv6 later, its connections reach nobody.
 _NO_IPV6: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 
 # Ports that are tried where any will do, until one is free for both families.
@@ -291,25 +292,28 @@ def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
         standard.open_missing()
         standard.replace_copies_of_input()
         log = Log(syslogd)
-    nft = _open_nft(config)
-    try:
-        if is_to_stop_refusing:
-            stop_refusing(nft, config.port)
-            return
-        _serve(config, log, nft)
-    except NftError as error:
-        raise FatalError(f"unable to redirect connections: {error}") from None
-    finally:
-        nft.close()
+    with ExitStack() as ends:
+        nft = _open_nft(config)
+        ends.callback(nft.close)
+        try:
+            if is_to_stop_refusing:
+                stop_refusing(nft, config.port)
+            else:
+                _serve(config, log, nft, ends)
+        except NftError as error:
+            raise FatalError(f"unable to redirect connections: {error}") from None
 
 
-def _serve(config: Config, log: Log, nft: Nft) -> None:
+def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
     listening = _listen(config.port)
+    for sock in listening:
+        ends.callback(sock.close)
     port: int = listening[0].getsockname()[1]
     share = share_descriptors(config, _NO_PIPES, log)
     with attempt("watch DNS answers (it takes CAP_NET_RAW)"):
-        packets = [open_packet_socket() for _ in range(config.workers)]
+        packets = [ends.enter_context(open_packet_socket()) for _ in range(config.workers)]
     notifier = Notifier()
+    ends.callback(notifier.close)
     give_up_privileges(config, _needed_capabilities())
     identities = Identities(log.identity)
     directory = Path()
@@ -350,17 +354,14 @@ def _serve(config: Config, log: Log, nft: Nft) -> None:
             sock.close()
         watch.stop()
 
-    try:
-        run_service(
-            config,
-            log,
-            notifier,
-            partial(serve, listening, wrap, names, watch.stop, config, share, log),
-            stop_listening,
-            watch.look,
-        )
-    finally:
-        notifier.close()
+    run_service(
+        config,
+        log,
+        notifier,
+        partial(serve, listening, wrap, names, watch.stop, config, share, log),
+        stop_listening,
+        watch.look,
+    )
 
 
 if __name__ == "__main__":
