@@ -16,6 +16,8 @@ import pytest
 
 import mutual_tls.refusal
 import tls_bridge.log
+import tls_tproxy.log
+import tls_tproxy.wrap
 from mutual_tls.dial import DialReason
 from mutual_tls.end import TLSReason
 from mutual_tls.relay import Ending
@@ -32,6 +34,8 @@ from tests.support.answers import ROWS
 from tests.support.daemon import PATIENCE, start_daemon
 from tls_bridge.http_connect import MOST_HEADER
 from tls_bridge.refusal import ANSWERS, BridgeReason
+from tls_tproxy.refusal import EXPECTED, WrapReason
+from tls_tproxy.starttls import StartTLS
 
 ROOT = Path(__file__).parents[1]
 MAN = ROOT / "man"
@@ -45,6 +49,7 @@ PROGRAMS = {
     "sniproxy-listen.8": "sniproxy.listen",
     "tls-bridge.8": "tls_bridge",
     "tls-bridge-peer.8": "tls_bridge.peer",
+    "tls-tproxy.8": "tls_tproxy",
 }
 
 # Those that serve, and the packages of each.
@@ -52,6 +57,7 @@ SERVICES = {
     "sniproxy.8": ["sniproxy"],
     "tls-bridge.8": ["sniproxy", "mutual_tls", "tls_bridge"],
     "tls-bridge-peer.8": ["sniproxy", "mutual_tls", "tls_bridge"],
+    "tls-tproxy.8": ["sniproxy", "mutual_tls", "tls_tproxy"],
 }
 HEADINGS = [
     *["NAME", "SYNOPSIS", "DESCRIPTION", "INTERFACE", "OPTIONS", "SIGNALS", "ENVIRONMENT", "FILES"],
@@ -61,25 +67,25 @@ HEADINGS = [
 OF_PROGRAMS = {"OPTIONS", "SIGNALS", "ENVIRONMENT", "EXIT STATUS"}
 
 # Manuals of others that are referred to: Debian's manpages, manpages-dev, systemd, libsystemd-dev,
-# openbsd-inetd, acl and b3sum have them.
+# openbsd-inetd, acl, b3sum, nftables and util-linux have them.
 OTHERS = {
-    *["b3sum 1", "accept 2", "getrlimit 2", "listen 2", "prctl 2", "seccomp 2"],
+    *["b3sum 1", "setpriv 1", "accept 2", "getrlimit 2", "listen 2", "prctl 2", "seccomp 2"],
     *["sd_listen_fds 3", "sd_notify 3", "syslog 3"],
     *["acl 5", "group 5", "nsswitch.conf 5", "passwd 5", "systemd.exec 5", "systemd.socket 5"],
-    *["ip 7", "ipv6 7", "landlock 7", "path_resolution 7", "symlink 7", "tcp 7", "unix 7"],
-    "inetd 8",
+    *["ip 7", "ipv6 7", "landlock 7", "packet 7", "path_resolution 7", "symlink 7", "tcp 7"],
+    *["unix 7", "inetd 8", "nft 8"],
 }
 
 # What mandoc says of the machine and not of the page: whether it has the manuals of others, and an
 # index of them.
 OF_THE_MACHINE = re.compile(
-    r"STYLE: referenced manual not found: Xr (?!sniproxy|tls-bridge)|"
+    r"STYLE: referenced manual not found: Xr (?!sniproxy|tls-bridge|tls-tproxy)|"
     r"^mandoc: outdated mandoc\.db lacks "
 )
 
 # b3sum's, in an example.
 OPTIONS_OF_OTHERS = {"--no-names"}
-OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
+OPTION = re.compile(r"(?<![\w-])--?[a-z][a-zA-Z-]*")
 
 every_page = pytest.mark.parametrize("page", PAGES)
 every_program = pytest.mark.parametrize("page", PROGRAMS)
@@ -212,6 +218,7 @@ def test_no_option_is_named_that_does_not_exist(page: str) -> None:
         ("sniproxy-listen.8", ["--version", "--no-such-option", "--version >/dev/full"]),
         ("tls-bridge.8", ["--version", "--no-such-option", "--version >/dev/full"]),
         ("tls-bridge-peer.8", ["--version", "--no-such-option", "--version >/dev/full"]),
+        ("tls-tproxy.8", ["--version", "--no-such-option", "--version >/dev/full"]),
         ("sniproxy-hostname.1", ["a.example", "_b", "--no-such-option", "a.example >/dev/full"]),
     ],
 )
@@ -311,6 +318,41 @@ def test_every_event_is_there_with_its_fields(capfd: pytest.CaptureFixture[str])
     assert described == events
 
 
+def described_events(page: str) -> dict[str, list[str]]:
+    """Return the events in a page, and their fields."""
+    described = {}
+    for head in items(section(page, "Log", "Ss")):
+        cm, word, ar, *fields = head.split()
+        assert (cm, ar) == ("Cm", "Ar")
+        described[word] = fields
+    return described
+
+
+def events_of(package: str, refused: list[str], inserted: list[str]) -> dict[str, list[str]]:
+    """Return the events that a program of TLS logs, and their fields.
+
+    `refused` are those of a refusal, and `inserted` those in the line of a connection that are its
+    own.
+    """
+    # A traceback has no fields, and is no event in the source.
+    events = {"bug": ["text"]}
+    for each in "sniproxy/service", package:
+        for path in (ROOT / each).rglob("*.py"):
+            for word, fields in events_in(path):
+                events[word] = refused if fields is None else fields
+    for word, fields in events_in(ROOT / "sniproxy" / "serving.py"):
+        assert fields is not None
+        events[word] = [each for each in fields if each != "hosts"]
+    for path in (ROOT / "mutual_tls").glob("*.py"):
+        for word, fields in events_in(path, inserted):
+            assert fields is not None
+            events[word] = fields
+    # What becomes of an identity is told by a function that was passed.
+    told = re.findall(r'_on_event\("(\w+)"', (ROOT / "mutual_tls" / "identity.py").read_text())
+    assert told
+    return events | {word: ["detail"] for word in told}
+
+
 def test_every_event_of_the_bridge_is_there_with_its_fields(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -318,28 +360,19 @@ def test_every_event_of_the_bridge_is_there_with_its_fields(
     refusal = mutual_tls.refusal.Refusal(BridgeReason.NO_ROUTE, "more")
     log.refusal(refusal, 403, "192.0.2.1:1", "a.example:443", "p")
     refused = re.findall(r"(\w+)=", capfd.readouterr().err)
-    events = {"bug": ["text"]}
-    for package in "sniproxy/service", "tls_bridge":
-        for path in (ROOT / package).rglob("*.py"):
-            for word, fields in events_in(path):
-                events[word] = refused if fields is None else fields
-    for word, fields in events_in(ROOT / "sniproxy" / "serving.py"):
-        assert fields is not None
-        events[word] = [each for each in fields if each != "hosts"]
-    for path in (ROOT / "mutual_tls").glob("*.py"):
-        for word, fields in events_in(path, ["name", "peer"]):
-            assert fields is not None
-            events[word] = fields
-    # What becomes of an identity is told by a function that was passed.
-    told = re.findall(r'_on_event\("(\w+)"', (ROOT / "mutual_tls" / "identity.py").read_text())
-    assert told
-    events |= {word: ["detail"] for word in told}
-    described = {}
-    for head in items(section("tls-bridge.8", "Log", "Ss")):
-        cm, word, ar, *fields = head.split()
-        assert (cm, ar) == ("Cm", "Ar")
-        described[word] = fields
-    assert described == events
+    events = events_of("tls_bridge", refused, ["name", "peer"])
+    assert described_events("tls-bridge.8") == events
+
+
+def test_every_event_of_the_wrapper_is_there_with_its_fields(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    log = tls_tproxy.log.Log()
+    refusal = mutual_tls.refusal.Refusal(WrapReason.UNKNOWN_NAME, "more")
+    log.refusal(refusal, "192.0.2.1:1", "192.0.2.2:2", "a.example")
+    refused = re.findall(r"(\w+)=", capfd.readouterr().err)
+    events = events_of("tls_tproxy", refused, ["destination", "name"])
+    assert described_events("tls-tproxy.8") == events
 
 
 def test_every_reason_of_the_bridge_is_there_with_its_answer() -> None:
@@ -369,14 +402,72 @@ def test_the_answers_are_for_all_reasons_of_the_bridge() -> None:
     assert {reason for each in lists for reason in each} == ANSWERS.keys()
 
 
+# Those that only the other programs of TLS have. A client of tls-tproxy need not say anything, and
+# it resolves no name: it has an address, which the kernel knows.
+NOT_OF_THE_WRAPPER = {
+    mutual_tls.refusal.SessionReason.CLIENT_SILENT,
+    DialReason.UNRESOLVED,
+    DialReason.FORBIDDEN,
+}
+
+
+def test_every_reason_of_the_wrapper_is_there() -> None:
+    heads = items(section("tls-tproxy.8", "Reasons for refusals", "Ss"))
+    described = [head.removeprefix("Cm ") for head in heads]
+    assert described == sorted(described)
+    lists = (WrapReason, mutual_tls.refusal.SessionReason, DialReason, TLSReason)
+    assert set(described) == {reason for each in lists for reason in each} - NOT_OF_THE_WRAPPER
+    [expected] = re.findall(
+        r"^\.Cm info\nfor\n(.+?)\nand\n\.Cm warning$",
+        section("tls-tproxy.8", "Log", "Ss"),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert set(re.findall(r"^\.Cm (\w+)", expected, re.MULTILINE)) == EXPECTED
+
+
+def test_every_reason_in_the_page_of_the_wrapped_names_exists() -> None:
+    words = [head.removeprefix("Cm ") for head in items(section("tls-tproxy.5", "DIAGNOSTICS"))]
+    assert words == sorted(words)
+    heads = items(section("tls-tproxy.8", "Reasons for refusals", "Ss"))
+    assert {f"Cm {word}" for word in words} <= set(heads)
+
+
+def test_every_example_of_the_wrapper_is_understood() -> None:
+    source = section("tls-tproxy.8", "EXAMPLES").replace("\\e\n", " ")
+    lines = re.findall(r"^tls-tproxy (.+)$", source, re.MULTILINE)
+    assert len(lines) == 4
+    for line in lines:
+        # A user that every machine has.
+        words = line.replace("--user tls-tproxy", "--user nobody").split()
+        words = ["nobody" if word == "www-data" else word for word in words]
+        assert run("tls-tproxy.8", *words, "--check-options") == ""
+    example = run("tls-tproxy.8", "--help").splitlines()[-1].removeprefix("For example: tls-tproxy")
+    assert run("tls-tproxy.8", *example.split(), "--check-options") == ""
+    assert example.split() == lines[0].split()
+
+
+def test_every_entry_of_the_wrapped_names_is_there() -> None:
+    """What the module says that reads them, in both places of the page."""
+    said = tls_tproxy.wrap.__doc__ or ""
+    entries = set(re.findall(r"^    wrap/names/NAME/([\w-]+)", said, re.MULTILINE))
+    assert len(entries) == 9
+    synopsis = re.findall(r"Ns Ar NAME Ns Pa /([\w-]+)", section("tls-tproxy.5", "SYNOPSIS"))
+    source = section("tls-tproxy.5", "In the directory of a name", "Ss")
+    assert set(synopsis) == entries
+    assert items(source) == [f"Pa {entry}" for entry in sorted(entries)]
+    for word in StartTLS:
+        assert f"\n.Cm {word} ,\n" in source
+
+
 def test_every_reason_in_the_page_of_the_directories_exists() -> None:
     words = [head.removeprefix("Cm ") for head in items(section("tls-bridge.5", "DIAGNOSTICS"))]
     assert words == sorted(words)
     assert set(words) <= set(map(str, ANSWERS))
 
 
-def test_every_ending_of_the_bridge_is_there() -> None:
-    source = section("tls-bridge.8", "Log", "Ss")
+@pytest.mark.parametrize("page", ["tls-bridge.8", "tls-tproxy.8"])
+def test_every_ending_of_the_programs_of_tls_is_there(page: str) -> None:
+    source = section(page, "Log", "Ss")
     for ending in Ending:
         assert re.search(rf"^\.Cm {ending}$", source, re.MULTILINE)
 
@@ -406,7 +497,8 @@ def test_every_variable_is_there(page: str) -> None:
         for name in names
         if name
     }
-    found |= {"LISTEN_FDS", "LISTEN_PID"}  # taken out by a loop
+    if page != "tls-tproxy.8":  # which opens its own
+        found |= {"LISTEN_FDS", "LISTEN_PID"}  # taken out by a loop
     if page == "tls-bridge.8":
         found.add("LISTEN_FDNAMES")  # so is this, which means nothing to the others
     if "mutual_tls" in SERVICES[page]:
