@@ -1,7 +1,6 @@
 """systemd with the units of tls-bridge that we ship: both sides, and a service, in one machine."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -9,7 +8,10 @@ from tests.support.bridge import INGRESS, PEER, authority, write, write_identity
 from tests.support.daemon import eventually
 from tests.support.machine import Machine
 from tests.support.units import (
+    OF_EVERYBODY,
+    SYSTEM,
     UNITS,
+    changed,
     commands,
     ended,
     heard,
@@ -20,14 +22,14 @@ from tests.support.units import (
     started,
     state,
     wait_for_log,
+    writable_places,
 )
 
-SYSTEM = "/etc/systemd/system"
 PYTHON, SHELL = ("python3", "-c"), ("sh", "-euc")
 INGRESS_UNIT, PEER_UNIT = "tls-bridge@main.service", "tls-bridge-peer@main.service"
 SNI_SOCKET = "tls-bridge-sni@main.socket"
 INGRESS_PLACE, PEER_PLACE = "/srv/tls-bridge/main", "/srv/tls-bridge-peer/main"
-ALL_UNITS = sorted(path.name for path in UNITS.iterdir())
+ALL_UNITS = sorted(path.name for path in UNITS.iterdir() if "tproxy" not in path.name)
 
 each_side = pytest.mark.parametrize("unit", [INGRESS_UNIT, PEER_UNIT])
 
@@ -165,21 +167,6 @@ def behind(machine: Machine) -> Machine:
     machine.write(f"{SYSTEM}/sniproxy.service.d/override.conf", f"{section}\n{paths}\n")
     machine.run(*SHELL, f"systemctl daemon-reload; {stop}; {enable}")
     return machine
-
-
-@contextmanager
-def changed(machine: Machine, unit: str, *lines: str, starts: bool = True) -> Iterator[None]:
-    """Run it with a drop-in, as `systemctl edit` makes them."""
-    drop_in = f"{SYSTEM}/{unit}.d/override.conf"
-    machine.write(drop_in, "\n".join(("[Service]", *lines, "")))
-    machine.run("systemctl", "daemon-reload")
-    machine.run("systemctl", "restart", unit, check=starts)
-    try:
-        yield
-    finally:
-        machine.run("rm", drop_in)
-        machine.run("systemctl", "daemon-reload")
-        machine.run("systemctl", "restart", unit)
 
 
 def fetch(machine: Machine, *target: str) -> None:
@@ -406,14 +393,7 @@ def test_it_has_no_rights(machine: Machine, unit: str) -> None:
 @each_side
 def test_it_can_write_nowhere(machine: Machine, unit: str) -> None:
     fetch(machine)
-    mounts = machine.run("cat", f"/proc/{main_pid(machine, unit)}/mounts").stdout.splitlines()
-    writable = {line.split()[1] for line in mounts if "rw" in line.split()[3].split(",")}
-    # Its own processes, and what PrivateDevices= and PrivateIPC= give to everybody.
-    devices = {f"/dev/{name}" for name in ("hugepages", "mqueue", "pts", "shm")}
-    # PrivateTmp= gives it two directories that are empty, and its own.
-    allowed = {"/proc", *devices, "/tmp", "/var/tmp"}  # noqa: S108
-    # systemd-nspawn has locked what it mounts there.
-    assert {path for path in writable if not path.startswith("/run/host/")} <= allowed
+    assert writable_places(machine, unit) <= {"/proc", *OF_EVERYBODY}
 
 
 @each_side

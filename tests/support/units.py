@@ -13,6 +13,17 @@ from tests.support.machine import Machine
 UNITS: Final = Path(__file__).parents[2] / "systemd"
 SERVICE: Final = "sniproxy.service"
 
+# Where an administrator copies them to.
+SYSTEM: Final = "/etc/systemd/system"
+
+# What PrivateDevices= and PrivateIPC= give to every service, and PrivateTmp=: two directories that
+# are empty, and its own.
+OF_EVERYBODY: Final = (
+    *(f"/dev/{name}" for name in ("hugepages", "mqueue", "pts", "shm")),
+    "/tmp",  # noqa: S108
+    "/var/tmp",  # noqa: S108
+)
+
 # --- The files -----------------------------------------------------------------------------------
 
 
@@ -71,6 +82,29 @@ def wait_for_log(machine: Machine, word: str, unit: str = SERVICE) -> tuple[int,
 
     eventually(is_there)
     return found[0]
+
+
+@contextmanager
+def changed(machine: Machine, unit: str, *lines: str, starts: bool = True) -> Iterator[None]:
+    """Run it with a drop-in, as `systemctl edit` makes them."""
+    drop_in = f"{SYSTEM}/{unit}.d/override.conf"
+    machine.write(drop_in, "\n".join(("[Service]", *lines, "")))
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "restart", unit, check=starts)
+    try:
+        yield
+    finally:
+        machine.run("rm", drop_in)
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "restart", unit)
+
+
+def writable_places(machine: Machine, unit: str) -> set[str]:
+    """Return what is mounted for a unit so that it may be written to."""
+    mounts = machine.run("cat", f"/proc/{main_pid(machine, unit)}/mounts").stdout.splitlines()
+    writable = {line.split()[1] for line in mounts if "rw" in line.split()[3].split(",")}
+    # systemd-nspawn has locked what it mounts there.
+    return {path for path in writable if not path.startswith("/run/host/")}
 
 
 # --- Programs ------------------------------------------------------------------------------------
