@@ -100,7 +100,8 @@ class Session(session.Session):
         self.is_understood(WrapReason.SERVER_SILENT)
         address = ip_address(self.destination.host.partition("%")[0])
         names = await self._find_names(address)
-        self._reached = await self._reach_one(names, self.destination, address)
+        services = self._find_services(names, self.destination.port, address)
+        self._reached = await self._reach_one(services, self.destination.host)
         self.join(self.client, self._reached, b"", self._said)
 
     def has_ended(self) -> None:
@@ -130,40 +131,51 @@ class Session(session.Session):
         fixed = self.shared.wrap.fixed_names(address)
         return list(dict.fromkeys([*fixed, *self.shared.names.of(address)]))
 
-    async def _reach_one(
-        self, names: Sequence[Hostname], destination: Endpoint, address: IPAddress
-    ) -> TLSEnd:
-        """Reach the server for the first of these that are allowed for whom it has a certificate.
+    def _find_services(
+        self, names: Sequence[Hostname], port: int, address: IPAddress
+    ) -> list[Service]:
+        """Return how the connection may be wrapped, the likeliest way first.
 
         Raises:
-            DialError, TLSError, Refusal: for none. What is wrong with the newest that is allowed is
-                what is told: most likely it is the one that the client has meant.
+            Refusal: in no way.
         """
-        first: DialError | TLSError | Refusal | None = None
-        unknown: Refusal | None = None
-        left = _MOST_TRIED
+        services = []
+        first: Refusal | None = None
         for name in names:
             try:
-                service = self.shared.wrap.find(name, destination.port, address)
+                services.append(self.shared.wrap.find(name, port, address))
             except Refusal as refusal:
-                unknown = unknown or refusal
-                continue
+                # That name is elsewhere, so the DNS errs, or is forged. Whoever meant that name is
+                # not to reach another one in its place.
+                if refusal.reason is WrapReason.ADDRESS_NOT_ALLOWED:
+                    raise
+                first = first or refusal
+        if not services:
+            assert first is not None
+            raise first
+        return services[:_MOST_TRIED]
+
+    async def _reach_one(self, services: Sequence[Service], host: str) -> TLSEnd:
+        """Reach the server for the first of these for whom it shows a certificate.
+
+        Raises:
+            DialError, TLSError, Refusal: for none. What is wrong with the newest is what is told:
+                most likely it is the one that the client has meant.
+        """
+        first: DialError | TLSError | Refusal | None = None
+        for service in services:
             try:
-                end = await self._reach(service, destination)
+                end = await self._reach(service, host)
             except (DialError, TLSError, Refusal) as error:
                 first = first or error
                 self._outward.close()
             else:
-                self.name = name
+                self.name = service.name
                 return end
-            left -= 1
-            if not left:
-                break
-        failure = first or unknown
-        assert failure is not None
-        raise failure
+        assert first is not None
+        raise first
 
-    async def _reach(self, service: Service, destination: Endpoint) -> TLSEnd:
+    async def _reach(self, service: Service, host: str) -> TLSEnd:
         before_tls = None
         if service.starttls is StartTLS.POSTGRES:
             before_tls = request_encryption
@@ -171,7 +183,7 @@ class Session(session.Session):
                 self._has_declined = True
                 self._said = await decline_encryption(self.story, self.client)
         server = Server(
-            Endpoint(destination.host, service.port),
+            Endpoint(host, service.port),
             service.name,
             service.identity,
             service.rules,
