@@ -255,8 +255,9 @@ def test_stopped_its_table_is_gone_and_nothing_leaves_in_plaintext(machine: Mach
 
 def test_without_fail_closed_nothing_is_left(machine: Machine) -> None:
     exe = f"ExecStart=/opt/sniproxy/bin/tls-tproxy --port {LISTENING}"
-    stop_refusing(machine)
     with changed(machine, UNIT, "ExecStart=", exe):
+        # What the one before has left.
+        stop_refusing(machine)
         assert say(machine) == "client.example: hello"
         machine.run("systemctl", "stop", UNIT)
         assert tables(machine) == []
