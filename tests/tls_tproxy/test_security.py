@@ -3,6 +3,7 @@
 import re
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -28,6 +29,7 @@ from tests.support.wrapping import (
     server_context,
     works,
 )
+from tls_tproxy.wrap import _OVERVIEW_FOR
 
 _why_not: Final = why_no_network(("nft", "nftables"), ("dnsmasq", "dnsmasq-base"))
 pytestmark = pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
@@ -373,6 +375,7 @@ def test_a_name_that_was_looked_up_by_tcp_is_not_known(site: Site, wrapped: Wrap
         assert is_reset(lambda: site.connect(name.address, TAKEN))
         wrapped.wait_for_refusal(name.address, "no_name")
         wrapped.allow(name.name, addresses=f"{name.address}\n")
+        time.sleep(_OVERVIEW_FOR)
         assert works(site.connect(name.address, TAKEN))
 
 
