@@ -1,7 +1,7 @@
-"""Proxies of others, as processes with directories of their own.
+"""Proxies and servers of others, as processes with directories of their own.
 
-Apache httpd is one that is installed. Apache Traffic Server and squid would start services where
-they are installed, so they are unpacked only; scripts/foreign-peers does it.
+Apache httpd is one that is installed. Apache Traffic Server, squid, redis and mosquitto would start
+services where they are installed, so they are unpacked only; scripts/foreign-peers does it.
 """
 
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.support.bridge import write
 from tests.support.daemon import eventually
+from tests.support.network import Machine
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sniproxy-tests")
 UNPACKED = _CACHE / "foreign-peers"
@@ -27,6 +28,8 @@ _ETC = UNPACKED / "etc/trafficserver"
 _SQUID = UNPACKED / "usr/sbin/squid"
 _APACHE_MODULES = Path("/usr/lib/apache2/modules")
 
+_PROGRAMS = ("usr/bin", "usr/sbin")
+
 # They refuse to be root. In a user namespace root is nobody, and its files are still its own.
 _AS_NOBODY = ("unshare", "--user", "--map-user=65534", "--map-group=65534")
 
@@ -35,12 +38,26 @@ def why_not(program: str) -> str | None:
     """Return what is missing here for a program, in words for people; None if nothing is."""
     if program == "apache":
         return None if shutil.which("apache2") else "apache2 is not installed (apache2-bin)"
-    needed = _SQUID if program == "squid" else _PLUGINS / "tls_bridge.so"
+    needed = {
+        "squid": _SQUID,
+        "redis": UNPACKED / "usr/bin/redis-server",
+        "mosquitto": UNPACKED / "usr/bin/mosquitto_pub",
+    }.get(program, _PLUGINS / "tls_bridge.so")
     if not needed.exists():
         return f"{needed} is not there (scripts/foreign-peers unpacks it)"
     if os.geteuid() == 0 and subprocess.run([*_AS_NOBODY, "true"], capture_output=True).returncode:
         return "it refuses to be root, and no user namespace is to be had here"
     return None
+
+
+def unpacked(program: str) -> tuple[str, ...]:
+    """Return the command that is an unpacked program, with the libraries that it needs."""
+    found = next(path for each in _PROGRAMS if (path := UNPACKED / each / program).exists())
+    return "env", f"LD_LIBRARY_PATH={_libraries()}", str(found)
+
+
+def _libraries() -> str:
+    return ":".join(str(found) for each in _LIBRARIES for found in UNPACKED.glob(each))
 
 
 def free_port() -> int:
@@ -52,12 +69,27 @@ def free_port() -> int:
 
 @contextmanager
 def _running(
-    place: Path, port: int, *command: str, env: Mapping[str, str] | None = None
+    place: Path,
+    port: int,
+    *command: str,
+    env: Mapping[str, str] | None = None,
+    address: str = "127.0.0.1",
+    machine: Machine | None = None,
 ) -> Iterator[Path]:
-    """Run a program that listens on `port`; yield the file with what it says."""
+    """Run a program that listens on `port`; yield the file with what it says.
+
+    Args:
+        place: its directory.
+        port: where it listens.
+        command: it.
+        env: what to add to the environment.
+        address: where it listens.
+        machine: where it runs; None for this one.
+    """
     if os.geteuid() == 0:
         command = (*_AS_NOBODY, *command)
-    libraries = ":".join(str(found) for each in _LIBRARIES for found in UNPACKED.glob(each))
+    if machine is not None:
+        command = (*machine.under, *command)
     said = place / "said"
     with said.open("wb") as output:
         process = subprocess.Popen(
@@ -66,15 +98,15 @@ def _running(
             stdout=output,
             stderr=output,
             cwd=place,
-            env={**os.environ, "LD_LIBRARY_PATH": libraries, **(env or {})},
+            env={**os.environ, "LD_LIBRARY_PATH": _libraries(), **(env or {})},
             # Whatever it starts ends with it.
             start_new_session=True,
         )
 
     def listens() -> bool:
         assert process.poll() is None, said.read_text()
-        with socket.socket() as attempt:
-            return attempt.connect_ex(("127.0.0.1", port)) == 0
+        with machine.do(socket.socket) if machine else socket.socket() as attempt:
+            return attempt.connect_ex((address, port)) == 0
 
     try:
         eventually(listens)
@@ -241,4 +273,44 @@ def traffic_server(
         if hosts:
             # It reads them a second after its start, in the thread that serves.
             eventually(lambda: "Loading host file" in said.read_text())
+        yield said
+
+
+@contextmanager
+def redis(place: Path, machine: Machine, address: str, port: int) -> Iterator[Path]:
+    """Run redis on a machine, for clients of the authority in `place`, by TLS only."""
+    settings = {
+        "--bind": address,
+        "--port": "0",
+        "--protected-mode": "no",
+        "--tls-port": str(port),
+        "--tls-cert-file": f"{place}/identity/cert.pem",
+        "--tls-key-file": f"{place}/identity/key.pem",
+        "--tls-ca-cert-file": f"{place}/identity/ca.pem",
+        "--tls-auth-clients": "yes",
+        "--save": "",
+    }
+    arguments = [word for setting in settings.items() for word in setting]
+    command = (*unpacked("redis-server"), *arguments)
+    with _running(place, port, *command, address=address, machine=machine) as said:
+        yield said
+
+
+@contextmanager
+def mosquitto(place: Path, machine: Machine, address: str, port: int) -> Iterator[Path]:
+    """Run mosquitto on a machine, for clients of the authority in `place`, by TLS only."""
+    write(
+        place / "mosquitto.conf",
+        f"""
+listener {port} {address}
+cafile {place}/identity/ca.pem
+certfile {place}/identity/cert.pem
+keyfile {place}/identity/key.pem
+require_certificate true
+use_identity_as_username true
+log_dest stderr
+""",
+    )
+    command = (*unpacked("mosquitto"), "-c", f"{place}/mosquitto.conf")
+    with _running(place, port, *command, address=address, machine=machine) as said:
         yield said

@@ -64,6 +64,11 @@ class Name(NamedTuple):
         """The IPv4 one."""
         return self.addresses[4]
 
+    @property
+    def other(self) -> str:
+        """Another name, which has that address only."""
+        return f"other-{self.name}"
+
 
 class End:
     """A server's end of one connection, which sees all of TLS that a TLS library would hide.
@@ -308,7 +313,7 @@ class Site:
         records = [
             *(f"--host-record={each.name},{','.join(each.addresses.values())}" for each in names),
             # Two names of one address; a chain; one that nobody may remember.
-            *(f"--host-record=other-{each.name},{each.address}" for each in names),
+            *(f"--host-record={each.other},{each.address}" for each in names),
             *(f"--cname=middle-{each.name},{each.name}" for each in names),
             *(f"--cname=alias-{each.name},middle-{each.name}" for each in names),
             *(f"--host-record=brief-{each.name},{each.address},0" for each in names),

@@ -5,7 +5,7 @@ import signal
 import socket
 import ssl
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +15,14 @@ from trio.testing import trio_test
 
 from mutual_tls.end import TLSEnd
 from mutual_tls.refusal import Refusal
-from tests.support.bridge import write
+from tests.support.bridge import write, write_identity
 from tests.support.daemon import eventually
 from tests.support.foreign import free_port
+from tests.support.network import why_no_network
 from tests.support.sockets import plain
 from tests.support.story import TrioStory, told
 from tests.support.tls import NAME, authority, context, tls_bench
+from tests.support.wrapping import CLIENT, Site
 from tls_tproxy.refusal import WrapReason
 from tls_tproxy.starttls import decline_encryption, request_encryption
 
@@ -66,18 +68,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(data: Path, *, tls: bool) -> Iterator[int]:
+def running(
+    data: Path, *, tls: bool, address: str = "127.0.0.1", under: Sequence[str] = ()
+) -> Iterator[int]:
     """Run the server; yield its port."""
     port = free_port()
     settings = {
-        "listen_addresses": "127.0.0.1",
+        "listen_addresses": address,
         "unix_socket_directories": "",
         "ssl": "on" if tls else "off",
         "ssl_ca_file": "ca.crt",
         "fsync": "off",
         "lc_messages": "C",
     }
-    command = [*UNDER, str(PROGRAMS / "postgres"), "-D", str(data), "-p", str(port)]
+    command = [*under, *UNDER, str(PROGRAMS / "postgres"), "-D", str(data), "-p", str(port)]
     for key, value in settings.items():
         command += ["-c", f"{key}={value}"]
     said = data.parent / "said"
@@ -101,17 +105,14 @@ def running(data: Path, *, tls: bool) -> Iterator[int]:
         print(said.read_text(errors="replace"))  # noqa: T201
 
 
+def psql_command(host: str, port: int, mode: str) -> list[str]:
+    where = f"host={host} port={port} user=me dbname=postgres connect_timeout=20 {mode}"
+    arguments = ["--no-psqlrc", "--tuples-only", "--no-align", where, "-c", QUERY]
+    return [str(PROGRAMS / "psql"), *arguments]
+
+
 def psql(port: int, mode: str) -> subprocess.CompletedProcess[str]:
-    where = f"host=127.0.0.1 port={port} user=me dbname=postgres connect_timeout=20 {mode}"
-    command = [
-        str(PROGRAMS / "psql"),
-        "--no-psqlrc",
-        "--tuples-only",
-        "--no-align",
-        where,
-        "-c",
-        QUERY,
-    ]
+    command = psql_command("127.0.0.1", port, mode)
     return subprocess.run(command, capture_output=True, text=True, timeout=40)
 
 
@@ -194,3 +195,26 @@ async def test_a_server_without_tls_says_so(cluster: Path) -> None:
             await told(lambda story: request_encryption(story, near))
         assert caught.value.reason is WrapReason.STARTTLS_DECLINED
         near.close()
+
+
+_why_no_network = why_no_network(("nft", "nftables"), ("dnsmasq", "dnsmasq-base"))
+
+
+@pytest.mark.skipif(_why_no_network is not None, reason=str(_why_no_network))
+@pytest.mark.parametrize("tls", [True, False])
+def test_the_whole_program(site: Site, cluster: Path, tmp_path: Path, tls: bool) -> None:
+    name = site.new_name()
+    place = tmp_path / "run/wrap/names" / name.other
+    write(place / "starttls", "postgres\n")
+    write(place / "servers", f"{NAME}\n")
+    write_identity(place / "identity", CLIENT, authority())
+    authority().cert_pem.write_to_path(str(place / "identity/ca.pem"))
+    with running(cluster, tls=tls, address=name.address, under=site.router.under) as port:
+        write(place / f"ports/{port}")
+        with site.start(tmp_path, "--log=connections") as daemon:
+            done = site.command(tmp_path, *psql_command(name.other, port, ""))
+            if tls:
+                assert (done.stdout, done.stderr) == ("t|TLSv1.3\n", "")
+            else:
+                assert done.returncode != 0
+                daemon.wait_for_log("reason=starttls_declined")

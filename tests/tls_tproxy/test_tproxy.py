@@ -254,20 +254,20 @@ def test_several_names_of_one_address(site: Site, simple: Wrapped) -> None:
     name = site.new_name()
     with site.serve(name.address, server_context(name.name)) as server:
         site.look_up(name.name)
-        site.look_up(f"other-{name.name}")
+        site.look_up(name.other)
         assert works(site.connect(name.address))
-        assert [end.sni for end in server.ends] == [f"other-{name.name}", name.name]
+        assert [end.sni for end in server.ends] == [name.other, name.name]
         assert [end.is_certificate_seen for end in server.ends] == [False, True]
 
 
 def test_several_names_that_lead_to_several_ports(site: Site, wrap: Wrapped) -> None:
     """Nobody listens on the port of the first candidate."""
     name = site.new_name()
-    wrap.add(f"other-{name.name}", **{f"ports__{TAKEN_BY_WRAP}": "4430\n"})
+    wrap.add(name.other, **{f"ports__{TAKEN_BY_WRAP}": "4430\n"})
     wrap.add(name.name)
     with site.serve(name.address, server_context(name.name)):
         site.look_up(name.name)
-        site.look_up(f"other-{name.name}")
+        site.look_up(name.other)
         assert works(site.connect(name.address, TAKEN_BY_WRAP))
 
 
