@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -40,6 +40,8 @@ pytestmark = pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
 
 LISTENING: Final = 8000
 NOBODY: Final = 65534
+
+ETH_P_ALL: Final = 3  # linux/if_ether.h
 
 # linux/capability.h
 CAP_NET_ADMIN, CAP_NET_RAW = 12, 13
@@ -73,6 +75,24 @@ def plain_server(site: Site, name: Name) -> Iterator[socket.socket]:
         yield listening
 
 
+@contextmanager
+def sniffer(site: Site) -> Iterator[Callable[[], list[bytes]]]:
+    """See what the server's machine receives; what is yielded returns the packets so far."""
+    with site.router.do(
+        socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL)
+    ) as sock:
+        sock.setblocking(False)
+
+        def packets() -> list[bytes]:
+            seen = []
+            with suppress(BlockingIOError):
+                while True:
+                    seen.append(sock.recv(1 << 16))
+            return seen
+
+        yield packets
+
+
 def hears_nothing(listening: socket.socket) -> bool:
     """Tell whether nobody has connected."""
     return select.select([listening], (), (), 0)[0] == []
@@ -90,6 +110,11 @@ def children(pid: int) -> dict[str, int]:
     return {Path(f"/proc/{each}/comm").read_text().strip(): int(each) for each in pids}
 
 
+def workers_of(daemon: Daemon) -> list[int]:
+    """Return the workers, without nft."""
+    return [pid for pid in daemon.workers() if pid != children(daemon.process.pid)["nft"]]
+
+
 def status(pid: int) -> dict[str, str]:
     """Return what proc_pid_status(5) says."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -105,11 +130,15 @@ def rights(pid: int) -> set[int]:
 # --- The end
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_the_rules_end_with_it(site: Site, tmp_path: Path, number: signal.Signals) -> None:
+def test_the_rules_end_with_it(
+    site: Site, tmp_path: Path, number: signal.Signals, workers: int
+) -> None:
     """Observed: they stayed, and connections went nowhere."""
     name = site.new_name()
-    with site.start(tmp_path, *options(tmp_path)) as daemon, plain_server(site, name) as plain:
+    arguments = (*options(tmp_path), f"--workers={workers}")
+    with site.start(tmp_path, *arguments) as daemon, plain_server(site, name) as plain:
         assert len(site.tables()) == 1
         assert is_reset(lambda: site.visit(name))
         daemon.signal(number)
@@ -126,6 +155,7 @@ def test_fail_closed(site: Site, tmp_path: Path, number: signal.Signals) -> None
     port = f"--port={LISTENING}"
     with (
         plain_server(site, name) as plain,
+        sniffer(site) as packets,
         site.serve(name.address, server_context(name.name)),
         site.start(tmp_path, *options(tmp_path), port, "--fail-closed") as daemon,
         site.visit(name) as client,
@@ -158,13 +188,18 @@ def test_fail_closed(site: Site, tmp_path: Path, number: signal.Signals) -> None
         with pytest.raises(ConnectionRefusedError):
             site.connect(name.address)
         assert hears_nothing(plain)
+        assert not any(b"plaintext" in packet for packet in packets())
         # As an administrator would say it, wherever he is.
         nothing = tmp_path / "nothing"
         nothing.mkdir()
         done = site.run(nothing, port, "--stop-refusing")
         assert (done.returncode, done.stderr) == (0, "")
         assert site.tables() == []
-        assert reaches(site, name, plain)
+        with site.connect(name.address) as client, plain.accept()[0] as server:
+            client.sendall(b"plaintext")
+            assert server.recv(100) == b"plaintext"
+            # So it would have been seen.
+            assert any(b"plaintext" in packet for packet in packets())
 
 
 def test_a_drain_lets_connections_go_on(site: Site, tmp_path: Path) -> None:
@@ -203,13 +238,13 @@ def test_sigint_cuts_connections_off(site: Site, tmp_path: Path) -> None:
         eventually(lambda: server.end().failure)
 
 
-def test_nft_is_killed(site: Site, tmp_path: Path) -> None:
-    with site.start(tmp_path, *options(tmp_path)) as daemon:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nft_is_killed(site: Site, tmp_path: Path, workers: int) -> None:
+    with site.start(tmp_path, *options(tmp_path), f"--workers={workers}") as daemon:
         os.kill(children(daemon.process.pid)["nft"], signal.SIGKILL)
         assert daemon.wait() == 111
-        assert daemon.log()[-1] == (
-            "tls-tproxy: fatal: unable to redirect connections: nft has ended"
-        )
+        why = "tls-tproxy: fatal: unable to redirect connections: nft has ended"
+        assert why in daemon.log()
 
 
 # --- The start
@@ -397,9 +432,13 @@ def test_workers(site: Site, tmp_path: Path, version: int) -> None:
             return {word for line in lines for word in line.split() if word.startswith("worker=")}
 
         eventually(lambda: len(who()) == 2)
-        # A worker that has died is replaced; and when all has ended, so have the rules.
-        os.kill(daemon.workers()[1], signal.SIGTERM)
-    assert site.tables() == []
+        # One that has died is replaced, and the rules stay.
+        first, *_ = served = workers_of(daemon)
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: len(set(workers_of(daemon)) - set(served)) == 1)
+        assert len(site.tables()) == 1
+        for _ in range(10):
+            assert works(site.visit(name, version=version))
 
 
 def test_no_more_connections_than_that(site: Site, tmp_path: Path) -> None:
@@ -553,6 +592,22 @@ def test_what_is_found_wrong_later(
     assert done.returncode == 100
     assert done.stderr.splitlines()[-1].startswith(f"tls-tproxy: fatal: {why}")
     assert site.tables() == []
+
+
+def test_a_directory_in_which_nothing_is_said_yet(site: Site, tmp_path: Path) -> None:
+    name = site.new_name()
+    wrap = tmp_path / "run/wrap"
+    wrap.mkdir(parents=True)
+    with (
+        site.serve(name.address, server_context(name.name)),
+        site.start(tmp_path) as daemon,
+    ):
+        assert "ports=none" in daemon.wait_for_log("redirecting")
+        write_identity(tmp_path / "run/identity", CLIENT)
+        (wrap / "names/_default").mkdir(parents=True)
+        write(wrap / f"ports/{TAKEN}", "443\n")
+        daemon.wait_for_log(f"ports={TAKEN}")
+        assert works(site.visit(name))
 
 
 def test_our_own_port_among_others(site: Site, tmp_path: Path) -> None:

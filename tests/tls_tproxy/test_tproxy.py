@@ -10,6 +10,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -191,6 +192,15 @@ def test_names_that_are_looked_up(site: Site, simple: Wrapped, prefix: str, serv
         site.look_up(asked, server=server)
         assert works(site.connect(name.address))
         assert served.end().sni == asked
+
+
+def test_the_case_of_a_name(site: Site, simple: Wrapped) -> None:
+    """Resolvers that draft-vixie-dnsext-dns0x20 has persuaded ask in any."""
+    name = site.new_name()
+    with site.serve(name.address, server_context(name.name)) as server:
+        site.look_up(name.name.upper())
+        assert works(site.connect(name.address))
+        assert server.end().sni == name.name
 
 
 def test_the_target_of_a_cname_is_no_name(site: Site, simple: Wrapped) -> None:
@@ -512,6 +522,24 @@ def test_rules_and_checkers(
             assert not any(end.is_certificate_seen for end in server.ends)
 
 
+def test_rules_that_become_stricter(site: Site, wrap: Wrapped) -> None:
+    """Whoever was let in before is not, be it by a session that TLS could resume."""
+    name = site.new_name()
+    place = wrap.add(name.name)
+    with site.serve(name.address, server_context(name.name)) as server:
+        for _ in range(3):
+            assert works(site.visit(name, TAKEN_BY_WRAP))
+        write(place / "servers", f"{OTHER_PIN}\n")
+        assert is_reset(lambda: site.visit(name, TAKEN_BY_WRAP))
+        wrap.refused(name, "wrong_name")
+        assert not server.end(3).is_certificate_seen
+        (place / "servers").unlink()
+        write(place / "verify", "spki-pin\n")
+        write(place / "pins", f"{OTHER_PIN}\n")
+        assert is_reset(lambda: site.visit(name, TAKEN_BY_WRAP))
+        wrap.refused(name, "certificate_rejected")
+
+
 # --- What is relayed
 
 
@@ -619,6 +647,17 @@ def test_much_both_ways(site: Site, simple: Wrapped, tls: ssl.TLSVersion) -> Non
         assert not thread.is_alive()
     assert received.digest() == sha256(content).digest()
     simple.line("connection", f"name={name.name}", f"up={size}", f"down={size}")
+
+
+def test_many_at_once(site: Site, simple: Wrapped) -> None:
+    name = site.new_name()
+    with site.serve(name.address, server_context(name.name)), ExitStack() as stack:
+        clients = [stack.enter_context(site.visit(name)) for _ in range(50)]
+        for n, client in enumerate(clients):
+            client.sendall(b"%d" % n * 10_000)
+            client.shutdown(socket.SHUT_WR)
+        for n, client in enumerate(clients):
+            assert receive_all(client) == b"%d" % n * 10_000
 
 
 def test_the_server_speaks_first(site: Site, simple: Wrapped) -> None:
