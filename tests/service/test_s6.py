@@ -30,6 +30,7 @@ from tests.support.daemon import PATIENCE, eventually
 from tests.support.enclosure import Enclosure, why_no_enclosure
 from tests.support.greeting import UNRECOGNIZED_NAME
 from tests.support.sockets import receive_all, receive_exactly
+from tests.support.wrapping import CLIENT, Server, server_context, works
 
 NAME = "one.example"
 HELLO = hellos.hello_bytes(NAME)
@@ -111,7 +112,7 @@ def inside() -> Iterator[Enclosure]:
 
 
 def installations() -> list[str]:
-    """Return the commands of the README: for sniproxy, and for tls-bridge."""
+    """Return the commands of the README: for sniproxy, for tls-bridge and for tls-tproxy."""
     return re.findall(r"```sh\n(.*?)```", (SHIPPED / "README.md").read_text(), re.DOTALL)
 
 
@@ -437,3 +438,63 @@ def test_both_sides_have_the_same_files() -> None:
         ingress, peer = (SHIPPED / name / path for name in (INGRESS_NAME, PEER_NAME))
         assert ingress.read_text() == peer.read_text()
         assert ingress.stat().st_mode == peer.stat().st_mode
+
+
+# --- tls-tproxy ----------------------------------------------------------------------------------
+
+TPROXY_NAME = "tls-tproxy"
+WRAPPED = ("127.0.0.2", 8443)
+
+needs_nft = pytest.mark.skipif(
+    shutil.which("nft") is None, reason="nft is not installed (Debian package nftables)"
+)
+
+
+@pytest.fixture
+def tproxy(inside: Enclosure) -> Iterator[Service]:
+    """It, installed and ready, with a server that has a name by a fixed address."""
+    place = inside / "/srv/tls-tproxy/main"
+    write(place / f"wrap/ports/{WRAPPED[1]}", "443\n")
+    write(place / f"wrap/names/{NAME}/addresses", f"{WRAPPED[0]}\n")
+    write_identity(place / "identity", CLIENT)
+    inside.run("sh", "-e", "-c", installations()[2])
+    key = "/srv/tls-tproxy/main/identity/key.pem"
+    inside.run("sh", "-ec", f"chgrp tls-tproxy {key} && chmod 640 {key}")
+    listening = inside.do(lambda: socket.create_server((WRAPPED[0], 443)))
+    server = Server(listening, server_context(NAME))
+    service = Service(inside, TPROXY_NAME)
+    service.wait("-U")
+    yield service
+    server.close()
+    sys.stdout.write("".join(f"{line}\n" for line in service.log()))
+
+
+@needs_nft
+def test_programs_are_wrapped(tproxy: Service) -> None:
+    inside = tproxy.inside
+    assert works(inside.connect(WRAPPED))
+    user = inside.run("id", "--user", TPROXY_NAME).strip()
+    status = Path("/proc", str(tproxy.pid()), "status").read_text()
+    assert f"\nUid:\t{user}\t{user}\t{user}\t{user}\n" in status
+    # The client that asked whether it is ready.
+    tproxy.wait_for_log("reason=not_redirected")
+
+
+@needs_nft
+def test_restarted_it_wraps_and_stopped_it_refuses(tproxy: Service) -> None:
+    inside = tproxy.inside
+    old = tproxy.pid()
+    tproxy.svc("-h")
+    eventually(lambda: tproxy.pid() not in (old, -1))
+    tproxy.wait("-U")
+    assert works(inside.connect(WRAPPED))
+    tproxy.svc("-wD", "-d")
+    with pytest.raises(ConnectionRefusedError):
+        inside.connect(WRAPPED)
+
+
+def test_tls_tproxy_has_the_same_files_as_the_others() -> None:
+    for path in "finish", "notification-fd", "timeout-kill", "log/notification-fd", "log/run":
+        ours, others = (SHIPPED / name / path for name in (TPROXY_NAME, INGRESS_NAME))
+        assert ours.read_text() == others.read_text().replace(INGRESS_NAME, TPROXY_NAME)
+        assert ours.stat().st_mode == others.stat().st_mode
