@@ -452,7 +452,7 @@ def test_every_entry_of_the_wrapped_names_is_there() -> None:
     entries = set(re.findall(r"^    wrap/names/NAME/([\w-]+)", said, re.MULTILINE))
     assert len(entries) == 9
     synopsis = re.findall(r"Ns Ar NAME Ns Pa /([\w-]+)", section("tls-tproxy.5", "SYNOPSIS"))
-    source = section("tls-tproxy.5", "In the directory of a name", "Ss")
+    source = section("tls-tproxy.5", "Directory of a name", "Ss")
     assert set(synopsis) == entries
     assert items(source) == [f"Pa {entry}" for entry in sorted(entries)]
     for word in StartTLS:
