@@ -2,6 +2,8 @@
 
 Apache httpd is one that is installed. Apache Traffic Server, squid, redis and mosquitto would start
 services where they are installed, so they are unpacked only; scripts/foreign-peers does it.
+
+bench/tls_peers.py measures one of them, and has none of what tests have besides Python.
 """
 
 import os
@@ -14,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support.bridge import write
 from tests.support.daemon import eventually
 from tests.support.network import Machine
 
@@ -22,7 +23,7 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "snipr
 UNPACKED = _CACHE / "foreign-peers"
 
 _LIBRARIES = ("usr/lib/trafficserver", "usr/lib/*-linux-gnu", "lib/*-linux-gnu")
-_TRAFFIC_SERVER = UNPACKED / "usr/bin/traffic_server"
+TRAFFIC_SERVER = UNPACKED / "usr/bin/traffic_server"
 _PLUGINS = UNPACKED / "usr/lib/trafficserver/modules"
 _ETC = UNPACKED / "etc/trafficserver"
 _SQUID = UNPACKED / "usr/sbin/squid"
@@ -67,11 +68,17 @@ def free_port() -> int:
     return port
 
 
+def command(*argv: str | Path) -> tuple[str, ...]:
+    """Return what runs a program, in the same process: unpacked, and as nobody in particular."""
+    whole = ("env", f"LD_LIBRARY_PATH={_libraries()}", *map(str, argv))
+    return (*_AS_NOBODY, *whole) if os.geteuid() == 0 else whole
+
+
 @contextmanager
 def _running(
     place: Path,
     port: int,
-    *command: str,
+    *argv: str | Path,
     env: Mapping[str, str] | None = None,
     address: str = "127.0.0.1",
     machine: Machine | None = None,
@@ -81,24 +88,20 @@ def _running(
     Args:
         place: its directory.
         port: where it listens.
-        command: it.
+        argv: it.
         env: what to add to the environment.
         address: where it listens.
         machine: where it runs; None for this one.
     """
-    if os.geteuid() == 0:
-        command = (*_AS_NOBODY, *command)
-    if machine is not None:
-        command = (*machine.under, *command)
     said = place / "said"
     with said.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            (*(machine.under if machine else ()), *command(*argv)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             cwd=place,
-            env={**os.environ, "LD_LIBRARY_PATH": _libraries(), **(env or {})},
+            env={**os.environ, **(env or {})},
             # Whatever it starts ends with it.
             start_new_session=True,
         )
@@ -132,8 +135,7 @@ def apache(place: Path, port: int, allowed: str, client: str) -> Iterator[Path]:
     """
     modules = ("mpm_event", "authz_core", "ssl", "proxy", "proxy_connect")
     lines = [f"LoadModule {name}_module {_APACHE_MODULES}/mod_{name}.so" for name in modules]
-    write(
-        place / "apache.conf",
+    (place / "apache.conf").write_text(
         "\n".join(lines)
         + f"""
 ServerRoot {place}
@@ -162,8 +164,7 @@ AllowCONNECT {allowed}
 def squid(place: Path, port: int, allowed: str, client: str) -> Iterator[Path]:
     """Run squid as a peer; the arguments are those of `apache`."""
     identity, share = place / "identity", UNPACKED / "usr/share/squid"
-    write(
-        place / "squid.conf",
+    (place / "squid.conf").write_text(
         f"""
 https_port 127.0.0.1:{port} tls-cert={identity}/cert.pem tls-key={identity}/key.pem \
 clientca={identity}/ca.pem tls-cafile={identity}/ca.pem
@@ -190,26 +191,26 @@ shutdown_lifetime 0 seconds
     )
     # Its name is that of its files in /dev/shm, too, which another one must not find.
     name = f"tests{os.getpid()}x{port}"
-    command = (str(_SQUID), "-N", "-n", name, "-d1", "-f", f"{place}/squid.conf")
+    argv = (_SQUID, "-N", "-n", name, "-d1", "-f", f"{place}/squid.conf")
     try:
-        with _running(place, port, *command) as said:
+        with _running(place, port, *argv) as said:
             yield said
     finally:
         for left in Path("/dev/shm").glob(f"{name}-*"):  # noqa: S108 - it has no other
             left.unlink()
 
 
-@contextmanager
-def traffic_server(
+def configure_traffic_server(
     place: Path,
     port: str,
     records: Mapping[str, str | int],
     *,
     plugin: str = "",
     remap: str = "",
-    hosts: str = "",
-) -> Iterator[Path]:
-    """Run Apache Traffic Server, as nobody in particular, from a directory of its own.
+) -> tuple[str, ...]:
+    """Configure Apache Traffic Server in a directory of its own; return its command line.
+
+    It has one thread for events, and keeps nothing and logs nothing.
 
     Args:
         place: That directory; it has `identity/` if `port` has `ssl`.
@@ -217,11 +218,10 @@ def traffic_server(
         records: What else is to be in records.config.
         plugin: The file plugin.config.
         remap: The file remap.config.
-        hosts: What names it knows, as in hosts(5).
     """
-    for directory in "run", "log", "cache":
-        (place / directory).mkdir(parents=True, exist_ok=True)
     configuration = place / "config"
+    for directory in configuration, place / "run", place / "log", place / "cache":
+        directory.mkdir(parents=True, exist_ok=True)
     where = {
         "prefix": place,
         "exec_prefix": place,
@@ -237,42 +237,49 @@ def traffic_server(
         "logdir": place / "log",
         "cachedir": place / "cache",
     }
-    write(place / "runroot.yaml", "".join(f"{key}: {path}\n" for key, path in where.items()))
     every: dict[str, str | int] = {
         "proxy.config.http.server_ports": port,
         "proxy.config.admin.user_id": "#-1",
         "proxy.config.http.cache.http": 0,
-        "proxy.config.hostdb.host_file.path": str(place / "hosts"),
         "proxy.config.exec_thread.autoconfig": 0,
         "proxy.config.exec_thread.limit": 1,
         "proxy.config.crash_log_helper": "",
         "proxy.config.body_factory.template_sets_dir": str(_ETC / "body_factory"),
         "proxy.config.log.logging_enabled": 0,
         "proxy.config.diags.output.error": "E",
-        # It tells when it has read the file with the names.
-        "proxy.config.diags.debug.enabled": 1,
-        "proxy.config.diags.debug.tags": "hostdb",
         **records,
     }
     lines = [
         f"CONFIG {key} {'INT' if isinstance(value, int) else 'STRING'} {value}\n"
         for key, value in every.items()
     ]
-    write(configuration / "records.config", "".join(lines))
-    write(configuration / "plugin.config", plugin)
-    write(configuration / "remap.config", remap)
-    write(configuration / "storage.config", "")
+    certificate = "dest_ip=* ssl_cert_name=cert.pem ssl_key_name=key.pem\n"
+    for name, text in (
+        ("records.config", "".join(lines)),
+        ("plugin.config", plugin),
+        ("remap.config", remap),
+        ("storage.config", ""),
+        ("ssl_multicert.config", certificate if "ssl" in port else ""),
+    ):
+        (configuration / name).write_text(text)
     shutil.copy(_ETC / "ip_allow.yaml", configuration)
-    write(place / "hosts", hosts)
-    write(
-        configuration / "ssl_multicert.config",
-        "dest_ip=* ssl_cert_name=cert.pem ssl_key_name=key.pem\n" if "ssl" in port else "",
-    )
-    command = (str(_TRAFFIC_SERVER), f"--run-root={place / 'runroot.yaml'}")
-    with _running(place, int(port.partition(":")[0]), *command) as said:
-        if hosts:
-            # It reads them a second after its start, in the thread that serves.
-            eventually(lambda: "Loading host file" in said.read_text())
+    run_root = place / "runroot.yaml"
+    run_root.write_text("".join(f"{key}: {path}\n" for key, path in where.items()))
+    return str(TRAFFIC_SERVER), f"--run-root={run_root}"
+
+
+@contextmanager
+def traffic_server(
+    place: Path,
+    port: str,
+    records: Mapping[str, str | int],
+    *,
+    plugin: str = "",
+    remap: str = "",
+) -> Iterator[Path]:
+    """Run it; the arguments are those of `configure_traffic_server`."""
+    argv = configure_traffic_server(place, port, records, plugin=plugin, remap=remap)
+    with _running(place, int(port.partition(":")[0]), *argv) as said:
         yield said
 
 
@@ -299,8 +306,7 @@ def redis(place: Path, machine: Machine, address: str, port: int) -> Iterator[Pa
 @contextmanager
 def mosquitto(place: Path, machine: Machine, address: str, port: int) -> Iterator[Path]:
     """Run mosquitto on a machine, for clients of the authority in `place`, by TLS only."""
-    write(
-        place / "mosquitto.conf",
+    (place / "mosquitto.conf").write_text(
         f"""
 listener {port} {address}
 cafile {place}/identity/ca.pem
@@ -309,7 +315,7 @@ keyfile {place}/identity/key.pem
 require_certificate true
 use_identity_as_username true
 log_dest stderr
-""",
+"""
     )
     command = (*unpacked("mosquitto"), "-c", f"{place}/mosquitto.conf")
     with _running(place, port, *command, address=address, machine=machine) as said:

@@ -181,6 +181,8 @@ class ForeignIngress:
             "proxy.config.ssl.client.cert.filename": "cert.pem",
             "proxy.config.ssl.client.private_key.path": str(self.identity),
             "proxy.config.ssl.client.private_key.filename": "key.pem",
+            # What it says, and what the certificate has to show: a name that is nowhere looked up.
+            "proxy.config.ssl.client.sni_policy": f"@{PEER}",
             # Of the services, and of the peer.
             "proxy.config.http.connect_ports": f"80 81 {self.peer.address[1]}",
         }
@@ -190,8 +192,7 @@ class ForeignIngress:
                 f"{self.port}:ip-in=127.0.0.1",
                 records,
                 plugin=f"tls_bridge.so .*[.]internal {peer}\n",
-                remap=f"map https://{peer} https://{peer}\n",
-                hosts=f"127.0.0.1 {PEER}\n",
+                remap=f"map https://{peer} https://127.0.0.1:{self.peer.address[1]}\n",
             )
         )
 
