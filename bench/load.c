@@ -15,32 +15,18 @@
  * Results go to standard output as "name value" lines, times in seconds.
  */
 
-#define _GNU_SOURCE
-#include <arpa/inet.h>
+#include "load.h"
+
 #include <errno.h>
 #include <fcntl.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/epoll.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
-#include <time.h>
-#include <unistd.h>
 
 enum {
-    COMMAND = 9,      /* one letter, eight bytes of a number */
     MOST_FDS = 1 << 17,
-    HEAD = 4096,      /* a PROXY header, a hello and a command fit */
     PIECE = 1 << 18,  /* bytes sent or received at a time: what a socket buffer takes */
     MOST_EVENTS = 256,
-    PATIENCE = 120,   /* seconds, many times what any load takes; then something is stuck */
 };
 
 /* What a connection is there for. The first five are the letters of commands. */
@@ -66,13 +52,6 @@ static void fail(const char *what)
 {
     fprintf(stderr, "load: unable to %s: %s\n", what, strerror(errno));
     exit(111);
-}
-
-static double now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec + time.tv_nsec / 1e9;
 }
 
 static void watch(int fd, uint32_t events)
@@ -240,25 +219,18 @@ static void serve(int fd, struct connection *connection)
 static void backend(const char *path, int port)
 {
     struct sockaddr_un name = {.sun_family = AF_UNIX};
-    struct sockaddr_in address = {
-        .sin_family = AF_INET, .sin_port = htons(port), .sin_addr = {htonl(INADDR_LOOPBACK)}};
-    int yes = 1;
     snprintf(name.sun_path, sizeof name.sun_path, "%s", path);
     int near = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (bind(near, (struct sockaddr *)&name, sizeof name) < 0 || listen(near, 4096) < 0)
+    if (bind(near, (struct sockaddr *)&name, sizeof name) < 0 || listen(near, BACKLOG) < 0)
         fail("listen on the Unix socket");
     chmod(path, 0777); /* some proxies go on as another user */
-    int far = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    setsockopt(far, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-    setsockopt(far, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
-    if (bind(far, (struct sockaddr *)&address, sizeof address) < 0 || listen(far, 4096) < 0)
-        fail("listen on the TCP port");
+    int far = listen_on(port, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    set_nodelay(far);
     enter(near, LISTEN)->is_unix = 1;
     enter(far, LISTEN);
     watch(near, EPOLLIN);
     watch(far, EPOLLIN);
-    puts("ready");
-    fflush(stdout);
+    say_ready();
     struct epoll_event events[MOST_EVENTS];
     for (;;) {
         int count = epoll_wait(epoll, events, MOST_EVENTS, -1);
@@ -285,11 +257,11 @@ static struct sockaddr_in proxy;
 static int greet(enum role role, uint64_t number)
 {
     char head[HEAD];
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), yes = 1;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
         fail("make a socket");
     if (role == ECHO)
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+        set_nodelay(fd);
     if (connect(fd, (struct sockaddr *)&proxy, sizeof proxy) < 0)
         fail("connect");
     memcpy(head, hello, hello_size);
@@ -368,12 +340,6 @@ static void bulk_load(const char *direction, int streams, uint64_t bytes)
     printf("seconds %.6f\n", now() - began);
 }
 
-static int by_size(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* One byte there and back, on every connection again and again, `count` times in all. */
 static void ping_load(int many, long count)
 {
@@ -386,8 +352,7 @@ static void ping_load(int many, long count)
         await_byte(fds[i]);
         watch(fds[i], EPOLLIN);
     }
-    puts("ready");
-    fflush(stdout);
+    say_ready();
     getchar();
     double began = now();
     for (int i = 0; i < many && sent < count; i++, sent++) {
@@ -408,38 +373,26 @@ static void ping_load(int many, long count)
             }
         }
     }
-    printf("seconds %.6f\n", now() - began);
-    qsort(times, count, sizeof *times, by_size);
-    printf("median %.9f\n", times[count / 2]);
-    printf("p99 %.9f\n", times[count * 99 / 100]);
+    print_round_trips(now() - began, times, count);
 }
 
 static void idle_load(int count)
 {
     for (int i = 0; i < count; i++)
         await_byte(greet(CONNECT, 0));
-    alarm(0);
-    puts("ready");
-    fflush(stdout);
-    while (getchar() != EOF)
-        ;
+    rest();
 }
 
 int main(int argc, char **argv)
 {
-    struct rlimit limit;
-    getrlimit(RLIMIT_NOFILE, &limit);
-    limit.rlim_cur = limit.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &limit);
-    signal(SIGPIPE, SIG_IGN);
+    prepare();
     epoll = epoll_create1(EPOLL_CLOEXEC);
     if (epoll < 0)
         fail("make an epoll set");
     if (argc == 4 && !strcmp(argv[1], "backend")) {
         backend(argv[2], atoi(argv[3]));
     } else if (argc >= 5) {
-        proxy = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(atoi(argv[2])),
-                                     .sin_addr = {htonl(INADDR_LOOPBACK)}};
+        proxy = loopback(atoi(argv[2]));
         read_hello(argv[3]);
         alarm(PATIENCE);
         if (!strcmp(argv[1], "connect") && argc == 7)

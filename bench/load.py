@@ -9,7 +9,7 @@ BENCH = Path(__file__).parent
 
 
 class Load:
-    """One of the programs here, compiled.
+    """One of the programs here, compiled; load.h has what they share.
 
     Args:
         directory: where the compiled program goes.

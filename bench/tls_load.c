@@ -17,29 +17,15 @@
  * "name value" lines, times in seconds.
  */
 
-#define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
+#include "load.h"
+
 #include <openssl/err.h>
 #include <openssl/ssl.h>
 #include <pthread.h>
-#include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
 
 enum {
-    COMMAND = 9,          /* one letter, eight bytes of a number */
-    HEAD = 4096,          /* a CONNECT or its answer fits */
     PIECE = 1 << 16,      /* bytes sent or received at a time */
     STACK = PIECE * 4,    /* of a thread: two pieces, and what OpenSSL needs */
-    PATIENCE = 120,       /* seconds, many times what any load takes; then something is stuck */
 };
 
 static const char CONNECT[] =
@@ -60,13 +46,6 @@ static void fail(const char *what)
     perror(what);
     ERR_print_errors_fp(stderr);
     exit(111);
-}
-
-static double now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec + time.tv_nsec / 1e9;
 }
 
 static int receive(struct end *end, char *data, int most)
@@ -110,12 +89,6 @@ static void leave(struct end *end)
         SSL_free(end->ssl);
     }
     close(end->fd);
-}
-
-static void set_options(int fd)
-{
-    int yes = 1;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
 }
 
 static SSL_CTX *make_context(const SSL_METHOD *method, const char *directory, const char *who)
@@ -198,7 +171,7 @@ static void converse(struct end *end)
 static void *serve_one(void *argument)
 {
     struct end end = {.fd = (intptr_t)argument};
-    set_options(end.fd);
+    set_nodelay(end.fd);
     if (context) {
         end.ssl = SSL_new(context);
         SSL_set_fd(end.ssl, end.fd);
@@ -226,14 +199,8 @@ static pthread_t begin(void *(*work)(void *), void *argument, int is_detached)
 
 static void serve(void)
 {
-    struct sockaddr_in address = {
-        .sin_family = AF_INET, .sin_port = htons(port), .sin_addr = {htonl(INADDR_LOOPBACK)}};
-    int yes = 1, listening = socket(AF_INET, SOCK_STREAM, 0);
-    setsockopt(listening, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-    if (bind(listening, (struct sockaddr *)&address, sizeof address) || listen(listening, 4096))
-        fail("listen");
-    puts("ready");
-    fflush(stdout);
+    int listening = listen_on(port, 0);
+    say_ready();
     for (;;) {
         int fd = accept(listening, NULL, NULL);
         if (fd < 0)
@@ -247,12 +214,11 @@ static void serve(void)
 /* Connect, say CONNECT, and hear that it stands. */
 static struct end greet(SSL_SESSION *earlier)
 {
-    struct sockaddr_in address = {
-        .sin_family = AF_INET, .sin_port = htons(port), .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    struct sockaddr_in address = loopback(port);
     struct end end = {.fd = socket(AF_INET, SOCK_STREAM, 0)};
     char head[HEAD];
     int size = 0, got;
-    set_options(end.fd);
+    set_nodelay(end.fd);
     if (connect(end.fd, (struct sockaddr *)&address, sizeof address))
         fail("connect");
     if (context) {
@@ -346,12 +312,6 @@ static void bulk_load(uint64_t bytes, int down)
     leave(&end);
 }
 
-static int by_size(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 static void ping_load(int count)
 {
     double *times = malloc(count * sizeof *times);
@@ -365,10 +325,7 @@ static void ping_load(int count)
         await_byte(&end);
         times[i] = now() - sent;
     }
-    printf("seconds %.6f\n", now() - began);
-    qsort(times, count, sizeof *times, by_size);
-    printf("median %.9f\n", times[count / 2]);
-    printf("p99 %.9f\n", times[count * 99 / 100]);
+    print_round_trips(now() - began, times, count);
     leave(&end);
 }
 
@@ -384,20 +341,12 @@ static void idle_load(int count, uint64_t bytes)
             await_byte(&end);
         }
     }
-    alarm(0);
-    puts("ready");
-    fflush(stdout);
-    while (getchar() != EOF)
-        ;
+    rest();
 }
 
 int main(int argc, char **argv)
 {
-    struct rlimit limit;
-    getrlimit(RLIMIT_NOFILE, &limit);
-    limit.rlim_cur = limit.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &limit);
-    signal(SIGPIPE, SIG_IGN);
+    prepare();
     if (argc >= 5) {
         const char *kind = argv[1], *how = argv[2], *directory = argv[4];
         int is_server = !strcmp(kind, "serve");
