@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-NGINX_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+_NGINX_STREAM = "/usr/lib/nginx/modules/ngx_stream_module.so"
 
 
 class AnySetup(Protocol):
@@ -51,7 +51,7 @@ class Setup:
     def write(self, name: str, text: str) -> Path:
         """Write a file of the proxy's own; return its path."""
         path = self.directory / name
-        path.write_text(text + "\n")  # HAProxy insists on it
+        path.write_text(text)
         return path
 
 
@@ -63,7 +63,7 @@ class Peer:
         name: What the tables call it.
         start: Starts it, for a setup; it may take its time to listen.
         version: Prints its version.
-        missing: What is to be installed first; empty if nothing is.
+        missing: Why it can't be run here, for people; empty if it can.
         header: Whether it can send PROXY headers to a Unix socket.
     """
 
@@ -160,16 +160,10 @@ def _ours(setup: Setup, *options: str) -> subprocess.Popen[bytes]:
 
 def _haproxy(setup: Setup, *, splice: bool) -> subprocess.Popen[bytes]:
     names = setup.write("names", "".join(f"{name} hosts\n" for name in setup.names))
-    config = setup.write(
-        "haproxy.cfg",
+    return start_haproxy(
+        setup.directory,
         f"""
-        global
-            nbthread 1
-        defaults
             mode tcp
-            timeout connect 10s
-            timeout client 1h
-            timeout server 1h
             {"option splice-auto" if splice else ""}
         frontend tls
             bind 127.0.0.1:{setup.port} backlog 4096
@@ -180,22 +174,13 @@ def _haproxy(setup: Setup, *, splice: bool) -> subprocess.Popen[bytes]:
             server one unix@{setup.backend} {"send-proxy" if setup.header else ""}
         """,
     )
-    return start(setup.directory, "haproxy", "-db", "-f", str(config))
 
 
 def _nginx(setup: Setup) -> subprocess.Popen[bytes]:
     names = "".join(f"{name} unix:{setup.backend};\n" for name in setup.names)
-    config = setup.write(
-        "nginx.conf",
+    return start_nginx(
+        setup.directory,
         f"""
-        load_module {NGINX_STREAM};
-        daemon off;
-        pid {setup.directory}/pid;
-        error_log stderr crit;
-        worker_processes 1;
-        {"user root;" if os.geteuid() == 0 else ""}
-        events {{ worker_connections 30000; }}
-        stream {{
             map_hash_max_size 100000;
             map_hash_bucket_size 128;
             map $ssl_preread_server_name $backend {{
@@ -208,10 +193,9 @@ def _nginx(setup: Setup) -> subprocess.Popen[bytes]:
                 proxy_protocol {"on" if setup.header else "off"};
                 tcp_nodelay on;
             }}
-        }}
         """,
+        "user root;" if os.geteuid() == 0 else "",
     )
-    return start(setup.directory, "nginx", "-p", str(setup.directory), "-c", str(config))
 
 
 def _c_sniproxy(setup: Setup) -> subprocess.Popen[bytes]:
@@ -240,10 +224,52 @@ def start(directory: Path, *command: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def package(program: str, package: str) -> str:
-    """Return the package that is to be installed for a program; "" if it is there."""
-    return "" if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") else package
+def start_haproxy(directory: Path, rest: str) -> subprocess.Popen[bytes]:
+    """Start HAProxy with one thread; `rest` of its configuration goes on with the defaults."""
+    config = directory / "haproxy.cfg"
+    # It insists on an end of the last line.
+    config.write_text(
+        f"""
+        global
+            nbthread 1
+        defaults
+            timeout connect 10s
+            timeout client 1h
+            timeout server 1h
+        {rest}
+"""
+    )
+    return start(directory, "haproxy", "-db", "-f", str(config))
 
+
+def start_nginx(directory: Path, stream: str, main: str = "") -> subprocess.Popen[bytes]:
+    """Start nginx with one worker; `stream` and `main` are what stands in these contexts."""
+    config = directory / "nginx.conf"
+    config.write_text(
+        f"""
+        load_module {_NGINX_STREAM};
+        daemon off;
+        pid {directory}/pid;
+        error_log stderr crit;
+        worker_processes 1;
+        {main}
+        events {{ worker_connections 30000; }}
+        stream {{
+            {stream}
+        }}
+        """
+    )
+    return start(directory, "nginx", "-p", str(directory), "-c", str(config))
+
+
+def package(program: str, package: str) -> str:
+    """Tell that the package of a program, or of a file, is not installed; "" if it is."""
+    if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") or Path(program).is_file():
+        return ""
+    return f"the package {package} is not installed"
+
+
+NGINX_MISSING = package("nginx", "nginx-light") or package(_NGINX_STREAM, "libnginx-mod-stream")
 
 OURS = Peer("sniproxy", _ours, [sys.executable, "-m", "sniproxy", "--version"], "")
 
@@ -269,7 +295,7 @@ PEERS = [
         "nginx stream",
         _nginx,
         ["nginx", "-v"],
-        package("nginx", "nginx-light") or ("" if NGINX_STREAM.exists() else "libnginx-mod-stream"),
+        NGINX_MISSING,
     ),
     Peer(
         "sniproxy in C",

@@ -237,10 +237,10 @@ def read_options(program: str, description: str, document: str) -> argparse.Name
 
 
 def installed(peers: Sequence[Peer]) -> list[Peer]:
-    """Return those that are installed; say which are not."""
+    """Return those that can be run; say which can't, and why."""
     for peer in peers:
         if peer.missing:
-            print(f"bench: skipped {peer.name}: the package {peer.missing} is not installed")
+            print(f"bench: skipped {peer.name}: {peer.missing}")
     return [peer for peer in peers if not peer.missing]
 
 

@@ -3,10 +3,10 @@
 All demand and show certificates, and verify chain and name. One worker, no access log, and nothing
 else of their own choice. Two sides are measured:
 
-- ingress: plaintext in, TLS out. Ours and HAProxy in its HTTP mode read the client's CONNECT and
-  pass it on; the others move bytes.
-- peer: TLS in, plaintext out. Ours reads the CONNECT inside and answers it; the others pass it to
-  the service.
+- ingress: plaintext in, TLS out. Ours, HAProxy in its HTTP mode, and Apache Traffic Server with its
+  plugin tls_bridge (ATS) read the client's CONNECT and pass it on; the others move bytes.
+- peer: TLS in, plaintext out. Ours and ATS read the CONNECT inside and answer it; the others pass
+  it to the service.
 """
 
 import os
@@ -17,7 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers import NGINX_STREAM, Peer, package, start
+from load import BENCH
+from peers import NGINX_MISSING, Peer, package, start, start_haproxy, start_nginx
+
+sys.path.insert(0, str(BENCH.parent))
+
+from tests.support import foreign
 
 SERVICE = "service.example"
 SERVER_NAME = "peer.example"
@@ -50,7 +55,7 @@ class TLSSetup:
         """Write a file of the program's own; return its path."""
         path = self.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")  # HAProxy insists on it
+        path.write_text(text + "\n")
         return path
 
 
@@ -99,16 +104,10 @@ def _haproxy(setup: TLSSetup, *, mode: str) -> subprocess.Popen[bytes]:
     bind, server = tls, ""
     if setup.is_ingress:
         bind, server = "", f"{tls} sni str({SERVER_NAME}) verifyhost {SERVER_NAME}"
-    config = setup.write(
-        "haproxy.cfg",
+    return start_haproxy(
+        setup.directory,
         f"""
-        global
-            nbthread 1
-        defaults
             mode {mode}
-            timeout connect 10s
-            timeout client 1h
-            timeout server 1h
         frontend in
             bind 127.0.0.1:{setup.port} backlog 4096 {bind}
             default_backend out
@@ -116,7 +115,6 @@ def _haproxy(setup: TLSSetup, *, mode: str) -> subprocess.Popen[bytes]:
             server one 127.0.0.1:{setup.behind} {server}
         """,
     )
-    return start(setup.directory, "haproxy", "-db", "-f", str(config))
 
 
 def _nginx(setup: TLSSetup) -> subprocess.Popen[bytes]:
@@ -141,25 +139,16 @@ def _nginx(setup: TLSSetup) -> subprocess.Popen[bytes]:
                 ssl_client_certificate {identity}/ca.pem;
                 ssl_protocols TLSv1.2 TLSv1.3;
                 ssl_verify_client on;"""
-    config = setup.write(
-        "nginx.conf",
+    return start_nginx(
+        setup.directory,
         f"""
-        load_module {NGINX_STREAM};
-        daemon off;
-        pid {setup.directory}/pid;
-        error_log stderr crit;
-        worker_processes 1;
-        events {{ worker_connections 30000; }}
-        stream {{
             server {{
                 listen 127.0.0.1:{setup.port}{listen} backlog=4096;
                 proxy_pass 127.0.0.1:{setup.behind};
                 tcp_nodelay on;{tls}
             }}
-        }}
         """,
     )
-    return start(setup.directory, "nginx", "-p", str(setup.directory), "-c", str(config))
 
 
 def _stunnel(setup: TLSSetup) -> subprocess.Popen[bytes]:
@@ -186,6 +175,45 @@ verifyChain = yes
     return start(setup.directory, "stunnel4", str(config))
 
 
+def _traffic_server(setup: TLSSetup) -> subprocess.Popen[bytes]:
+    identity = setup.identity
+    service = f"127.0.0.1:{setup.behind}"
+    records: dict[str, str | int]
+    if setup.is_ingress:
+        port = f"{setup.port}:ip-in=127.0.0.1"
+        peer = f"{SERVER_NAME}:{setup.behind}"
+        plugin = f"tls_bridge.so .* {peer}\n"
+        remap = f"map https://{peer} https://{service}\n"
+        records = {
+            "proxy.config.ssl.client.verify.server.policy": "ENFORCED",
+            # The name that it says, and wants to see.
+            "proxy.config.ssl.client.sni_policy": f"@{SERVER_NAME}",
+            "proxy.config.ssl.client.CA.cert.filename": str(identity / "ca.pem"),
+            "proxy.config.ssl.client.cert.path": str(identity),
+            "proxy.config.ssl.client.cert.filename": "cert.pem",
+            "proxy.config.ssl.client.private_key.path": str(identity),
+            "proxy.config.ssl.client.private_key.filename": "key.pem",
+            "proxy.config.http.connect_ports": f"443 {setup.behind}",
+        }
+    else:
+        port = f"{setup.port}:ssl:ip-in=127.0.0.1"
+        plugin = ""
+        # What a CONNECT asks for has this scheme when the rules are looked up.
+        remap = f"map https://{SERVICE} https://{service}\n"
+        records = {
+            "proxy.config.ssl.server.cert.path": str(identity),
+            "proxy.config.ssl.server.private_key.path": str(identity),
+            "proxy.config.ssl.CA.cert.path": str(identity),
+            "proxy.config.ssl.CA.cert.filename": "ca.pem",
+            "proxy.config.ssl.client.certification_level": 2,  # demanded
+            "proxy.config.http.connect_ports": f"443 {setup.behind}",
+        }
+    # Its own directory has a file named log already.
+    place = setup.directory / "root"
+    argv = foreign.configure_traffic_server(place, port, records, plugin=plugin, remap=remap)
+    return start(setup.directory, *foreign.command(*argv))
+
+
 OURS, WRAPS = "tls-bridge", "tls-tproxy"
 
 TLS_PEERS = [
@@ -206,9 +234,15 @@ TLS_PEERS = [
         "nginx",
         _nginx,
         ["nginx", "-v"],
-        package("nginx", "nginx-light") or ("" if NGINX_STREAM.exists() else "libnginx-mod-stream"),
+        NGINX_MISSING,
     ),
     Peer("stunnel", _stunnel, ["stunnel4", "-version"], package("stunnel4", "stunnel4")),
+    Peer(
+        "ATS",
+        _traffic_server,
+        [*foreign.command(foreign.TRAFFIC_SERVER, "--version")],
+        foreign.why_not("traffic_server") or "",
+    ),
 ]
 
 # Of the same, those that do nothing more for a connection than tls-tproxy does.
@@ -217,7 +251,7 @@ TPROXY_PEERS = [
         WRAPS,
         _tproxy,
         [sys.executable, "-m", "tls_tproxy", "--version"],
-        package("nft", "nftables") or ("" if os.geteuid() == 0 else "(root is needed)"),
+        package("nft", "nftables") or ("" if os.geteuid() == 0 else "root is needed"),
     ),
     *(peer for peer in TLS_PEERS if peer.name in {"HAProxy", "nginx", "stunnel"}),
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.foreign import why_not
 from tests.support.network import why_no_network
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -60,6 +61,10 @@ def test_it_measures_tls_once() -> None:
         "idle after bulk, peer: private memory each, KB",
     ):
         assert any(line.startswith(metric) for line in lines), f"{metric} is missing"
+    if why := why_not("traffic_server"):
+        assert f"bench: skipped ATS: {why}" in lines
+    else:
+        assert any(line.split()[-2:] == ["ATS", "ratio"] for line in lines)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (Debian package gcc)")
