@@ -163,15 +163,21 @@ class Session(session.Session):
                 most likely it is the one that the client has meant.
         """
         first: DialError | TLSError | Refusal | None = None
+        deadline = self.began + self.shared.options.setup_seconds
         for service in services:
+            # Half of what is left: the newest is the likeliest, and a silent one is not to take the
+            # time of all others.
+            left = deadline - trio.current_time()
+            share = left if service is services[-1] else left / 2
             try:
-                end = await self._reach(service, host)
+                with self.story.time_limit(share):
+                    end = await self._reach(service, host)
+                    self.name = service.name
+                    return end
+                raise Refusal(WrapReason.SERVER_SILENT, "the time was over")
             except (DialError, TLSError, Refusal) as error:
                 first = first or error
                 self._outward.close()
-            else:
-                self.name = service.name
-                return end
         assert first is not None
         raise first
 

@@ -1,0 +1,53 @@
+"""tls-tproxy in trouble: floods, silent servers, too many clients, and what else goes wrong."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.support.bridge import write, write_identity
+from tests.support.daemon import Daemon
+from tests.support.network import why_no_network
+from tests.support.wrapping import (
+    CLIENT,
+    TAKEN,
+    Site,
+    options,
+    server_context,
+    works,
+)
+
+_why_not: Final = why_no_network(("nft", "nftables"), ("dnsmasq", "dnsmasq-base"))
+pytestmark = pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
+
+
+@pytest.fixture(scope="module")
+def simple(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One that serves all names, by options alone."""
+    place = tmp_path_factory.mktemp("simple")
+    with site.start(place, *options(place)) as daemon:
+        yield daemon
+
+
+# --- Servers
+
+
+def test_a_silent_server_leaves_time_for_the_next_candidate(site: Site, tmp_path: Path) -> None:
+    """Observed: the first one had all of the ten seconds."""
+    name = site.new_name()
+    run = tmp_path / "run"
+    write(run / f"wrap/ports/{TAKEN}", "443\n")
+    write(run / f"wrap/names/other-{name.name}/ports/{TAKEN}", "4430\n")
+    (run / "wrap/names" / name.name).mkdir()
+    write_identity(run / "identity", CLIENT)
+    silent = site.router.do(socket.create_server, (name.address, 4430))
+    with (
+        site.start(tmp_path),
+        silent,
+        site.serve(name.address, server_context(name.name)),
+    ):
+        site.look_up(name.name)
+        site.look_up(f"other-{name.name}")
+        assert works(site.connect(name.address))
