@@ -173,10 +173,8 @@ def _read_options(argv: Sequence[str] | None) -> tuple[Config, bool] | None:
 def _files(options: Namespace) -> Files | None:
     if not options.cert:
         return None
-    cert, key, cacert = (
-        path and str(Path(path).absolute()) for path in (options.cert, options.key, options.cacert)
-    )
-    return Files(cert, key, cacert)
+    # As they are: with --chroot, they are looked for in the new root directory.
+    return Files(options.cert, options.key, options.cacert)
 
 
 def _port_map(text: str) -> dict[int, int]:

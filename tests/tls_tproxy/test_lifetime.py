@@ -333,28 +333,30 @@ def test_an_identity_that_the_user_may_not_read(site: Site, place: Path) -> None
         assert server.ends == []
 
 
-def test_nothing_of_python_is_needed_in_another_root_directory(site: Site, tmp_path: Path) -> None:
+FILES: Final = ("--cert=identity/cert.pem", "--key=identity/key.pem", "--cacert=identity/ca.pem")
+
+
+@pytest.mark.parametrize("arguments", [(), FILES], ids=["directory", "options"])
+def test_another_root_directory(site: Site, place: Path, arguments: tuple[str, ...]) -> None:
     """Python encodes names by a codec, and rules by tables, that it loads late by itself."""
     name = site.new_name()
-    run = tmp_path / "run"
+    run = place / "run"
     write(run / f"wrap/ports/{TAKEN}", "443\n")
     write(run / "wrap/names" / name.name / "servers", f"bücher.example\n{name.name}\n")
     write_identity(run / "identity", CLIENT)
+    for file in (run / "identity").iterdir():
+        os.chown(file, NOBODY, NOBODY)
     # What it takes: /proc.
-    with_proc = 'mkdir -p proc && mount --bind /proc proc && exec "$@"'
-    under = (*site.under(tmp_path), "sh", "-euc", with_proc, "sh")
-    with site.serve(name.address, server_context(name.name)):
-        arguments = ("--chroot", "--user=nobody")
-        for directory in tmp_path.parent.parent, tmp_path.parent, tmp_path, run:
-            directory.chmod(0o755)
-        for file in (run / "identity").iterdir():
-            file.chmod(0o644)
+    with_proc = 'mkdir proc && mount --bind /proc proc && exec "$@"'
+    under = (*site.under(place), "sh", "-euc", with_proc, "sh")
+    arguments = ("--chroot", "--user=nobody", *arguments)
+    with (
+        site.serve(name.address, server_context(name.name)),
         # It could not save what it measured.
-        with Daemon(
-            None, run, arguments, under=under, module="tls_tproxy", measured=False
-        ) as daemon:
-            daemon.wait_for_log("listening")
-            assert works(site.visit(name))
+        Daemon(None, run, arguments, under=under, module="tls_tproxy", measured=False) as daemon,
+    ):
+        daemon.wait_for_log("listening")
+        assert works(site.visit(name))
 
 
 def test_files_that_are_links(site: Site, tmp_path: Path) -> None:
