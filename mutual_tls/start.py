@@ -50,7 +50,7 @@ def _load_what_comes_late() -> None:
 
 
 def enter_sandbox(
-    options: SessionOptions, log: EventLog, given: Iterable[Path], identities: Iterable[Path]
+    options: SessionOptions, log: EventLog, given: Iterable[Path], places: Iterable[Path]
 ) -> None:
     """Enter the sandbox, unless an option says not to, and tell what it forbids.
 
@@ -58,7 +58,7 @@ def enter_sandbox(
         options: say whether.
         log: where it is told.
         given: directories that may be read beside the working directory, and what is in it.
-        identities: where identities are: they, and the files in them, may be links to anywhere.
+        places: they, and what is in them, may be links to anywhere: identities above all.
 
     Raises:
         FatalError: the kernel refuses.
@@ -66,14 +66,13 @@ def enter_sandbox(
     with attempt("enter the sandbox (--no-sandbox does without)"):
         # Some modules are loaded when they are first needed.
         modules = [Path(path) for path in sys.path if path]
-        readable = [Path(), *_READABLE, *modules, *given, *_linked(identities)]
+        readable = [Path(), *_READABLE, *modules, *given, *_linked(places)]
         forbidden = sandbox.enter(readable, may_connect=True) if options.sandbox else ["nothing"]
     log.event("sandbox", forbids=",".join(forbidden))
 
 
-def _linked(identities: Iterable[Path]) -> list[Path]:
-    """Return the directories where links lead to that are identities, or are in one."""
-    places = list(identities)
-    links = [*places, *(path for each in places for path in each.glob("*"))]
+def _linked(places: Iterable[Path]) -> list[Path]:
+    """Return the directories where links lead to that are such places, or are in one."""
+    links = [path for each in places for path in (each, *each.glob("*"))]
     targets = (path.resolve() for path in links if path.is_symlink())
     return [path if path.is_dir() else path.parent for path in targets]

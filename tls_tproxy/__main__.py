@@ -50,6 +50,9 @@ CAP_NET_ADMIN and CAP_NET_RAW.
 """
 _EXAMPLE = "tls-tproxy --cert cert.pem --key key.pem --cacert ca.pem --portMap 8443:443"
 
+# What may be a link in the working directory, or has links in it; see `wrap`.
+_ENTRIES: Final = ("wrap", "wrap/*", "wrap/names/*", "wrap/names/*/*")
+
 # Descriptors that one connection takes beside the two that every program counts.
 _NO_PIPES: Final = 0
 
@@ -328,7 +331,8 @@ def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
     except UnknownCheckerError as error:
         raise UsageError(f"unable to check certificates: {error}") from None
     names = [Names(sock, accept_cname=wrap.accepts_cname) for sock in packets]
-    places = [directory / "identity", *directory.glob("wrap/names/*/identity")]
+    entries = (path for each in _ENTRIES for path in directory.glob(each))
+    places = [directory / "identity", *entries]
     enter_sandbox(config, log, _identity_directories(config), places)
     ports = wrap.ports()
     try:

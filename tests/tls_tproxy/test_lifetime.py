@@ -375,6 +375,30 @@ def test_files_that_are_links(site: Site, tmp_path: Path) -> None:
         assert works(site.visit(name)), daemon.log()
 
 
+@pytest.mark.parametrize(
+    "entry", ["wrap", "wrap/ports", "wrap/names", "NAME", "NAME/servers", "NAME/ports", "NAME/also"]
+)
+def test_entries_that_are_links(site: Site, tmp_path: Path, entry: str) -> None:
+    """A directory may be shared by several names, or be kept elsewhere."""
+    name = site.new_name()
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    common = run / "wrap/names/common.example"
+    write(run / f"wrap/ports/{TAKEN}", "443\n")
+    write(common / f"ports/{TAKEN}", "443\n")
+    write(common / "servers", f"{name.name}\n")
+    write(common / "also" / name.name)
+    write_identity(run / "identity", CLIENT)
+    path = run / entry.replace("NAME", "wrap/names/common.example")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with (
+        site.serve(name.address, server_context(name.name)) as server,
+        site.start(tmp_path, "--log=connections"),
+    ):
+        assert works(site.visit(name))
+        assert server.end().sni == name.name
+
+
 def test_a_machine_without_ipv6(tmp_path: Path) -> None:
     """As many an administrator has it, by sysctl(8)."""
     with Site() as site:
