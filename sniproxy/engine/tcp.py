@@ -23,7 +23,13 @@ _UNACKED = struct.Struct("@24xI")
 
 
 def set_user_timeout(sock: socket) -> None:
-    """Set `USER_TIMEOUT`; accepted sockets inherit what is set on a listening one."""
+    """Set `USER_TIMEOUT` again, where `spare_slow_reader` has taken it back.
+
+    Accepted sockets have it from the beginning: they inherit it from the listening one.
+
+    Raises:
+        OSError: setsockopt(2) failed; Multipath TCP does not have the option.
+    """
     sock.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT)
 
 
