@@ -4,8 +4,7 @@ import _socket
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
@@ -18,7 +17,7 @@ from tests.engine.test_relay_model import _SIDES
 from tests.mutual_tls.test_relay_model import RunningTLS, TLSPeers
 from tests.support.sockets import Noise
 from tests.support.strategies import steady
-from tests.support.tls import Peer, TLSBench, tls_bench
+from tests.support.tls import Peer, TLSBench
 from tests.support.tls_oracle import relay_streams, shake_hands, stream
 
 MUCH = b"".join(Noise(b"oracle").blocks(3_000_000))
@@ -32,8 +31,6 @@ Conversation = Callable[[trio.SocketStream, Peer], Awaitable[tuple[Heard, Heard]
 class OracleBench(TLSBench):
     """The same bench, with the oracle in it."""
 
-    nursery: trio.Nursery
-
     async def carry(
         self,
         inside: _socket.socket,
@@ -45,16 +42,6 @@ class OracleBench(TLSBench):
         tls = await shake_hands(near, version, server_side=server_side)
         self.limit.add()
         self.nursery.start_soon(relay_streams, stream(inside), tls, self.limit.remove)
-
-
-@asynccontextmanager
-async def oracle_bench() -> AsyncIterator[OracleBench]:
-    it = OracleBench()
-    async with trio.open_nursery() as it.nursery:
-        it.nursery.start_soon(it.loop.run)
-        yield it
-        it.nursery.cancel_scope.cancel()
-    it.close()
 
 
 async def hear_plain(plain: trio.SocketStream) -> Heard:
@@ -153,8 +140,8 @@ async def test_the_peers_of_both_see_the_same(
     conversation: Conversation, early: bytes, server_side: bool, version: ssl.TLSVersion
 ) -> None:
     seen = []
-    for make in tls_bench, oracle_bench:
-        async with make() as it:
+    for kind in TLSBench, OracleBench:
+        async with kind().running() as it:
             plain, peer = await it.join(version, server_side=server_side, early=early)
             with trio.fail_after(10):
                 for start in range(0, len(early), 10_000):

@@ -5,8 +5,9 @@ async with bench() as it:
 """
 
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from typing import Generic, Protocol, Self, TypeVar
 
 import trio
 
@@ -15,21 +16,70 @@ from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay, _Flow
+from tests.support.daemon import PATIENCE
 from tests.support.sockets import plain, tcp_pair, unix_pair
 
 
-class Bench:
-    """A relay in a running loop, and what became of its connections."""
+class AnyRelay(Protocol):
+    async def run(self) -> None: ...
+    def abort_all(self) -> None: ...
 
-    def __init__(self, idle_seconds: float = 0.0, half_closed_seconds: float = 0.0) -> None:
+
+RelayT = TypeVar("RelayT", bound=AnyRelay)
+EndingT = TypeVar("EndingT")
+
+
+class RelayBench(Generic[RelayT, EndingT]):
+    """A relay in a running loop, and what became of its connections.
+
+    Args:
+        make: Makes the relay, for a loop, and for whoever is told of faults.
+    """
+
+    nursery: trio.Nursery
+
+    def __init__(self, make: Callable[[EventLoop, Callable[[Exception], None]], RelayT]) -> None:
         self.faults: list[Exception] = []
         self.loop = EventLoop(self.faults.append)
-        self.pipes = PipePool()
-        self.relay = Relay(
-            self.loop, self.pipes, self.faults.append, idle_seconds, half_closed_seconds
-        )
+        self.relay = make(self.loop, self.faults.append)
         self.limit = ConnectionLimit()
-        self.endings: list[tuple[int, int, Ending]] = []
+        self.endings: list[tuple[int, int, EndingT]] = []
+        # What is closed in the end.
+        self.held = ExitStack()
+
+    def left(self, up: int, down: int, ending: EndingT) -> None:
+        self.endings.append((up, down, ending))
+        self.limit.remove()
+
+    async def all_ended(self) -> None:
+        with trio.fail_after(PATIENCE):
+            await self.limit.wait_until_empty()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Self]:
+        """Run the loop and the relay; no fault may be left at the end."""
+        try:
+            async with trio.open_nursery() as self.nursery:
+                self.nursery.start_soon(self.loop.run)
+                self.nursery.start_soon(self.relay.run)
+                yield self
+                self.nursery.cancel_scope.cancel()
+        finally:
+            self.relay.abort_all()
+            self.loop.shut()
+            self.held.close()
+            assert self.faults == []
+
+
+class Bench(RelayBench[Relay, Ending]):
+    """With the relay that splices."""
+
+    def __init__(self, idle_seconds: float, half_closed_seconds: float) -> None:
+        self.pipes = PipePool()
+        super().__init__(
+            lambda loop, report: Relay(loop, self.pipes, report, idle_seconds, half_closed_seconds)
+        )
+        self.held.callback(self.pipes.close)
         self._ends: list[trio.SocketStream] = []
 
     def join(self, unix_buffers: int | None = None) -> tuple[trio.SocketStream, trio.SocketStream]:
@@ -52,40 +102,16 @@ class Bench:
         flows = [each for each in self.loop.watchers() if isinstance(each, _Flow)]
         return next(flow for flow in flows if flow.on_end is not None)
 
-    def left(self, up: int, down: int, ending: Ending) -> None:
-        self.endings.append((up, down, ending))
-        self.limit.remove()
-
     def stream(self, end: socket.socket) -> trio.SocketStream:
         self._ends.append(stream(end))
+        self.held.callback(self._ends[-1].socket.close)
         return self._ends[-1]
 
-    async def close(self) -> None:
-        self.relay.abort_all()
-        self.loop.shut()
-        self.pipes.close()
-        for end in self._ends:
-            await end.aclose()
-        assert self.faults == []
 
-    async def all_ended(self) -> None:
-        with trio.fail_after(5):
-            await self.limit.wait_until_empty()
-
-
-@asynccontextmanager
-async def bench(
+def bench(
     idle_seconds: float = 0.0, half_closed_seconds: float = 0.0
-) -> AsyncIterator[Bench]:
-    it = Bench(idle_seconds, half_closed_seconds)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(it.loop.run)
-            nursery.start_soon(it.relay.run)
-            yield it
-            nursery.cancel_scope.cancel()
-    finally:
-        await it.close()
+) -> AbstractAsyncContextManager[Bench]:
+    return Bench(idle_seconds, half_closed_seconds).running()
 
 
 def stream(sock: socket.socket) -> trio.SocketStream:

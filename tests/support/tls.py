@@ -3,8 +3,7 @@
 import _socket
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from functools import cache
 
 import trio
@@ -12,8 +11,7 @@ import trustme
 
 from mutual_tls.end import TLSEnd
 from mutual_tls.relay import Ending, TLSRelay
-from sniproxy.engine.limit import ConnectionLimit
-from sniproxy.engine.loop import EventLoop
+from tests.support.relays import RelayBench, stream
 from tests.support.sockets import plain, tcp_pair, unix_pair
 from tests.support.story import TrioStory
 
@@ -53,16 +51,13 @@ class Peer(TLSEnd):
         return bytes(received)
 
 
-class TLSBench:
-    """A relay in a running loop, and what became of its connections."""
+class TLSBench(RelayBench[TLSRelay, Ending]):
+    """With the relay that has TLS on one side."""
 
     def __init__(self, idle_seconds: float = 0.0, half_closed_seconds: float = 0.0) -> None:
-        self.faults: list[Exception] = []
-        self.loop = EventLoop(self.faults.append)
-        self.relay = TLSRelay(self.loop, self.faults.append, idle_seconds, half_closed_seconds)
-        self.limit = ConnectionLimit()
-        self.endings: list[tuple[int, int, Ending]] = []
-        self._ends: list[_socket.socket | trio.socket.SocketType] = []
+        super().__init__(
+            lambda loop, report: TLSRelay(loop, report, idle_seconds, half_closed_seconds)
+        )
 
     async def join(
         self, version: ssl.TLSVersion, *, server_side: bool, unix: bool = False, early: bytes = b""
@@ -92,9 +87,10 @@ class TLSBench:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(greet)
                 await self.carry(plain(inside), near_plain, version, server_side=server_side)
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(outside))
-        self._ends += [stream.socket, far_plain]
-        return stream, peer
+        client = stream(outside)
+        self.held.callback(client.socket.close)
+        self.held.callback(far_plain.close)
+        return client, peer
 
     async def carry(
         self,
@@ -116,32 +112,8 @@ class TLSBench:
         self.limit.add()
         self.relay.join(inside, end, self.left)
 
-    def left(self, up: int, down: int, ending: Ending) -> None:
-        self.endings.append((up, down, ending))
-        self.limit.remove()
 
-    async def all_ended(self) -> None:
-        with trio.fail_after(10):
-            await self.limit.wait_until_empty()
-
-    def close(self) -> None:
-        self.relay.abort_all()
-        self.loop.shut()
-        for end in self._ends:
-            end.close()
-        assert self.faults == []
-
-
-@asynccontextmanager
-async def tls_bench(
+def tls_bench(
     idle_seconds: float = 0.0, half_closed_seconds: float = 0.0
-) -> AsyncIterator[TLSBench]:
-    it = TLSBench(idle_seconds, half_closed_seconds)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(it.loop.run)
-            nursery.start_soon(it.relay.run)
-            yield it
-            nursery.cancel_scope.cancel()
-    finally:
-        it.close()
+) -> AbstractAsyncContextManager[TLSBench]:
+    return TLSBench(idle_seconds, half_closed_seconds).running()
