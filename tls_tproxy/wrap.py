@@ -25,7 +25,8 @@ With `accept-cname`, whoever can forge an answer for NAME chooses whom the serve
 All of it is read anew for each connection; but what `also/` and `addresses/` of all names add up to
 is looked for once a second. What can't be read refuses that connection, and never
 makes the rules weaker: a link to nothing is not absent, and ports that can't be listed are taken as
-they were, so that nothing leaves in plaintext. Links to nothing within `also/`, `addresses/` and
+they were, so that nothing leaves in plaintext; and so they are when all of wrap/ has gone. To take
+a port no more, remove its file, or the directory that has it. Links to nothing within `also/`, `addresses/` and
 `servers/` list nothing.
 
 On the command line there are ports, an identity and a certificate checker. Given ports, no
@@ -157,6 +158,7 @@ class Wrap:
         # Whether only names count that have a directory. A directory of names that is moved away
         # for a moment must not allow all names.
         self._needs_names = not self._ports
+        self._has_wrap = False  # yet
         # The entries of ports/ in each directory, as they could be read last; and what was told.
         self._taken: dict[str, frozenset[str]] = {}
         self._told: dict[str, set[str]] = {}
@@ -265,20 +267,21 @@ class Wrap:
         """
         problems: set[str] = set()
         before, self._taken = self._taken, {}
+        places = {self._wrap}
         try:
             there = self._list_names() or frozenset()
-            places = {f"{self._names}/{entry}" for entry in there if _is_place(entry)}
+            places |= {f"{self._names}/{entry}" for entry in there if _is_place(entry)}
         except (SettingsError, OSError) as error:
             problems.add(str(error))
-            places = set(before)
-        found = set(self._ports)
-        for place in places | {self._wrap}:
+            self._taken = {place: before[place] for place in before.keys() - places}
+        for place in places:
             try:
-                entries = self._list_ports(place)
+                self._taken[place] = self._list_ports(place)
             except (SettingsError, OSError) as error:  # EMFILE, for one
                 problems.add(str(error))
-                entries = before.get(place, frozenset())
-            self._taken[place] = entries
+                self._taken[place] = before.get(place, frozenset())
+        found = set(self._ports)
+        for place, entries in self._taken.items():
             for entry in entries:
                 try:
                     found.add(_port_entry(entry))
@@ -299,8 +302,14 @@ class Wrap:
         return _list(self._names)
 
     def _list_wrap(self) -> frozenset[str]:
-        # It may be absent, for the command line suffices.
-        return _list(self._wrap) if exists(self._wrap) else frozenset()
+        # It may be absent, for the command line suffices. But when it is moved away, or what it was
+        # mounted from is gone, nothing is to leave in plaintext.
+        if exists(self._wrap):
+            self._has_wrap = True
+            return _list(self._wrap)
+        if self._has_wrap:
+            raise SettingsError(self._wrap, "it is not there any more")
+        return frozenset()
 
     def _tell(self, kind: str, problems: set[str]) -> None:
         told, self._told[kind] = self._told.get(kind, set()), problems

@@ -14,6 +14,7 @@ from tests.support.wrapping import (
     CLIENT,
     TAKEN,
     Site,
+    is_reset,
     options,
     server_context,
     works,
@@ -51,3 +52,30 @@ def test_a_silent_server_leaves_time_for_the_next_candidate(site: Site, tmp_path
         site.look_up(name.name)
         site.look_up(f"other-{name.name}")
         assert works(site.connect(name.address))
+
+
+# --- The directory
+
+
+def test_the_directory_is_moved_away_and_comes_back(site: Site, tmp_path: Path) -> None:
+    """Observed: the ports were given up, so that connections left in plaintext meanwhile."""
+    name = site.new_name()
+    wrap = tmp_path / "run/wrap"
+    write(wrap / f"ports/{TAKEN}", "443\n")
+    (wrap / f"names/{name.name}").mkdir(parents=True)
+    write_identity(tmp_path / "run/identity", CLIENT)
+    plain = site.router.do(socket.create_server, (name.address, TAKEN))
+    with (
+        plain,
+        site.start(tmp_path) as daemon,
+        site.serve(name.address, server_context(name.name)),
+    ):
+        assert works(site.visit(name))
+        wrap.rename(wrap.with_name("away"))
+        daemon.wait_for_log("unreadable")
+        assert is_reset(lambda: site.visit(name))
+        wrap.with_name("away").rename(wrap)
+        assert works(site.visit(name))
+        plain.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            plain.accept()
