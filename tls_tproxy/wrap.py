@@ -23,11 +23,11 @@ answers: a name that has `addresses/` is at these addresses and at no others, wh
 With `accept-cname`, whoever can forge an answer for NAME chooses whom the server has to be.
 
 All of it is read anew for each connection; but what `also/` and `addresses/` of all names add up to
-is looked for once a second. What can't be read refuses that connection, and never
-makes the rules weaker: a link to nothing is not absent, and ports that can't be listed are taken as
-they were, so that nothing leaves in plaintext; and so they are when all of wrap/ has gone. To take
-a port no more, remove its file, or the directory that has it. Links to nothing within `also/`, `addresses/` and
-`servers/` list nothing.
+is looked for once a second. What can't be read refuses that connection, and never makes the rules
+weaker: a link to nothing is not absent, and ports that can't be listed are taken as they were, so
+that nothing leaves in plaintext; and so they are when all of wrap/ has gone. To take a port no
+more, remove its file, or the directory that has it. Links to nothing within `also/`, `addresses/`
+and `servers/` list nothing.
 
 On the command line there are ports, an identity and a certificate checker. Given ports, no
 `wrap/names` is needed, and all names are allowed; once it was there they never are again.
