@@ -9,7 +9,8 @@ With `fail_closed` there is another table, which belongs to nobody, and so outli
 happens. It resets connections to the same ports that nobody has redirected to this machine, new and
 established ones. Its name has our listening port in it, which a new start has again, and no other
 instance: `tls_tproxy_refuse_PORT`. The next start takes it over; `stop_refusing` removes it. Others
-can, too, and `flush ruleset` does; each change of ports makes it anew.
+can, too, and `flush ruleset` does, which nftables.service runs when it is started anew; `look_after`
+makes it anew.
 
 Connections that carry our mark, of whichever instance, pass both. Packets that are forwarded, of
 containers above all, do not come here: theirs is another network namespace.
@@ -25,7 +26,13 @@ from typing import Final
 
 from mutual_tls.netfilter.command import Cgroup, Command, Name
 from mutual_tls.netfilter.mark import MARK, MASK
-from mutual_tls.netfilter.table import Nft, create_table, replace_elements
+from mutual_tls.netfilter.table import (
+    Nft,
+    NftEndedError,
+    NftError,
+    create_table,
+    replace_elements,
+)
 
 _PORTS: Final = Name("ports")
 
@@ -81,6 +88,22 @@ class Redirection:
         self._check(ports)
         self._nft.run(*self._replace(ports))
         self.ports = frozenset(ports)
+
+    def look_after(self) -> None:
+        """Make the table that refuses anew, if somebody has removed it. To be called now and then.
+
+        Raises:
+            NftError, NftEndedError: as above.
+        """
+        if not self._fail_closed:
+            return
+        table = _name_of_refusing(self.listening_port)
+        try:
+            self._nft.run(Command("list set inet $table $ports", table=table, ports=_PORTS))
+        except NftEndedError:
+            raise
+        except NftError:
+            self._nft.run(*self._refuse(self.ports))
 
     def stop(self) -> None:
         """Redirect no new connection from now on; with `fail_closed` they are refused.

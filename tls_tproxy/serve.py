@@ -69,7 +69,7 @@ async def serve(
 
 
 class Watch:
-    """What is looked at once a second: that nft is there, and which ports are to be redirected.
+    """What is looked at once a second: that nft and its tables are there, and which ports are taken.
 
     Args:
         wrap: what the directory says.
@@ -84,6 +84,7 @@ class Watch:
         self._redirection = redirection
         self._log = log
         self._ports = redirection.ports
+        self._told = ""  # what nft has said last time
         self._is_over = False
 
     def stop(self) -> None:
@@ -102,23 +103,29 @@ class Watch:
             return
         if self._nft.has_ended():
             raise FatalError("unable to redirect connections: nft has ended")
-        ports = self._wrap.ports()
-        if ports == self._ports:
-            return
-        self._ports = ports
-        own = self._redirection.listening_port
-        if own in ports:
-            # The others are to be redirected all the same: they would leave in plaintext.
-            self._log.problem(f"port {own} is the one that listens here")
-            ports -= {own}
         try:
-            self._redirection.replace_ports(ports)
+            self._redirection.look_after()
+            self._take(self._wrap.ports())
         except NftEndedError as error:
             raise FatalError(f"unable to redirect connections: {error}") from None
         except NftError as error:
-            self._log.problem(str(error))
+            # It is tried again: a control group that is not there may come back.
+            if str(error) != self._told:
+                self._log.problem(str(error))
+            self._told = str(error)
         else:
-            self._log.ports(show_ports(ports))
+            self._told = ""
+
+    def _take(self, ports: frozenset[int]) -> None:
+        if ports == self._ports:
+            return
+        own = self._redirection.listening_port
+        # The others are to be redirected all the same: they would leave in plaintext.
+        self._redirection.replace_ports(ports - {own})
+        self._ports = ports
+        if own in ports:
+            self._log.problem(f"port {own} is the one that listens here")
+        self._log.ports(show_ports(ports - {own}))
 
 
 def show_ports(ports: Iterable[int]) -> str:

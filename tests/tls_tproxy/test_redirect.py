@@ -469,7 +469,8 @@ def test_what_others_have_flushed_is_made_anew(place: Place) -> None:
     redirection = Redirection(place.nft(), LISTENING, [PORT], fail_closed=True)
     both = place.tables()
     assert len(both) == 2
-    for change in partial(redirection.replace_ports, [PORT]), redirection.stop:
+    changes = partial(redirection.replace_ports, [PORT]), redirection.look_after, redirection.stop
+    for change in changes:
         place.here.run("nft", "flush", "ruleset")
         assert len(place.tables()) == 1
         change()

@@ -1,14 +1,17 @@
 """tls-tproxy in trouble: floods, silent servers, too many clients, and what else goes wrong."""
 
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Final
 
 import pytest
 
+from mutual_tls.netfilter.table import NftError
 from tests.support.bridge import write, write_identity
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, eventually
 from tests.support.network import why_no_network
 from tests.support.wrapping import (
     CLIENT,
@@ -19,6 +22,7 @@ from tests.support.wrapping import (
     server_context,
     works,
 )
+from tls_tproxy.serve import Watch
 
 _why_not: Final = why_no_network(("nft", "nftables"), ("dnsmasq", "dnsmasq-base"))
 pytestmark = pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
@@ -79,3 +83,55 @@ def test_the_directory_is_moved_away_and_comes_back(site: Site, tmp_path: Path) 
         plain.setblocking(False)
         with pytest.raises(BlockingIOError):
             plain.accept()
+
+
+# --- nftables
+
+
+def test_what_refuses_comes_back_when_others_have_flushed_it(site: Site, tmp_path: Path) -> None:
+    """Observed: after a restart of nftables.service and a SIGKILL, all left in plaintext."""
+    name = site.new_name()
+    port = 8600
+    opts = *options(tmp_path), f"--port={port}"
+    table = f"tls_tproxy_refuse_{port}"
+    plain = site.router.do(socket.create_server, (name.address, TAKEN))
+    try:
+        with plain, site.start(tmp_path, *opts, "--fail-closed") as daemon:
+            site.here.run("nft", "flush", "ruleset")
+            eventually(lambda: table in site.tables())
+            daemon.signal(signal.SIGKILL)
+            daemon.wait()
+            eventually(lambda: site.tables() == [table])
+            with pytest.raises(ConnectionRefusedError):
+                site.visit(name)
+    finally:
+        site.run(tmp_path, f"--port={port}", "--stop-refusing")
+
+
+def test_ports_that_nft_has_refused_are_tried_again() -> None:
+    """Observed: a port that was added while a control group was away was never redirected."""
+    ports = {1}
+    asked: list[set[int]] = []
+    told: list[str] = []
+
+    def replace(ports: set[int]) -> None:
+        asked.append(ports)
+        if len(asked) < 4:
+            raise NftError("nft: cgroupv2 path fails: No such file or directory")
+
+    watch = Watch(
+        SimpleNamespace(ports=lambda: frozenset(ports)),  # type: ignore[arg-type]
+        SimpleNamespace(has_ended=lambda: False),  # type: ignore[arg-type]
+        SimpleNamespace(  # type: ignore[arg-type]
+            ports=frozenset(ports),
+            listening_port=3,
+            replace_ports=replace,
+            look_after=lambda: None,
+        ),
+        SimpleNamespace(problem=told.append, ports=told.append),  # type: ignore[arg-type]
+    )
+    ports.add(2)
+    for _ in range(6):
+        watch.look()
+    assert asked == [{1, 2}] * 4
+    assert told == ["nft: cgroupv2 path fails: No such file or directory", "1,2"]
