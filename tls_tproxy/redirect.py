@@ -9,8 +9,8 @@ With `fail_closed` there is another table, which belongs to nobody, and so outli
 happens. It resets connections to the same ports that nobody has redirected to this machine, new and
 established ones. Its name has our listening port in it, which a new start has again, and no other
 instance: `tls_tproxy_refuse_PORT`. The next start takes it over; `stop_refusing` removes it. Others
-can, too, and `flush ruleset` does, which nftables.service runs when it is started anew;
-`look_after` makes it anew.
+can, too, and `flush ruleset` does, which each start of nftables.service runs; `look_after` makes it
+anew.
 
 Connections that carry our mark, of whichever instance, pass both. Packets that are forwarded, of
 containers above all, do not come here: theirs is another network namespace.

@@ -69,7 +69,7 @@ async def serve(
 
 
 class Watch:
-    """What is looked at once a second: nft, its tables, and which ports are taken.
+    """What is looked at once a second: that nft and its tables are there, and the ports to take.
 
     Args:
         wrap: what the directory says.
