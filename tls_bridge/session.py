@@ -102,7 +102,7 @@ def pseudonym(program: str) -> str:
     The same in every process and after every start, and another one in every other directory, be it
     the root directory of each.
     """
-    directory = Path.cwd()
-    status = directory.stat()
-    place = f"{os.uname().nodename}:{program}:{directory}:{status.st_dev}:{status.st_ino}"
+    # By no path: the user that we are may have no way to it.
+    status = os.stat(".")
+    place = f"{os.uname().nodename}:{program}:{Path.cwd()}:{status.st_dev}:{status.st_ino}"
     return f"{program}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
