@@ -115,6 +115,14 @@ def workers_of(daemon: Daemon) -> list[int]:
     return [pid for pid in daemon.workers() if pid != children(daemon.process.pid)["nft"]]
 
 
+def is_running(pid: int) -> bool:
+    """Tell whether a process has not ended, be it that nobody has waited for it yet."""
+    try:
+        return not status(pid)["State"].startswith("Z")
+    except OSError:
+        return False
+
+
 def status(pid: int) -> dict[str, str]:
     """Return what proc_pid_status(5) says."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -141,10 +149,12 @@ def test_the_rules_end_with_it(
     with site.start(tmp_path, *arguments) as daemon, plain_server(site, name) as plain:
         assert len(site.tables()) == 1
         assert is_reset(lambda: site.visit(name))
+        served = daemon.workers()
         daemon.signal(number)
         assert daemon.wait() == (-number if number == signal.SIGKILL else 0)
-        # After SIGKILL, nft takes a moment to notice.
+        # After SIGKILL, nft and workers take a moment to notice.
         eventually(lambda: site.tables() == [])
+        eventually(lambda: not any(map(is_running, served)))
         assert hears_nothing(plain)
         assert reaches(site, name, plain)
 
@@ -219,6 +229,22 @@ def test_a_drain_lets_connections_go_on(site: Site, tmp_path: Path) -> None:
         assert receive_all(client) == b""
         assert daemon.wait() == 0
         assert "cut=0" in daemon.wait_for_log("drained")
+
+
+def test_a_drain_does_not_wait_forever(site: Site, tmp_path: Path) -> None:
+    name = site.new_name()
+    with (
+        site.serve(name.address, server_context(name.name)),
+        site.start(tmp_path, *options(tmp_path), "--drain=0.1") as daemon,
+        site.visit(name) as client,
+    ):
+        client.sendall(b"before")
+        assert client.recv(100) == b"before"
+        daemon.signal(signal.SIGTERM)
+        with pytest.raises(ConnectionResetError):
+            receive_all(client)
+        assert daemon.wait() == 0
+        assert "cut=1" in daemon.wait_for_log("drained")
 
 
 def test_sigint_cuts_connections_off(site: Site, tmp_path: Path) -> None:
