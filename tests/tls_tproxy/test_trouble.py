@@ -2,7 +2,7 @@
 
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Final
@@ -11,7 +11,7 @@ import pytest
 
 from mutual_tls.netfilter.table import NftError
 from tests.support.bridge import write, write_identity
-from tests.support.daemon import Daemon, eventually
+from tests.support.daemon import PATIENCE, Daemon, eventually
 from tests.support.network import why_no_network
 from tests.support.wrapping import (
     CLIENT,
@@ -135,3 +135,54 @@ def test_ports_that_nft_has_refused_are_tried_again() -> None:
         watch.look()
     assert asked == [{1, 2}] * 4
     assert told == ["nft: cgroupv2 path fails: No such file or directory", "1,2"]
+
+
+# --- The end
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("fail_closed", [False, True], ids=["", "fail-closed"])
+def test_a_drain(site: Site, tmp_path: Path, workers: int, *, fail_closed: bool) -> None:
+    """Who is connected goes on; a new one is left alone as a whole, or refused."""
+    name = site.new_name()
+    opts = [*options(tmp_path), "--port=8600", f"--workers={workers}"]
+    if fail_closed:
+        opts.append("--fail-closed")
+    plain = site.router.do(socket.create_server, (name.address, TAKEN))
+    plain.settimeout(PATIENCE)
+    try:
+        with (
+            plain,
+            site.serve(name.address, server_context(name.name)) as server,
+            site.start(tmp_path, *opts) as daemon,
+            site.visit(name) as before,
+        ):
+            before.sendall(b"before")
+            assert before.recv(100) == b"before"
+            daemon.signal(signal.SIGTERM)
+            # The sockets are closed first, and then nothing is redirected any more.
+            daemon.wait_for_log("draining")
+            if fail_closed:
+                eventually(lambda: _is_refused(lambda: site.connect(name.address)))
+            else:
+                eventually(lambda: not _is_refused(lambda: site.connect(name.address)))
+                with site.connect(name.address) as client:
+                    client.sendall(b"plain")
+                    while True:
+                        sock, _ = plain.accept()
+                        with sock:
+                            if sock.recv(100) == b"plain":
+                                break
+            before.sendall(b"after")
+            assert before.recv(100) == b"after"
+            assert len(server.ends) == 1
+    finally:
+        site.run(tmp_path, "--port=8600", "--stop-refusing")
+
+
+def _is_refused(connect: Callable[[], socket.socket]) -> bool:
+    try:
+        connect().close()
+    except ConnectionRefusedError:
+        return True
+    return False
