@@ -223,6 +223,9 @@ def test_a_drain_lets_connections_go_on(site: Site, tmp_path: Path) -> None:
         assert client.recv(100) == b"before"
         daemon.signal(signal.SIGTERM)
         assert "open=1" in daemon.wait_for_log("draining")
+        # Nobody else is taken.
+        with plain_server(site, name) as plain:
+            assert reaches(site, name, plain)
         client.sendall(b"after")
         assert client.recv(100) == b"after"
         client.shutdown(socket.SHUT_WR)
@@ -283,6 +286,26 @@ def test_nft_is_missing(site: Site, tmp_path: Path) -> None:
     why = "unable to run nft: it is not installed (Debian package nftables)"
     assert done.stderr == f"tls-tproxy: fatal: unable to redirect connections: {why}\n"
     assert done.returncode == 111
+
+
+def test_a_second_one_on_the_same_port(site: Site, tmp_path: Path) -> None:
+    """It ends, and the first one goes on."""
+    name = site.new_name()
+    arguments = (*options(tmp_path), f"--port={LISTENING}", "--fail-closed")
+    with (
+        site.serve(name.address, server_context(name.name)),
+        site.start(tmp_path, *arguments),
+    ):
+        before = site.tables()
+        done = site.run(tmp_path, *arguments)
+        assert done.stderr == (
+            f"tls-tproxy: fatal: unable to listen on port {LISTENING} of the loopback addresses: "
+            "Address already in use\n"
+        )
+        assert done.returncode == 111
+        assert site.tables() == before
+        assert works(site.visit(name))
+    assert site.run(tmp_path, f"--port={LISTENING}", "--stop-refusing").returncode == 0
 
 
 @pytest.mark.parametrize(
