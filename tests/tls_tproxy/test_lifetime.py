@@ -562,6 +562,21 @@ def test_limits_of_time(site: Site, tmp_path: Path) -> None:
         eventually(lambda: one.end().failure and other.end().failure)
 
 
+@pytest.mark.parametrize("level", ["info", "error"])
+def test_log_levels(site: Site, tmp_path: Path, level: str) -> None:
+    """The first tls-tproxy's."""
+    name = site.new_name()
+    arguments = (*options(tmp_path)[:-1], f"--logLevel={level}")
+    with (
+        site.serve(name.address, server_context(name.name)),
+        site.start(tmp_path, *arguments) as daemon,
+    ):
+        assert works(site.visit(name))
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_for_log("drained")
+        assert any(" ending=" in line for line in daemon.log()) == (level == "info")
+
+
 # --- Certificate checkers
 
 
