@@ -1,8 +1,13 @@
 """tls-tproxy in trouble: floods, silent servers, too many clients, and what else goes wrong."""
 
+import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Final
@@ -10,12 +15,19 @@ from typing import Final
 import pytest
 
 from mutual_tls.netfilter.table import NftError
+from sniproxy.engine.tcp import LINGER_0
 from tests.support.bridge import write, write_identity
 from tests.support.daemon import PATIENCE, Daemon, eventually
+from tests.support.dns import answering, packet
 from tests.support.network import why_no_network
 from tests.support.wrapping import (
     CLIENT,
+    HERE,
+    PORT,
+    ROUTER,
     TAKEN,
+    End,
+    Server,
     Site,
     is_reset,
     options,
@@ -28,12 +40,243 @@ _why_not: Final = why_no_network(("nft", "nftables"), ("dnsmasq", "dnsmasq-base"
 pytestmark = pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
 
 
-@pytest.fixture(scope="module")
-def simple(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One that serves all names, by options alone."""
-    place = tmp_path_factory.mktemp("simple")
-    with site.start(place, *options(place)) as daemon:
+@pytest.fixture
+def simple(site: Site, tmp_path: Path) -> Iterator[Daemon]:
+    """One that serves all names, by options alone.
+
+    For one test: of two that take the same port, either may get a connection.
+    """
+    with site.start(tmp_path, *options(tmp_path)) as daemon:
         yield daemon
+
+
+# --- Names
+
+
+def test_a_flood_of_forged_answers(site: Site, simple: Daemon) -> None:
+    """Nobody is wrapped under their name, and who looks up another one is served meanwhile."""
+    name, beside = site.new_name(), site.new_name()
+    forger = site.router.do(socket.socket, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    is_over = threading.Event()
+    sent = count()
+
+    def forge() -> None:
+        # 10,000 a second, if all goes well: as many as the queue of the packet socket holds.
+        while not is_over.wait(0.02):
+            for n in (next(sent) for _ in range(200)):
+                message = answering("evil.example", name.address, number=n % 65536)
+                port = 1024 + n * 7919 % 64512
+                forger.sendto(packet(ROUTER[4], 53, HERE[4], port, message), (HERE[4], 0))
+
+    thread = threading.Thread(target=forge)
+    with (
+        forger,
+        site.serve(name.address, server_context("evil.example")) as evil,
+        site.serve(beside.address, server_context(beside.name)),
+    ):
+        thread.start()
+        try:
+            for _ in range(5):
+                assert works(site.visit(beside))
+                assert is_reset(lambda: site.connect(name.address))
+        finally:
+            is_over.set()
+            thread.join()
+        assert evil.ends == []
+    assert next(sent) > 1000
+    assert not any("name=evil" in line for line in simple.log())
+
+
+def test_addresses_of_this_machine(site: Site, tmp_path: Path) -> None:
+    """And lines of /etc/hosts that are none."""
+    hosts = {"127.0.0.1": "lo.example", "::1": "lo6.example", HERE[4]: "own.example"}
+    lines = [f"{address} {name}" for address, name in hosts.items()]
+    strange = ["fe80::1%cable a.example", "999.1.1.1 b.example", "10.0.0.1", "\0 c", "y" * 5000]
+    text = "\n".join([*strange, *lines, f"::ffff:{HERE[4]} mapped.example", "# end"])
+    with site.start(tmp_path, *options(tmp_path), hosts=text):
+        for address, name in hosts.items():
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            listening = site.here.do(socket.create_server, (address, PORT), family=family)
+            server = Server(listening, server_context(name))
+            try:
+                assert works(site.connect(address))
+                if family == socket.AF_INET:
+                    assert works(site.connect(f"::ffff:{address}"))
+                assert server.end().sni == name
+            finally:
+                server.close()
+
+
+def test_each_worker_learns_names(site: Site, tmp_path: Path) -> None:
+    name = site.new_name()
+    with (
+        site.serve(name.address, server_context(name.name)),
+        site.start(tmp_path, *options(tmp_path), "--workers=3") as daemon,
+    ):
+        for worker in 1, 2, 3:
+            daemon.wait_for_log(f"worker={worker}")
+        site.look_up(name.name)
+        served: set[str] = set()
+        workers = daemon.workers()
+        # All but one are stopped, so that it is known who serves. nft is a child, too.
+        for chosen in workers:
+            others = [pid for pid in workers if pid != chosen]
+            if Path(f"/proc/{chosen}/comm").read_text() == "nft\n":
+                continue
+            for pid in others:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                assert works(site.connect(name.address))
+            finally:
+                for pid in others:
+                    os.kill(pid, signal.SIGCONT)
+        lines = [line for line in daemon.log() if " connection " in line]
+        served = {line.split("worker=")[1].split()[0] for line in lines}
+        assert served == {"1", "2", "3"}
+
+
+# --- Ports
+
+
+def test_a_port_that_leads_to_itself(site: Site, tmp_path: Path) -> None:
+    name = site.new_name()
+    ports = f"--portMap={PORT}:{PORT},{TAKEN}:{PORT}"
+    with (
+        site.serve(name.address, server_context(name.name)) as server,
+        site.start(tmp_path, *options(tmp_path)[:3], ports),
+    ):
+        assert works(site.visit(name, PORT))
+        assert works(site.visit(name, TAKEN))
+        assert [end.sni for end in server.ends] == [name.name] * 2
+
+
+def test_a_port_that_leads_to_our_own(site: Site, tmp_path: Path) -> None:
+    """We are not who has a certificate for that name; and there is no circle."""
+    ports = "--portMap=8443:8600", "--port=8600"
+    hosts = "127.0.0.1 lo.example\n"
+    with site.start(tmp_path, *options(tmp_path)[:3], *ports, hosts=hosts) as daemon:
+        assert is_reset(lambda: site.connect("127.0.0.1"))
+        daemon.wait_for_log("reason=not_redirected")
+        assert sum("refused" in line for line in daemon.log()) == 2
+
+
+def test_two_instances_take_the_same_port(site: Site, tmp_path: Path) -> None:
+    """One of them wraps, once."""
+    name = site.new_name()
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    with (
+        site.serve(name.address, server_context(name.name)) as server,
+        site.start(one, *options(one)) as first,
+        site.start(other, *options(other)) as second,
+    ):
+        assert works(site.visit(name))
+        assert len(server.ends) == 1
+        eventually(lambda: sum(" connection " in line for line in first.log() + second.log()) == 1)
+
+
+# --- Clients
+
+
+def test_many_clients_and_few_places(site: Site, tmp_path: Path) -> None:
+    name = site.new_name()
+    with (
+        site.serve(name.address, server_context(name.name)),
+        site.start(tmp_path, *options(tmp_path), "--max-connections=5"),
+    ):
+        site.look_up(name.name)
+        with ThreadPoolExecutor(100) as pool:
+            assert all(pool.map(lambda _: works(site.connect(name.address)), range(300)))
+
+
+def test_few_descriptors(site: Site, tmp_path: Path) -> None:
+    name = site.new_name()
+    with (
+        site.serve(name.address, server_context(name.name)),
+        site.start(tmp_path, *options(tmp_path), before=("prlimit", "--nofile=64")),
+    ):
+        site.look_up(name.name)
+        clients = [site.connect(name.address) for _ in range(60)]
+        assert all(works(client) for client in clients)
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closes", "resets"])
+def test_who_leaves_before_the_server_is_reached(
+    site: Site, simple: Daemon, *, reset: bool
+) -> None:
+    """What was said before the end is delivered, and that it is the end; after a reset neither."""
+    name = site.new_name()
+    listening = site.router.do(socket.create_server, (name.address, PORT))
+    listening.settimeout(PATIENCE)
+    with listening:
+        with site.visit(name) as client:
+            client.sendall(b"hello")
+            if reset:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+        sock, _ = listening.accept()
+        end = End(sock, server_context(name.name))
+        if reset:
+            with pytest.raises(OSError, match=r"close_notify|reset"):
+                converse(end)
+        else:
+            converse(end)
+            assert end.received == b"hello"
+        end.close()
+
+
+def converse(end: End) -> None:
+    """Receive until the end was announced; all else is an exception."""
+    end.shake_hands()
+    while end.receive():
+        pass
+
+
+def test_much_is_said_before_the_server_is_reached(site: Site, simple: Daemon) -> None:
+    name = site.new_name()
+    listening = site.router.do(socket.create_server, (name.address, PORT))
+    listening.settimeout(PATIENCE)
+    with listening, site.visit(name) as client:
+        client.settimeout(0.2)
+        said = 0
+        # Until the kernel's buffers are full: nothing of it is read.
+        with suppress(TimeoutError):
+            while said < 10 << 20:
+                said += client.send(bytes(1 << 16))
+        assert said
+        client.shutdown(socket.SHUT_WR)
+        sock, _ = listening.accept()
+        end = End(sock, server_context(name.name))
+        converse(end)
+        assert len(end.received) == said
+        end.close()
+
+
+# --- Signals
+
+
+def test_a_program_that_is_stopped_and_goes_on(site: Site, tmp_path: Path) -> None:
+    name = site.new_name()
+    with (
+        site.serve(name.address, server_context(name.name)),
+        site.start(tmp_path, *options(tmp_path)) as daemon,
+    ):
+        daemon.signal(signal.SIGSTOP)
+        site.look_up(name.name)
+        client = site.connect(name.address)
+        daemon.signal(signal.SIGCONT)
+        assert works(client)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_nft_is_killed(site: Site, tmp_path: Path, workers: int) -> None:
+    with site.start(tmp_path, *options(tmp_path), f"--workers={workers}") as daemon:
+        (nft,) = [
+            pid for pid in daemon.workers() if Path(f"/proc/{pid}/comm").read_text() == "nft\n"
+        ]
+        os.kill(nft, signal.SIGKILL)
+        assert daemon.wait() == 111
+        assert any("nft has ended" in line for line in daemon.log())
 
 
 # --- Servers
