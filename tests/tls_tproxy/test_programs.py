@@ -66,19 +66,6 @@ def test_curl(site: Site, wrap: Daemon, tmp_path: Path, version: int, user: int)
         assert "Connection reset by peer" in done.stderr
 
 
-def test_the_next_address_is_not_tried(site: Site, wrap: Daemon, tmp_path: Path) -> None:
-    """A caveat of the manual: curl is connected, to us, so it tries no other address."""
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed (Debian package curl)")
-    name = site.new_name()
-    with site.serve(name.address, server_context(name.name), serve_page) as server:
-        in_time = ("--max-time", str(AT_ONCE))
-        done = site.command(tmp_path, "curl", "-sS", *in_time, f"http://{name.name}/")
-        assert "Connection reset by peer" in done.stderr
-        assert server.ends == []
-    assert f"[{name.addresses[6]}]:443" in wrap.wait_for_log("reason=refused")
-
-
 def test_redis(site: Site, wrap: Daemon, tmp_path: Path) -> None:
     skip_without("redis")
     name = site.new_name()
