@@ -32,8 +32,9 @@ SIDES = ("ingress", "peer")
 DIRECT = "direct TLS"
 
 AT_A_TIME = 8
-# Of the connections: some programs use each ticket once, and may have none where eight begin.
-RESUMED_AT_LEAST = 0.7
+# Of the connections: some programs use each ticket once, and may have none where eight begin. nginx
+# resumes four fifths, and two thirds in a bad slice; with less something is wrong.
+RESUMED_AT_LEAST = 0.5
 # Works that a program is left out of, where it would not do the same. Of the connections that it
 # should resume, ATS resumed half in one slice and four fifths in the next.
 LEFT_OUT = {("ATS", "resumed handshake", "ingress")}
