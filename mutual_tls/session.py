@@ -238,9 +238,13 @@ class Session(ABC):
         """
         said = await receive_some(self.story, self.client, CHUNK)
         if said:
-            self._shared.silent.pop(self, None)
-            self._shared.unfinished[self] = trio.current_time()
+            self.has_begun()
         return said
+
+    def has_begun(self) -> None:
+        """Be none of the silent clients, but one whose place others may get after a second."""
+        self._shared.silent.pop(self, None)
+        self._shared.unfinished[self] = trio.current_time()
 
     def give_way(self) -> None:
         """End this, since others wait for the place."""

@@ -97,7 +97,10 @@ class Session(session.Session):
         except NotRedirectedError as error:
             raise Refusal(WrapReason.NOT_REDIRECTED, str(error)) from None
         # It need not say anything: many a protocol has the server speak first.
-        self.is_understood(WrapReason.SERVER_SILENT)
+        self.blamed = WrapReason.SERVER_SILENT
+        # Nor does it matter who is silent: the clients of one server that is down are not to keep
+        # all places from those of others.
+        self.has_begun()
         address = ip_address(self.destination.host.partition("%")[0])
         names = await self._find_names(address)
         services = self._find_services(names, self.destination.port, address)
@@ -198,6 +201,11 @@ class Session(session.Session):
             before_tls=before_tls,
         )
         return await self._outward.reach(server)
+
+    def give_way(self) -> None:
+        """End this, since others wait for the place; by a reset, too."""
+        self.reset()
+        super().give_way()
 
     async def refuse(self, refusal: Refusal) -> None:
         """Reset the connection, so that the program fails at once, and not as if all was said."""

@@ -190,6 +190,23 @@ def test_many_clients_and_few_places(site: Site, tmp_path: Path) -> None:
             assert all(pool.map(lambda _: works(site.connect(name.address)), range(300)))
 
 
+def test_clients_of_a_silent_server_do_not_keep_all_places(site: Site, tmp_path: Path) -> None:
+    """Observed: they did for ten seconds, and so did those who had left long ago."""
+    name, other = site.new_name(), site.new_name()
+    silent = site.router.do(socket.create_server, (name.address, PORT))
+    with (
+        silent,
+        site.serve(other.address, server_context(other.name)),
+        site.start(tmp_path, *options(tmp_path), "--max-connections=2") as daemon,
+    ):
+        clients = [site.visit(name) for _ in range(2)]
+        assert works(site.visit(other))
+        assert is_reset(lambda: clients[0])
+        clients[1].close()
+        daemon.wait_for_log("reason=capacity")
+        assert not any("server_silent" in line for line in daemon.log())
+
+
 def test_few_descriptors(site: Site, tmp_path: Path) -> None:
     name = site.new_name()
     with (
