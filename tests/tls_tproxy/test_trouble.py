@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -207,6 +208,33 @@ def test_clients_of_a_silent_server_do_not_keep_all_places(site: Site, tmp_path:
         assert not any("server_silent" in line for line in daemon.log())
 
 
+def test_nothing_is_left_of_connections(site: Site, simple: Daemon) -> None:
+    refused, served = site.new_name(), site.new_name()
+    with site.serve(served.address, server_context(served.name)):
+        for name in refused, served:
+            site.look_up(name.name)
+
+        def connect(times: int) -> tuple[int, int]:
+            for _ in range(times):
+                # One leaves at once; the other waits for its end.
+                with suppress(ConnectionResetError), site.connect(refused.address) as client:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+                with suppress(ConnectionResetError), site.connect(refused.address) as client:
+                    client.recv(1)
+            for _ in range(times // 10):
+                assert works(site.connect(served.address))
+            eventually(lambda: simple.descriptors() <= before)
+            return simple.rss_peak(), len(simple.log())
+
+        before = simple.descriptors()
+        peak, lines = connect(500)
+        later, more = connect(1000)
+        # What is remembered of a name or a client is bounded; a leak of a kilobyte would show.
+        assert later - peak < 2 << 20
+        # Of connections that are served each has a line; of refusals twenty, and a few more.
+        assert more - lines < 1000 // 10 + 50
+
+
 def test_few_descriptors(site: Site, tmp_path: Path) -> None:
     name = site.new_name()
     with (
@@ -316,6 +344,49 @@ def test_a_silent_server_leaves_time_for_the_next_candidate(site: Site, tmp_path
         site.look_up(name.name)
         site.look_up(f"other-{name.name}")
         assert works(site.connect(name.address))
+
+
+def record(kind: int, content: bytes) -> bytes:
+    """Return a record of TLS, RFC 8446 §5.1."""
+    return struct.pack("!BHH", kind, 0x0303, len(content)) + content
+
+
+# A Certificate message, RFC 8446 §4.4.2, of the largest length that there can be.
+_HUGE: Final = b"\x0b\xff\xff\xff" + bytes(16_380)
+
+
+@pytest.mark.parametrize(
+    ("said", "times"),
+    [
+        (b"", 1),
+        (bytes(1 << 16), 16),
+        (record(22, _HUGE) + record(22, bytes(1 << 14)) * 99, 10),
+        (record(22, b"") * 1000, 100),
+        (record(20, b"\x01") * 1000, 100),
+        (record(21, b"\x01\x5a") * 1000, 100),
+    ],
+    ids=["nothing", "zeros", "a huge chain", "empty records", "ChangeCipherSpec", "warnings"],
+)
+def test_a_server_that_speaks_nonsense(site: Site, simple: Daemon, said: bytes, times: int) -> None:
+    """The client is reset, and what others want does not wait."""
+    name, beside = site.new_name(), site.new_name()
+    listening = site.router.do(socket.create_server, (name.address, PORT))
+    listening.settimeout(PATIENCE)
+    with (
+        listening,
+        site.serve(beside.address, server_context(beside.name)),
+        site.visit(name) as client,
+    ):
+        sock, _ = listening.accept()
+        with sock:
+            assert sock.recv(1)
+            with suppress(OSError):
+                for _ in range(times):
+                    sock.sendall(said)
+            assert works(site.visit(beside))
+        assert is_reset(lambda: client)
+    # Less than the chain that was announced, and the program itself.
+    assert simple.rss_peak() < 64 << 20
 
 
 # --- The directory
