@@ -391,16 +391,17 @@ def test_a_server_that_rejects_our_certificate(
     authority("strangers").configure_trust(context)
     context.verify_mode = ssl.CERT_REQUIRED
     with site.serve(name.address, context) as server:
-        with site.visit(name) as client:
+        with pytest.raises(ConnectionError), site.visit(name) as client:  # EPIPE, too
             client.settimeout(AT_ONCE)
-            with pytest.raises(ConnectionResetError):
-                client.sendall(b"hello")
-                client.recv(1)
+            client.sendall(b"hello")
+            client.recv(1)
         assert server.end().received == b""
     if tls is ssl.TLSVersion.TLSv1_2:
         simple.refused(name, "rejected")
     else:
-        simple.line("connection", f"name={name.name}", "ending=tls_failed")
+        line = simple.line("connection", f"name={name.name}")
+        # The server has not read all when it leaves, so a reset may overtake its alert.
+        assert line.split()[-1] in {"ending=tls_failed", "ending=tls_reset"}
 
 
 def test_a_closed_port(site: Site, simple: Wrapped) -> None:
