@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
+from mutual_tls.identity import system_authorities
 from mutual_tls.session import SessionOptions
 from mutual_tls.verify import parse_rule
 from sniproxy.service import sandbox
@@ -30,6 +31,11 @@ def give_up_privileges(options: SessionOptions, keep: Collection[int] | None = N
         FatalError: a system call failed.
     """
     _load_what_comes_late()
+    if options.chroot:
+        # Where they are out of reach by then. Else they are read with the first identity that has
+        # none of its own.
+        with attempt("read whom the system trusts"):
+            system_authorities()
     drop_privileges(options, keep)
     try:
         Path().stat()
