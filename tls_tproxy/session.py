@@ -20,7 +20,7 @@ from mutual_tls.end import TLSEnd, TLSError
 from mutual_tls.netfilter.mark import OPTION
 from mutual_tls.netfilter.original import NotRedirectedError, original_destination
 from mutual_tls.outward import Outward, Server
-from mutual_tls.refusal import Refusal
+from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.relay import TLSRelay
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address
@@ -168,6 +168,11 @@ class Session(session.Session):
         first: DialError | TLSError | Refusal | None = None
         deadline = self.began + self.shared.options.setup_seconds
         for service in services:
+            if service.starttls is StartTLS.POSTGRES and not self._has_declined:
+                self._has_declined = True
+                self.blamed = SessionReason.CLIENT_SILENT
+                self._said = await decline_encryption(self.story, self.client)
+                self.blamed = WrapReason.SERVER_SILENT
             # Half of what is left: the newest is the likeliest, and a silent one is not to take the
             # time of all others.
             left = deadline - trio.current_time()
@@ -185,12 +190,6 @@ class Session(session.Session):
         raise first
 
     async def _reach(self, service: Service, host: str) -> TLSEnd:
-        before_tls = None
-        if service.starttls is StartTLS.POSTGRES:
-            before_tls = request_encryption
-            if not self._has_declined:
-                self._has_declined = True
-                self._said = await decline_encryption(self.story, self.client)
         server = Server(
             Endpoint(host, service.port),
             service.name,
@@ -198,7 +197,7 @@ class Session(session.Session):
             service.rules,
             options=(OPTION,),
             check=partial(ask, service.checkers, [service.name]) if service.checkers else None,
-            before_tls=before_tls,
+            before_tls=request_encryption if service.starttls is StartTLS.POSTGRES else None,
         )
         return await self._outward.reach(server)
 

@@ -297,6 +297,48 @@ def test_much_is_said_before_the_server_is_reached(site: Site, simple: Daemon) -
         end.close()
 
 
+def test_a_client_of_postgresql_that_is_silent(site: Site, tmp_path: Path) -> None:
+    """Observed: its server was blamed, which nobody had asked yet."""
+    name = site.new_name()
+    run = tmp_path / "run"
+    write(run / f"wrap/ports/{TAKEN}", "443\n")
+    write(run / f"wrap/names/{name.name}/starttls", "postgres\n")
+    write_identity(run / "identity", CLIENT)
+    with site.start(tmp_path) as daemon, site.visit(name) as client:
+        client.settimeout(2 * PATIENCE)
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+        daemon.wait_for_log("reason=client_silent")
+
+
+# --- Confinement
+
+# What it takes in there, and nothing else.
+_WITH_PROC: Final = 'mkdir proc && mount --bind /proc proc && exec "$@"'
+
+
+def test_another_root_directory(site: Site, tmp_path: Path) -> None:
+    """Observed: without a ca.pem nobody was trusted, since the system's are out of reach."""
+    name = site.new_name()
+    run = tmp_path / "run"
+    write(run / f"wrap/ports/{TAKEN}", "443\n")
+    (run / "wrap/names/_default").mkdir(parents=True)
+    write_identity(run / "identity", CLIENT)
+    trusted = (run / "identity/ca.pem").rename(tmp_path / "ca.pem")
+    for path in run, run / "identity/key.pem":
+        path.chmod(0o755)  # for nobody
+    write(run / "etc/hosts", f"{name.addresses[6]} {name.name}\n")
+    before = "env", f"SSL_CERT_FILE={trusted}", "sh", "-euc", _WITH_PROC, "sh"
+    context = server_context(name.name)
+    with (
+        site.serve(name.address, context),
+        site.serve(name.addresses[6], context),
+        site.start(tmp_path, "--chroot", "--user=nobody", before=before),
+    ):
+        assert works(site.visit(name))
+        assert works(site.connect(name.addresses[6]))
+
+
 # --- Signals
 
 
