@@ -13,9 +13,11 @@ from tests.support.hellos import hello_bytes
 from tests.support.machine import Machine
 from tests.support.units import (
     SERVICE,
+    check_rights,
     commands,
     ended,
     heard,
+    heard_amid_restarts,
     journal,
     main_pid,
     settings,
@@ -320,17 +322,7 @@ def test_another_address(machine: Machine) -> None:
 
 def test_a_restart_refuses_nobody(machine: Machine) -> None:
     fetch(machine)
-    pids = {main_pid(machine)}
-    with started(machine, *PYTHON, CLIENTS) as clients:
-        lines = heard(clients.stdout, 20)
-        for _ in range(3):
-            machine.run("systemctl", "restart", SERVICE)
-            pids.add(main_pid(machine))
-            lines += heard(clients.stdout, 20)
-        rest, errors = ended(clients)
-    assert errors == ""
-    assert len(pids) == 4
-    assert {*lines, *rest} == {page("one").strip()}
+    assert heard_amid_restarts(machine, *PYTHON, CLIENTS) == {page("one").strip()}
 
 
 def test_a_new_version_starts_before_the_old_one_drains(machine: Machine) -> None:
@@ -471,15 +463,7 @@ def test_two_commands_do_not_end_a_service_that_runs(machine: Machine) -> None:
 
 def test_it_has_no_rights(machine: Machine) -> None:
     fetch(machine)
-    status = machine.run("cat", f"/proc/{main_pid(machine)}/status").stdout
-    fields = dict(line.split(":\t", 1) for line in status.splitlines())
-    uid = machine.run("id", "--user", "sniproxy").stdout.strip()
-    assert fields["Uid"].split() == [uid] * 4
-    for capabilities in "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb":
-        assert int(fields[capabilities], 16) == 0
-    assert fields["NoNewPrivs"] == "1"
-    # SECCOMP_MODE_FILTER
-    assert fields["Seccomp"] == "2"
+    check_rights(machine, "sniproxy")
 
 
 def test_its_root_directory_has_what_it_needs(machine: Machine) -> None:

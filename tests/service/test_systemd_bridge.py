@@ -12,9 +12,11 @@ from tests.support.units import (
     SYSTEM,
     UNITS,
     changed,
+    check_rights,
     commands,
     ended,
     heard,
+    heard_amid_restarts,
     journal,
     main_pid,
     settings,
@@ -322,17 +324,7 @@ def test_an_instance_for_clients_who_say_a_hello_only(machine: Machine) -> None:
 @each_side
 def test_a_restart_refuses_nobody(machine: Machine, unit: str) -> None:
     fetch(machine)
-    pids = {main_pid(machine, unit)}
-    with started(machine, *PYTHON, CLIENTS) as clients:
-        lines = heard(clients.stdout, 20)
-        for _ in range(3):
-            machine.run("systemctl", "restart", unit)
-            pids.add(main_pid(machine, unit))
-            lines += heard(clients.stdout, 20)
-        rest, errors = ended(clients)
-    assert errors == ""
-    assert len(pids) == 4
-    assert {*lines, *rest} == {"hello"}
+    assert heard_amid_restarts(machine, *PYTHON, CLIENTS, unit=unit) == {"hello"}
 
 
 @each_side
@@ -379,15 +371,7 @@ def test_called_wrongly_it_is_tried_again_until_it_is_mended(machine: Machine, u
 @each_side
 def test_it_has_no_rights(machine: Machine, unit: str) -> None:
     fetch(machine)
-    status = machine.run("cat", f"/proc/{main_pid(machine, unit)}/status").stdout
-    fields = dict(line.split(":\t", 1) for line in status.splitlines())
-    uid = machine.run("id", "--user", "tls-bridge").stdout.strip()
-    assert fields["Uid"].split() == [uid] * 4
-    for capabilities in "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb":
-        assert int(fields[capabilities], 16) == 0
-    assert fields["NoNewPrivs"] == "1"
-    # SECCOMP_MODE_FILTER
-    assert fields["Seccomp"] == "2"
+    check_rights(machine, "tls-bridge", unit)
 
 
 @each_side

@@ -140,3 +140,34 @@ def ended(program: "subprocess.Popen[str]") -> tuple[list[str], str]:
     lines, errors = program.stdout.read().splitlines(), program.stderr.read()
     program.wait(PATIENCE)
     return lines, errors
+
+
+# --- What every service has to bear --------------------------------------------------------------
+
+
+def heard_amid_restarts(machine: Machine, *clients: str, unit: str = SERVICE) -> set[str]:
+    """Restart it three times, while clients come again and again; return what these say."""
+    pids = {main_pid(machine, unit)}
+    with started(machine, *clients) as running:
+        lines = heard(running.stdout, 20)
+        for _ in range(3):
+            machine.run("systemctl", "restart", unit)
+            pids.add(main_pid(machine, unit))
+            lines += heard(running.stdout, 20)
+        rest, errors = ended(running)
+    assert errors == ""
+    assert len(pids) == 4
+    return {*lines, *rest}
+
+
+def check_rights(machine: Machine, user: str, unit: str = SERVICE) -> None:
+    """See that it is `user`, who can do nothing more than others, and is in a sandbox."""
+    status = machine.run("cat", f"/proc/{main_pid(machine, unit)}/status").stdout
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    uid = machine.run("id", "--user", user).stdout.strip()
+    assert fields["Uid"].split() == [uid] * 4
+    for capabilities in "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb":
+        assert int(fields[capabilities], 16) == 0
+    assert fields["NoNewPrivs"] == "1"
+    # SECCOMP_MODE_FILTER
+    assert fields["Seccomp"] == "2"
