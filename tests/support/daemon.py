@@ -35,6 +35,14 @@ _PYTHON = (sys.executable, "-bb", "-P", "-X", "dev", "-W", "error")
 COVERAGE = "COVERAGE_PROCESS_CONFIG"
 
 
+def unmeasured() -> dict[str, str]:
+    """Return the environment of a program in which coverage is not measured.
+
+    It could not save what it has found: in its sandbox, or as another user.
+    """
+    return {name: value for name, value in os.environ.items() if name != COVERAGE}
+
+
 class Daemon:
     """A running sniproxy.
 

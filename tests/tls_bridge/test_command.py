@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import PATIENCE
+from tests.support.daemon import PATIENCE, unmeasured
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,7 @@ def test_the_user_may_not_search_the_working_directory(module: str, tmp_path: Pa
         capture_output=True,
         text=True,
         timeout=PATIENCE,
+        env=unmeasured(),
     )
     program = module.replace("_", "-").replace(".", "-")
     message = "unable to search the working directory: Permission denied"

@@ -108,6 +108,10 @@ def test_addresses_of_this_machine(site: Site, tmp_path: Path) -> None:
                 server.close()
 
 
+def is_stopped(pid: int) -> bool:
+    return "\nState:\tT" in Path(f"/proc/{pid}/status").read_text()
+
+
 def test_each_worker_learns_names(site: Site, tmp_path: Path) -> None:
     name = site.new_name()
     with (
@@ -127,6 +131,8 @@ def test_each_worker_learns_names(site: Site, tmp_path: Path) -> None:
             for pid in others:
                 os.kill(pid, signal.SIGSTOP)
             try:
+                # One that has not stopped yet could take the client first.
+                eventually(lambda pids=others: all(map(is_stopped, pids)))  # type: ignore[misc]
                 assert works(site.connect(name.address))
             finally:
                 for pid in others:
