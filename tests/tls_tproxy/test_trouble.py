@@ -559,6 +559,35 @@ def test_a_drain(site: Site, tmp_path: Path, workers: int, *, fail_closed: bool)
         site.run(tmp_path, "--port=8600", "--stop-refusing")
 
 
+def test_a_drain_amid_handshakes(site: Site, tmp_path: Path) -> None:
+    """Each connection is served as a whole, or not at all."""
+    name = site.new_name()
+    context = server_context(name.name)
+    with (
+        site.serve(name.address, context) as server,
+        site.start(tmp_path, *options(tmp_path)) as daemon,
+    ):
+        site.look_up(name.name)
+
+        def connect_until_refused() -> int:
+            for times in count():
+                try:
+                    assert works(site.connect(name.address))
+                # Reset: it was in the queue of the socket when that was closed.
+                except (ConnectionRefusedError, ConnectionResetError):
+                    return times
+            raise AssertionError
+
+        with ThreadPoolExecutor(10) as pool:
+            clients = [pool.submit(connect_until_refused) for _ in range(10)]
+            eventually(lambda: len(server.ends) > 20)
+            daemon.signal(signal.SIGHUP)
+            served = sum(client.result() for client in clients)
+        assert daemon.wait() == 0
+        assert len(server.ends) == served > 20
+        assert f"served={served}" in daemon.log()[-1].split()
+
+
 def _is_refused(connect: Callable[[], socket.socket]) -> bool:
     try:
         connect().close()
