@@ -1,6 +1,7 @@
 """The start of a program that speaks TLS: what is loaded before, and locked up after."""
 
 import errno
+import os
 import sys
 from collections.abc import Collection, Iterable
 from importlib import import_module
@@ -55,16 +56,14 @@ def _load_what_comes_late() -> None:
     import_module("cryptography.hazmat.backends.openssl.backend")
 
 
-def enter_sandbox(
-    options: SessionOptions, log: EventLog, given: Iterable[Path], places: Iterable[Path]
-) -> None:
+def enter_sandbox(options: SessionOptions, log: EventLog, places: Iterable[Path]) -> None:
     """Enter the sandbox, unless an option says not to, and tell what it forbids.
 
     Args:
         options: say whether.
         log: where it is told.
-        given: directories that may be read beside the working directory, and what is in it.
-        places: they, and what is in them, may be links to anywhere: identities above all.
+        places: files and directories that may be read beside the working directory and what is in
+            it. They, and what is in them, may be links to anywhere: identities above all.
 
     Raises:
         FatalError: the kernel refuses.
@@ -72,13 +71,16 @@ def enter_sandbox(
     with attempt("enter the sandbox (--no-sandbox does without)"):
         # Some modules are loaded when they are first needed.
         modules = [Path(path) for path in sys.path if path]
-        readable = [Path(), *_READABLE, *modules, *given, *_linked(places)]
+        reached = [directory for place in places for directory in _reached(place)]
+        readable = [Path(), *_READABLE, *modules, *reached]
         forbidden = sandbox.enter(readable, may_connect=True) if options.sandbox else ["nothing"]
     log.event("sandbox", forbids=",".join(forbidden))
 
 
-def _linked(places: Iterable[Path]) -> list[Path]:
-    """Return the directories where links lead to that are such places, or are in one."""
-    links = [path for each in places for path in (each, *each.glob("*"))]
-    targets = (path.resolve() for path in links if path.is_symlink())
-    return [path if path.is_dir() else path.parent for path in targets]
+def _reached(place: Path) -> list[Path]:
+    """Return the directories that a place is in or is, and those that links there lead to."""
+    # Not by pathlib: what is out of reach for the user that we are now is no error yet.
+    inside = place.glob("*") if os.path.isdir(place) else ()
+    links = [path for path in (place, *inside) if os.path.islink(path)]
+    paths = [place, *(Path(os.path.realpath(link)) for link in links)]
+    return [path if os.path.isdir(path) else path.parent for path in paths]

@@ -183,12 +183,6 @@ def _story(program: str, *, is_sni: bool, routes: Routes) -> MakeStory:
     return partial(ServerNameIngress if is_sni else Ingress, routes=routes)
 
 
-def _given_directories(config: Config) -> list[Path]:
-    """Return where what the command line names is to be read."""
-    given = [path.parent for path in config.files]
-    return [*given, config.identity] if config.identity else given
-
-
 def _run(
     program: str,
     read: Callable[[Sequence[str] | None], Config | None],
@@ -216,8 +210,10 @@ def _run(
         config.identity,
         config.server_name,
     )
-    places = [directory / "identity", *directory.glob("peers/*/identity")]
-    enter_sandbox(config, log, _given_directories(config), places)
+    places = [directory / "identity", *directory.glob("peers/*/identity"), *config.files]
+    if config.identity is not None:
+        places.append(config.identity)
+    enter_sandbox(config, log, places)
     listening = [(sock, _story(program, is_sni=is_sni, routes=routes)) for sock, is_sni in taken]
 
     def stop_listening() -> None:

@@ -274,14 +274,6 @@ def _open_nft(config: Config) -> Nft:
         raise FatalError(f"unable to redirect connections: {error}") from None
 
 
-def _identity_directories(config: Config) -> list[Path]:
-    """Return where the files of the options are, and where they lead if they are links."""
-    if config.identity is None:
-        return []
-    files = [Path(path) for path in config.identity if path]
-    return [path.parent for file in files for path in (file, file.resolve())]
-
-
 def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
     understood = _read_options(argv)
     if understood is None:
@@ -332,8 +324,8 @@ def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
         raise UsageError(f"unable to check certificates: {error}") from None
     names = [Names(sock, accept_cname=wrap.accepts_cname) for sock in packets]
     entries = (path for each in _ENTRIES for path in directory.glob(each))
-    places = [directory / "identity", *entries]
-    enter_sandbox(config, log, _identity_directories(config), places)
+    files = [Path(path) for path in config.identity or () if path]
+    enter_sandbox(config, log, [directory / "identity", *entries, *files])
     ports = wrap.ports()
     try:
         redirection = Redirection(

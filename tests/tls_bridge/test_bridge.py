@@ -646,6 +646,26 @@ def test_an_identity_may_be_a_link_to_anywhere(it: Bridge, tmp_path: Path) -> No
     assert header.startswith(OK)
 
 
+def test_what_options_name_may_be_links_to_anywhere(it: Bridge, tmp_path: Path) -> None:
+    given, elsewhere = tmp_path / "given", tmp_path / "elsewhere"
+    given.mkdir()
+    (it.ingress_place / "peers/p/identity").rename(elsewhere)
+    (given / "id").mkdir()
+    for each in elsewhere.iterdir():
+        (given / "id" / each.name).symlink_to(each)
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    host, port = it.peer_socket.getsockname()[:2]
+    (lists / "rules").write_text(f"web[.]internal {host}:{port}\n")
+    (given / "rules").symlink_to(lists / "rules")
+    shutil.rmtree(it.ingress_place / "hosts")
+    it.start_peer()
+    options = ("--identity", str(given / "id"), "--server-name", PEER, "--file")
+    client, header = ask(it.start_ingress(*options, str(given / "rules")), connect())
+    client.close()
+    assert header.startswith(OK)
+
+
 def test_an_identity_that_expires_soon_is_told_of_once(it: Bridge) -> None:
     end = datetime.now(UTC) + timedelta(hours=20)
     write_identity(it.ingress_place / "peers/p/identity", INGRESS, not_after=end)
