@@ -198,17 +198,6 @@ class Wrap:
         except UnknownCheckerError as error:
             raise Refusal(WrapReason.UNKNOWN_CHECKER, str(error)) from None
 
-    def allows(self, name: Hostname, address: IPAddress) -> bool:
-        """Tell whether a name may be at an address; it may be at any, if none are fixed.
-
-        Raises:
-            Refusal: nothing is said of that name, or it can't be read.
-        """
-        try:
-            return _is_allowed(self._place(name), address)
-        except SettingsError as error:
-            raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
-
     def accepts_cname(self, name: Hostname) -> bool:
         """Tell whether targets of a name's CNAMEs count as names for it; no, if nobody can say."""
         try:
