@@ -1,22 +1,13 @@
 """The example in the README, as it stands, in a network of its own."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from tests.support.daemon import PATIENCE
 from tests.support.network import why_no_network
-
-README: Final = Path(__file__).parents[2] / "README.md"
-
-# A namespace of its own for the ports, and one for the processes: they end with the shell.
-ALONE: Final = ("unshare", "--net", "--pid", "--fork", "--kill-child", "bash", "-eumc")
+from tests.support.readme import run_example
 
 # In the place of the pause: programs that are there when they are there. Then it goes on as the
 # text does.
@@ -37,19 +28,8 @@ _why_not: Final = why_no_network(("openssl", "openssl"), ("curl", "curl"), ("bas
 
 @pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
 def test_the_example(tmp_path: Path) -> None:
-    section = README.read_text().split("\n## tls-bridge: ")[1]
-    [example] = re.findall(r"```sh\n(# Who is who.*?)```", section, re.DOTALL)
-    assert example.count("sleep 2;") == 1
-    script = BEFORE + example.replace("sleep 2;", WAIT) + AFTER
-    programs = Path(sys.executable).parent
-    assert shutil.which("tls-bridge", path=programs), "the project is not installed"
-    done = subprocess.run(
-        [*ALONE, script],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=3 * PATIENCE,  # three keys of RSA are made
+    done = run_example(
+        "tls-bridge", "# Who is who", tmp_path, before=BEFORE, wait=WAIT, after=AFTER
     )
     assert "hello" in done.stdout.splitlines(), done.stderr
     assert "response 403" in done.stderr
