@@ -22,6 +22,9 @@ _ATTEMPT_EVERY = 0.25
 # Addresses of one name that are tried: with 250 ms each there is no time for more.
 _MOST_ADDRESSES = 16
 
+# Seconds between two attempts at a Unix socket whose backlog is full.
+_RETRY = 0.02
+
 # What connect(2) says of a non-blocking socket that is not connected yet, and of one that is.
 _UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EINTR})
 _CONNECTED = frozenset({0, errno.EISCONN})
@@ -45,11 +48,17 @@ class DialReason(StrEnum):
 
 
 class DialError(Exception):
-    """There is no connection; the message says why."""
+    """There is no connection; the message says why.
 
-    def __init__(self, reason: DialReason, detail: str) -> None:
+    Attributes:
+        reason: a word for it.
+        errno: what connect(2) has said, if that is why.
+    """
+
+    def __init__(self, reason: DialReason, detail: str, number: int | None = None) -> None:
         super().__init__(detail)
         self.reason = reason
+        self.errno = number
 
 
 class Endpoint(NamedTuple):
@@ -184,6 +193,7 @@ async def dial(
     is_forbidden: Callable[[IPAddress], bool] | None = None,
     *,
     options: Sequence[tuple[int, int, int]] = (),
+    bind: Callable[[socket], None] = lambda sock: None,
 ) -> socket:
     """Return a non-blocking socket that is connected to the endpoint.
 
@@ -192,10 +202,12 @@ async def dial(
         endpoint: where to.
         is_forbidden: addresses that are left out.
         options: what is set before connecting, each as for setsockopt(2): level, name and value.
+        bind: called with each socket then, to give it an address.
 
     Raises:
         DialError: nobody could be reached.
         OSError: there is no descriptor left, an option can't be set, or the like.
+        Whatever `bind` raises.
     """
     addresses = await resolve(story, endpoint)
     if is_forbidden is not None:
@@ -204,7 +216,29 @@ async def dial(
             detail = f"{endpoint.host} is {addresses[0][1][0]}"
             raise DialError(DialReason.FORBIDDEN, detail)
         addresses = allowed
-    return await _dial_in_turn(story, addresses, str(endpoint), options)
+    return await _dial_in_turn(story, addresses, str(endpoint), options, bind)
+
+
+async def dial_unix(story: Story, path: str) -> socket:
+    """Return a non-blocking socket that is connected to a Unix socket.
+
+    Raises:
+        DialError: nobody listens there.
+    """
+    sock = socket(std.AF_UNIX, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC)
+    try:
+        # While its backlog is full; nothing tells when that has changed.
+        while (number := sock.connect_ex(path)) == errno.EAGAIN:
+            await story.sleep(_RETRY)
+        if number:
+            raise DialError(DialReason.REFUSED, f"{path}: {os.strerror(number)}")
+    except OSError as error:  # the path is too long
+        sock.close()
+        raise DialError(DialReason.REFUSED, f"{path}: {error}") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 async def _dial_in_turn(
@@ -212,6 +246,7 @@ async def _dial_in_turn(
     addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]],
     what: str,
     options: Sequence[tuple[int, int, int]],
+    bind: Callable[[socket], None],
 ) -> socket:
     """Connect to whichever answers first; each has a quarter of a second before the next begins."""
     attempts: dict[socket, tuple[str, int]] = {}  # that are under way
@@ -219,7 +254,7 @@ async def _dial_in_turn(
     connected = None
     try:
         for family, address in addresses:
-            if (newest := _begin(family, address, options, errors)) is None:
+            if (newest := _begin(family, address, options, bind, errors)) is None:
                 continue
             attempts[newest] = address
             with story.time_limit(_ATTEMPT_EVERY):
@@ -238,19 +273,21 @@ async def _dial_in_turn(
     refused = [number for number in errors if number in _REFUSED]
     reason = DialReason.REFUSED if refused else DialReason.UNREACHABLE
     number = [*refused, *errors, errno.EHOSTUNREACH][0]
-    raise DialError(reason, f"{what}: {os.strerror(number)}")
+    raise DialError(reason, f"{what}: {os.strerror(number)}", number)
 
 
 def _begin(
     family: std.AddressFamily,
     address: tuple[str, int],
     options: Sequence[tuple[int, int, int]],
+    bind: Callable[[socket], None],
     errors: list[int],
 ) -> socket | None:
     """Begin to connect; if there is no socket to be had, its error number goes to the list.
 
     Raises:
         OSError: an option can't be set.
+        Whatever `bind` raises.
     """
     try:
         sock = socket(family, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC, 0)
@@ -260,6 +297,7 @@ def _begin(
     try:
         for option in (*CLIENT_OPTIONS, *options):  # a dead peer is noticed as a dead client is
             sock.setsockopt(*option)
+        bind(sock)
     except OSError:
         # Without a mark the connection would be redirected to us; it must not begin.
         sock.close()

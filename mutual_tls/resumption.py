@@ -17,6 +17,11 @@ _RENEW_AFTER: Final = 60.0
 _LOOK_AGAIN_AFTER: Final = 1.0
 
 
+# Names that are kept; then the oldest is forgotten. Where names are addresses of others there is no
+# end to them, and a session holds a certificate.
+_MOST_KEPT: Final = 4096
+
+
 class _Kept(NamedTuple):
     context: ssl.SSLContext
     session: ssl.SSLSession | None
@@ -50,6 +55,10 @@ class Sessions:
         if kept is not None and kept.context is context and now < kept.renew_at:
             return
         session = connection.session
+        # Out of its place, and to the end of the line.
+        self._kept.pop(server_name, None)
+        if len(self._kept) >= _MOST_KEPT:
+            del self._kept[next(iter(self._kept))]
         if session is None or not session.has_ticket:
             self._kept[server_name] = _Kept(context, None, now + _LOOK_AGAIN_AFTER)
         else:

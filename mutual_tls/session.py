@@ -17,7 +17,7 @@ from mutual_tls.dial import DialError
 from mutual_tls.end import TLSEnd, TLSError, receive_some
 from mutual_tls.exhausted import EXHAUSTED
 from mutual_tls.refusal import Refusal, SessionReason
-from mutual_tls.relay import Ending, TLSRelay
+from mutual_tls.relay import TLSRelay
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
@@ -257,9 +257,13 @@ class Session(ABC):
 
     def join(self, plain: socket, end: TLSEnd, to_plain: bytes, to_tls: bytes) -> None:
         """Let the relay go on."""
+        self.hand_over()
+        self._shared.relay.join(plain, end, self.left, to_plain, to_tls)
+
+    def hand_over(self) -> None:
+        """Note that both sockets belong to a relay from now on, which calls `left` at the end."""
         self._is_joined = True
         self._shared.served += 1
-        self._shared.relay.join(plain, end, self._left, to_plain, to_tls)
 
     async def _end(self, refusal: Refusal) -> None:
         self._shared.refused += 1
@@ -288,7 +292,8 @@ class Session(ABC):
         with contextlib.suppress(OSError):
             self.client.setsockopt(SOL_SOCKET, SO_LINGER, LINGER_0)
 
-    def _left(self, up: int, down: int, ending: Ending) -> None:
+    def left(self, up: int, down: int, ending: StrEnum) -> None:
+        """Write the line of the connection, if lines are wanted, and count it out."""
         self.has_ended()
         if self.is_tls_client:  # the relay has counted from the plain end
             up, down = down, up

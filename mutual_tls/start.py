@@ -56,7 +56,9 @@ def _load_what_comes_late() -> None:
     import_module("cryptography.hazmat.backends.openssl.backend")
 
 
-def enter_sandbox(options: SessionOptions, log: EventLog, places: Iterable[Path]) -> None:
+def enter_sandbox(
+    options: SessionOptions, log: EventLog, places: Iterable[Path], *, may_bind: bool = False
+) -> None:
     """Enter the sandbox, unless an option says not to, and tell what it forbids.
 
     Args:
@@ -64,6 +66,7 @@ def enter_sandbox(options: SessionOptions, log: EventLog, places: Iterable[Path]
         log: where it is told.
         places: files and directories that may be read beside the working directory and what is in
             it. They, and what is in them, may be links to anywhere: identities above all.
+        may_bind: whether connections may be given any address of their own.
 
     Raises:
         FatalError: the kernel refuses.
@@ -73,7 +76,9 @@ def enter_sandbox(options: SessionOptions, log: EventLog, places: Iterable[Path]
         modules = [Path(path) for path in sys.path if path]
         reached = [directory for place in places for directory in _reached(place)]
         readable = [Path(), *_READABLE, *modules, *reached]
-        forbidden = sandbox.enter(readable, may_connect=True) if options.sandbox else ["nothing"]
+        forbidden = ["nothing"]
+        if options.sandbox:
+            forbidden = sandbox.enter(readable, may_connect=True, may_bind=may_bind)
     log.event("sandbox", forbids=",".join(forbidden))
 
 

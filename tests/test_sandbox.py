@@ -285,7 +285,7 @@ def test_what_is_there_and_fails_is_an_error(
         if call == "prctl":
             sandbox._enter_filter([socket.AF_UNIX])
         else:
-            sandbox._enter_landlock([], may_connect=False)
+            sandbox._enter_landlock([], sandbox._BIND_TCP)
 
 
 def test_a_python_of_32_bits_gets_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,25 +1,20 @@
 """The story of an ingress that has connected: it says CONNECT, and the service is dialled."""
 
 import contextlib
-import errno
-import os
-import socket as std
 import ssl
 from _socket import socket
 
 from mutual_tls.dial import (
-    DialError,
-    DialReason,
     Endpoint,
     address_family,
     dial,
+    dial_unix,
     is_local,
 )
 from mutual_tls.end import TLSEnd, TLSError, send_all
 from mutual_tls.identity import IdentityError
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.verify import Certificate, CertificateError
-from sniproxy.engine.story import Story
 from sniproxy.wire import proxy_v1_header
 from tls_bridge.allowed import check_client, find_service
 from tls_bridge.forwarded import forwarded_for
@@ -30,9 +25,6 @@ from tls_bridge.http_connect import (
 )
 from tls_bridge.refusal import BridgeReason
 from tls_bridge.session import Session
-
-# Seconds between two attempts at a Unix socket whose backlog is full.
-_RETRY = 0.02
 
 
 class PeerSide(Session):
@@ -120,25 +112,3 @@ def read_certificate(der: bytes) -> Certificate:
         return Certificate.parse(der)
     except CertificateError as error:
         raise Refusal(BridgeReason.CLIENT_NOT_ALLOWED, str(error)) from None
-
-
-async def dial_unix(story: Story, path: str) -> socket:
-    """Return a non-blocking socket that is connected to a Unix socket.
-
-    Raises:
-        DialError: nobody listens there.
-    """
-    sock = socket(std.AF_UNIX, std.SOCK_STREAM | std.SOCK_NONBLOCK | std.SOCK_CLOEXEC)
-    try:
-        # While its backlog is full; nothing tells when that has changed.
-        while (number := sock.connect_ex(path)) == errno.EAGAIN:
-            await story.sleep(_RETRY)
-        if number:
-            raise DialError(DialReason.REFUSED, f"{path}: {os.strerror(number)}")
-    except OSError as error:  # the path is too long
-        sock.close()
-        raise DialError(DialReason.REFUSED, f"{path}: {error}") from None
-    except BaseException:
-        sock.close()
-        raise
-    return sock

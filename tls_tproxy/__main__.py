@@ -3,12 +3,8 @@
 # First of all: until it is loaded, process 1 loses signals.
 import sniproxy.service.process1  # noqa: F401  # isort: skip
 
-import errno
-import os
 import pwd
-import socket as std
 import sys
-from _socket import socket
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,13 +16,12 @@ from typing import Final
 from mutual_tls.identity import Files, Identities
 from mutual_tls.netfilter.command import Cgroup
 from mutual_tls.netfilter.table import Nft, NftError
+from mutual_tls.redirected import LOOPBACK, listen, marking_capabilities, open_nft, port_option
 from mutual_tls.start import enter_sandbox, give_up_privileges
-from sniproxy.engine.listener import take_listening_socket
 from sniproxy.service import standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
-from sniproxy.service.options import OptionParser, look_up_user, service_fields
-from sniproxy.service.privileges import CAP_NET_ADMIN, CAP_NET_RAW
+from sniproxy.service.options import OptionParser, service_fields
 from sniproxy.service.start import run_program, run_service, share_descriptors
 from sniproxy.service.syslogd import Syslog
 from tls_tproxy.checkers import Checkers, UnknownCheckerError
@@ -61,22 +56,6 @@ _LEVELS: Final = {
     **dict.fromkeys(("panic", "fatal", "error", "warn", "warning"), False),
     **dict.fromkeys(("info", "debug", "trace"), True),
 }
-
-# The loopback addresses, to which the kernel redirects.
-_LOOPBACK: Final = ((std.AF_INET, "127.0.0.1"), (std.AF_INET6, "::1"))
-
-# The kernel has no IPv6, or the loopback device has not: net.ipv6.conf.lo.disable_ipv6. The rules
-# are for both families all the same: should there be IPv6 later, its connections reach nobody.
-_NO_IPV6: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
-
-# Ports that are tried where any will do, until one is free for both families.
-_TRIES: Final = 20
-
-# Connections that wait to be accepted; the kernel takes net.core.somaxconn if that is less.
-_BACKLOG: Final = 4096
-
-# socket(7): since then CAP_NET_RAW suffices for SO_MARK.
-_MARKED_BY_NET_RAW: Final = (5, 17)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +101,7 @@ def _read_options(argv: Sequence[str] | None) -> tuple[Config, bool] | None:
     )
     parser.add_argument(
         "--port",
-        type=_port,
+        type=port_option,
         default=0,
         metavar="PORT",
         help="the port of ours, on the loopback addresses, to which they are redirected "
@@ -187,12 +166,6 @@ def _port_map(text: str) -> dict[int, int]:
         raise ArgumentTypeError(f"unable to understand {text!a}: {error}") from None
 
 
-def _port(text: str) -> int:
-    if text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536:
-        return int(text)
-    raise ArgumentTypeError(f"{text!a} is no port")
-
-
 def _user(text: str) -> int:
     try:
         return pwd.getpwnam(text).pw_uid
@@ -210,70 +183,6 @@ def _cgroup(text: str) -> Cgroup:
         raise ArgumentTypeError(str(error)) from None
 
 
-def _listen(port: int) -> list[socket]:
-    """Return sockets that listen on the loopback addresses, on one port.
-
-    A machine without IPv6 has one socket only.
-
-    Raises:
-        FatalError: the port is taken, or the like.
-    """
-    for _ in range(_TRIES):
-        opened: list[std.socket] = []
-        chosen = port
-        try:
-            for family, host in _LOOPBACK:
-                try:
-                    sock = _bind(family, host, chosen)
-                except OSError as error:
-                    if family == std.AF_INET6 and error.errno in _NO_IPV6:
-                        continue
-                    raise
-                opened.append(sock)
-                chosen = sock.getsockname()[1]
-                sock.listen(_BACKLOG)
-            return [take_listening_socket(sock.fileno()) for sock in opened]
-        except OSError as error:
-            failure = error
-        finally:
-            for sock in opened:
-                sock.close()
-        if port:
-            break
-    raise FatalError.of(f"listen on port {chosen} of the loopback addresses", failure)
-
-
-def _bind(family: int, host: str, port: int) -> std.socket:
-    sock = std.socket(family, std.SOCK_STREAM)
-    try:
-        sock.setsockopt(std.SOL_SOCKET, std.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _needed_capabilities() -> list[int]:
-    """Return what is needed to set a mark: a smaller right, where the kernel knows it."""
-    release = os.uname().release.split(".")
-    version = tuple(int(part) for part in release[:2] if part.isdigit())
-    return [CAP_NET_RAW] if version >= _MARKED_BY_NET_RAW else [CAP_NET_RAW, CAP_NET_ADMIN]
-
-
-def _open_nft(config: Config) -> Nft:
-    """Run nft, as the user that we are going to be.
-
-    Raises:
-        FatalError: it can't be run.
-    """
-    identity = look_up_user(config.user)
-    try:
-        return Nft(None if identity is None else (identity.uid, identity.gid))
-    except NftError as error:
-        raise FatalError(f"unable to redirect connections: {error}") from None
-
-
 def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
     understood = _read_options(argv)
     if understood is None:
@@ -286,7 +195,7 @@ def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
         standard.replace_copies_of_input()
         log = Log(syslogd)
     with ExitStack() as ends:
-        nft = _open_nft(config)
+        nft = open_nft(config)
         ends.callback(nft.close)
         try:
             if is_to_stop_refusing:
@@ -298,7 +207,7 @@ def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
 
 
 def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
-    listening = _listen(config.port)
+    listening = listen(LOOPBACK, config.port)
     for sock in listening:
         ends.callback(sock.close)
     port: int = listening[0].getsockname()[1]
@@ -307,7 +216,7 @@ def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
         packets = [ends.enter_context(open_packet_socket()) for _ in range(config.workers)]
     notifier = Notifier()
     ends.callback(notifier.close)
-    give_up_privileges(config, _needed_capabilities())
+    give_up_privileges(config, marking_capabilities())
     identities = Identities(log.identity)
     directory = Path()
     try:

@@ -31,6 +31,7 @@ from mutual_tls.netfilter.table import (
     NftEndedError,
     NftError,
     create_table,
+    remove_table,
     replace_elements,
 )
 
@@ -143,7 +144,7 @@ def stop_refusing(nft: Nft, listening_port: int) -> None:
         NftEndedError: nft has ended.
     """
     _check_ports([listening_port])
-    nft.run(*_remove(_name_of_refusing(listening_port)))
+    nft.run(*remove_table(_name_of_refusing(listening_port)))
 
 
 def _check_ports(ports: Collection[int]) -> None:
@@ -183,7 +184,7 @@ def _redirecting_table(table: Name, listening_port: int, who: Command) -> list[C
 
 def _refusing_table(table: Name, who: Command) -> list[Command]:
     return [
-        *_remove(table),
+        *remove_table(table),
         Command("add table inet $table", table=table),
         _add_ports(table),
         Command("add chain inet $table output", table=table)
@@ -208,14 +209,6 @@ def _refusing_table(table: Name, who: Command) -> list[Command]:
                 Command("meta l4proto tcp ct original proto-dst @$ports", ports=_PORTS),
             )
         ),
-    ]
-
-
-def _remove(table: Name) -> list[Command]:
-    return [
-        # To delete a table is an error where there is none.
-        Command("add table inet $table", table=table),
-        Command("delete table inet $table", table=table),
     ]
 
 

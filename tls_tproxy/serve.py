@@ -1,17 +1,16 @@
 """Everything put together: names, sessions, relay; and what is looked at meanwhile."""
 
-import contextlib
 from _socket import socket
 from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
-from mutual_tls.netfilter.table import Nft, NftEndedError, NftError
+from mutual_tls import redirected
+from mutual_tls.netfilter.table import Nft
 from mutual_tls.relay import TLSRelay
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop
 from sniproxy.service.descriptors import Share
-from sniproxy.service.fatal import FatalError
 from sniproxy.service.notify import Notifier
 from sniproxy.service.signals import Signals
 from sniproxy.service.workers import Worker
@@ -68,7 +67,7 @@ async def serve(
     own.close()
 
 
-class Watch:
+class Watch(redirected.Watch):
     """What is looked at once a second: that nft and its tables are there, and the ports to take.
 
     Args:
@@ -79,44 +78,20 @@ class Watch:
     """
 
     def __init__(self, wrap: Wrap, nft: Nft, redirection: Redirection, log: Log) -> None:
+        super().__init__(nft, log.problem)
         self._wrap = wrap
-        self._nft = nft
         self._redirection = redirection
         self._log = log
         self._ports = redirection.ports
-        self._told = ""  # what nft has said last time
-        self._is_over = False
 
-    def stop(self) -> None:
-        """Stop redirecting new connections; those that are established go on."""
-        self._is_over = True
-        with contextlib.suppress(NftError):  # it is gone, and so are its rules
-            self._redirection.stop()
+    def take_nothing(self) -> None:
+        """Redirect no new connection."""
+        self._redirection.stop()
 
-    def look(self) -> None:
-        """Look.
-
-        Raises:
-            FatalError: nft has ended, and with it the redirection. Connections leave in plaintext.
-        """
-        if self._is_over:
-            return
-        if self._nft.has_ended():
-            raise FatalError("unable to redirect connections: nft has ended")
-        try:
-            self._redirection.look_after()
-            self._take(self._wrap.ports())
-        except NftEndedError as error:
-            raise FatalError(f"unable to redirect connections: {error}") from None
-        except NftError as error:
-            # It is tried again: a control group that is not there may come back.
-            if str(error) != self._told:
-                self._log.problem(str(error))
-            self._told = str(error)
-        else:
-            self._told = ""
-
-    def _take(self, ports: frozenset[int]) -> None:
+    def look_after(self) -> None:
+        """Redirect the ports that are to be taken now."""
+        self._redirection.look_after()
+        ports = self._wrap.ports()
         if ports == self._ports:
             return
         own = self._redirection.listening_port

@@ -17,14 +17,13 @@ and a parent who has become another user might not send one to root.
 
 import contextlib
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Collection
 from typing import Final, NoReturn
 
+from mutual_tls.netfilter import child
 from mutual_tls.netfilter.command import Command, Name, Value
 
 # Seconds for a command. It takes a millisecond; but the kernel changes the tables of one at a time,
@@ -45,14 +44,6 @@ _ERROR: Final = "Error: "
 # Bytes of its words that go into an exception: it repeats the command.
 _MOST_WORDS: Final = 300
 
-# The child is to outlive us by a moment, not the other way round: a terminal and a supervisor send
-# these to whole groups of processes, and we may want to drain. A blocked signal stays so across
-# execve(2).
-_NOT_FOR_THE_CHILD: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-
-# Where nft is, if the PATH is that of an ordinary user.
-_SYSTEM_PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
-
 
 class NftError(Exception):
     """nft has refused a transaction, and none of it was done; the message is in nft's words."""
@@ -70,33 +61,26 @@ class Nft:
 
     Args:
         user: the user id and group id to run nft as, with CAP_NET_ADMIN as its only right; those
-            that this process will have, so that no other user may kill it. It takes root, and
-            setpriv(1). None: nft is run as we are.
+            that this process will have. None: nft is run as we are.
 
     Raises:
         NftEndedError: nft can't be run.
     """
 
     def __init__(self, user: tuple[int, int] | None = None) -> None:
-        path = os.pathsep.join((*os.get_exec_path(), _SYSTEM_PATH))
-        if (nft := shutil.which("nft", path=path)) is None:
-            raise NftEndedError("unable to run nft: it is not installed (Debian package nftables)")
-        command = [nft, "-i"]
-        if user is not None:
-            if (setpriv := shutil.which("setpriv", path=path)) is None:
-                detail = "setpriv is not installed (Debian package util-linux)"
-                raise NftEndedError(f"unable to run nft: {detail}")
-            command = [setpriv, *_as_user(*user), *command]
         try:
+            command = [child.find("nft", "nftables"), "-i"]
             self._socket, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    self._process = child.start(command, theirs, user=user)
+                except BaseException:
+                    self._socket.close()
+                    raise
+        except child.MissingProgramError as error:
+            raise NftEndedError(f"unable to run nft: {error}") from None
         except OSError as error:
             raise NftEndedError(f"unable to run nft: {error.strerror}") from error
-        with theirs:
-            try:
-                self._process = _start(command, theirs)
-            except OSError as error:
-                self._socket.close()
-                raise NftEndedError(f"unable to run nft: {error.strerror}") from error
         os.register_at_fork(after_in_child=self._socket.close)
         try:
             self.run()  # whether it answers
@@ -156,6 +140,10 @@ class Nft:
         self._reap()
         raise NftEndedError(f"unable to run nft: {' '.join(why.split())[:_MOST_WORDS]}")
 
+    def fileno(self) -> int:
+        """Return the descriptor of our end of the session, which lasts while anybody holds it."""
+        return self._socket.fileno()
+
     def has_ended(self) -> bool:
         """Tell whether nft has ended, and our tables with it, which nobody has asked for."""
         try:
@@ -181,44 +169,21 @@ class Nft:
                 self._process.wait(_PATIENCE)
 
 
-def _start(command: list[str], theirs: socket.socket) -> subprocess.Popen[bytes]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_CHILD)
-    try:
-        return subprocess.Popen(
-            command,
-            stdin=theirs.fileno(),
-            stdout=theirs.fileno(),
-            stderr=theirs.fileno(),
-            # No other descriptor of ours, no terminal, nothing of our environment. Where its home
-            # can't be it writes no history of commands.
-            close_fds=True,
-            start_new_session=True,
-            cwd="/",
-            env={"HOME": "/dev/null", "LC_ALL": "C"},
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _as_user(uid: int, gid: int) -> tuple[str, ...]:
-    """Return the arguments for setpriv(1)."""
-    return (
-        f"--reuid={uid:d}",
-        f"--regid={gid:d}",
-        "--clear-groups",
-        "--inh-caps=-all,+net_admin",
-        "--ambient-caps=-all,+net_admin",
-        "--bounding-set=-all,+net_admin",
-        "--no-new-privs",
-    )
-
-
 def create_table(name: Name) -> Command:
     """Return the command for a new table of family inet that vanishes with the session.
 
     nft refuses it if there is one of that name.
     """
     return Command("create table inet $table { flags owner; }", table=name)
+
+
+def remove_table(name: Name) -> list[Command]:
+    """Return the commands that remove a table of family inet, if there is one."""
+    return [
+        # To delete a table is an error where there is none.
+        Command("add table inet $table", table=name),
+        Command("delete table inet $table", table=name),
+    ]
 
 
 def replace_elements(table: Name, name: Name, values: Collection[Value]) -> list[Command]:

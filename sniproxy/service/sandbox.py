@@ -114,18 +114,21 @@ _CALLS: Final = {
 }
 
 
-def enter(readable: Sequence[Path] = (), *, may_connect: bool = False) -> list[str]:
+def enter(
+    readable: Sequence[Path] = (), *, may_connect: bool = False, may_bind: bool = False
+) -> list[str]:
     """Lock this process in, and the children that it will have. It must have one thread only.
 
     Args:
         readable: directories in which files may be read; those that are absent, or out of reach, do
             not matter.
         may_connect: whether TCP connections may be made, and addresses of names asked for.
+        may_bind: whether they may be given any address and port of their own.
 
     Returns:
         What is forbidden from now on, in words for a log: `new_privileges`; and where the kernel
         offers it, `files` (to open, make or run any; with `readable`: to open any others), `tcp`
-        (to bind or to connect; with `may_connect`: to bind), `abstract_sockets` (to connect to
+        (to bind or to connect; without what may be done), `abstract_sockets` (to connect to
         those of others), `signals` (to send any to others), `network` (to make a socket that is no
         Unix socket; with `may_connect`: none that is of neither IP nor netlink) and `programs` (to
         run any).
@@ -135,22 +138,23 @@ def enter(readable: Sequence[Path] = (), *, may_connect: bool = False) -> list[s
     """
     libc.call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     families = (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK) if may_connect else (AF_UNIX,)
+    tcp = (0 if may_connect else _CONNECT_TCP) | (0 if may_bind else _BIND_TCP)
     return [
         "new_privileges",
-        *_enter_landlock(readable, may_connect=may_connect),
+        *_enter_landlock(readable, tcp),
         *_enter_filter(families),
     ]
 
 
-def _enter_landlock(readable: Sequence[Path], *, may_connect: bool) -> list[str]:
+def _enter_landlock(readable: Sequence[Path], tcp: int) -> list[str]:
     version = _landlock_version()
     if version == 0:
         return []
     attributes = _RulesetAttributes()
     attributes.handled_access_fs = sum(bits for since, bits in _FILES.items() if since <= version)
     forbidden = ["files"]
-    if version >= 4:
-        attributes.handled_access_net = _BIND_TCP if may_connect else _BIND_TCP | _CONNECT_TCP
+    if version >= 4 and tcp:
+        attributes.handled_access_net = tcp
         forbidden.append("tcp")
     if version >= 6:
         attributes.scoped = _ABSTRACT_UNIX_SOCKETS_AND_SIGNALS

@@ -241,4 +241,7 @@ def start_daemon(
 
 def _is_unexpected(line: str) -> bool:
     # What Python itself has to say, such as a ResourceWarning, does not begin like an event.
-    return re.match(r"(sniproxy|tls-bridge|tls-bridge-peer|tls-tproxy): (?!bug )", line) is None
+    return (
+        re.match(r"(sniproxy|tls-bridge|tls-bridge-peer|tls-tproxy|tproxy-pod): (?!bug )", line)
+        is None
+    )

@@ -53,6 +53,8 @@ class Machine:
         self._thread = ThreadPoolExecutor(1)
         self.place = self.do(_enter)
         self.under = ("nsenter", f"--net={self.place}")
+        # No second's wait, before an address may be used, for somebody else to claim it.
+        self.run("sh", "-c", "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad")
         self.run("ip", "link", "set", "lo", "up")
 
     def do(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -283,7 +283,7 @@ def test_nft_is_missing(site: Site, tmp_path: Path) -> None:
     nft = shutil.which("nft")
     hidden = f'mount --bind /dev/null {nft} && exec "$@"'
     done = site.run(tmp_path, *options(tmp_path), before=("sh", "-euc", hidden, "sh"))
-    why = "unable to run nft: it is not installed (Debian package nftables)"
+    why = "unable to run nft: nft is not installed (Debian package nftables)"
     assert done.stderr == f"tls-tproxy: fatal: unable to redirect connections: {why}\n"
     assert done.returncode == 111
 

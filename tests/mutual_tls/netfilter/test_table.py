@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mutual_tls.netfilter import table
+from mutual_tls.netfilter import child, table
 from mutual_tls.netfilter.command import Command, Name
 from mutual_tls.netfilter.table import (
     Nft,
@@ -212,9 +212,9 @@ def children() -> str:
 
 
 def test_no_nft_is_told_plainly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(table, "_SYSTEM_PATH", "")
+    monkeypatch.setattr(child, "_SYSTEM_PATH", "")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(NftEndedError, match=r"it is not installed \(Debian package nftables\)"):
+    with pytest.raises(NftEndedError, match=r"nft is not installed \(Debian package nftables\)"):
         Nft()
     pretend(tmp_path, monkeypatch, "cat")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -228,15 +228,17 @@ def test_an_nft_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(NftEndedError, match=r"^unable to run nft: nft: no interactive mode$"):
         Nft()
     # So it is if it has ended before it is asked anything.
-    start = table._start
+    start = child.start
 
-    def start_late(command: list[str], theirs: socket.socket) -> "subprocess.Popen[bytes]":
-        process = start(command, theirs)
+    def start_late(
+        command: list[str], theirs: socket.socket, *, user: None
+    ) -> "subprocess.Popen[bytes]":
+        process = start(command, theirs, user=user)
         process.wait(PATIENCE)
         return process
 
     with monkeypatch.context() as patch:
-        patch.setattr(table, "_start", start_late)
+        patch.setattr(child, "start", start_late)
         with pytest.raises(NftEndedError, match=r"^unable to run nft: nft: no interactive mode$"):
             Nft()
     (tmp_path / "nft").write_text("#!/nowhere\n")

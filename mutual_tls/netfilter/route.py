@@ -1,0 +1,114 @@
+"""A route by which packets stay on this machine, whatever their addresses: those with a mark.
+
+The kernel hands a packet to a socket here only if its route says that it is for this machine. For
+packets that carry `mark.STAYS_HERE` a rule leads to a routing table of its own, ip-rule(8), which
+says so of every address. That of IPv6 is made where the loopback device has IPv6.
+
+Rules of routing have no owner who takes them along. So a child, a few lines of shell around ip(8),
+makes them, waits for our end, and removes them. It holds nft's socket until then, too: whoever
+starts next, and finds no table of ours, finds no rules of ours either.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+from typing import Final
+
+from mutual_tls.netfilter import child
+from mutual_tls.netfilter.mark import MASK, STAYS_HERE
+from mutual_tls.netfilter.table import Nft
+
+# The routing table, and where its rule stands among others: before the table main, 32766, and
+# behind what others do first, Cilium's and Calico's below 200.
+_TABLE: Final = 1443
+_PREFERENCE: Final = 1443
+
+# Seconds for the child to make its rules, and for its end: a few runs of ip(8), 2 ms each.
+_PATIENCE: Final = 10.0
+
+_READY: Final = b"ready\n"
+
+# All of it is text of ours. Rules that a killed one has left, of whose child nobody knows, are
+# removed first; so there is one, however often it was started.
+_SCRIPT: Final = f"""
+ip=$1
+families=-4
+[ "$(cat /proc/sys/net/ipv6/conf/lo/disable_ipv6)" != 0 ] || families='-4 -6'
+rule='fwmark {STAYS_HERE:#x}/{MASK:#x} iif lo lookup {_TABLE} pref {_PREFERENCE}'
+remove() {{
+    for family in -4 -6; do
+        while "$ip" $family rule delete $rule; do :; done
+        "$ip" $family route flush table {_TABLE}
+    done 2>/dev/null
+}}
+remove
+for family in $families; do
+    "$ip" $family route add local default dev lo table {_TABLE} &&
+        "$ip" $family rule add $rule || {{ remove; exit 1; }}
+done
+echo ready
+read -r _
+remove
+"""
+
+
+class RouteError(Exception):
+    """There is no such route; the message says why."""
+
+
+class LocalRoute:
+    """The route, as long as this lasts. To be made with CAP_NET_ADMIN.
+
+    Args:
+        nft: whose session lasts longer; by its table, we are the only one here.
+        user: as for `Nft`.
+
+    Raises:
+        RouteError: it can't be made.
+    """
+
+    def __init__(self, nft: Nft, user: tuple[int, int] | None = None) -> None:
+        try:
+            command = [child.find("sh", "dash"), "-uc", _SCRIPT, "sh", child.find("ip", "iproute2")]
+            self._socket, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    self._process = child.start(command, theirs, user=user, pass_fds=[nft.fileno()])
+                except BaseException:
+                    self._socket.close()
+                    raise
+        except child.MissingProgramError as error:
+            raise RouteError(f"unable to make a route: {error}") from None
+        except OSError as error:
+            raise RouteError(f"unable to make a route: {error.strerror}") from error
+        # A worker that outlives the first process does not keep the route.
+        os.register_at_fork(after_in_child=self._socket.close)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_until_ready(self) -> None:
+        self._socket.settimeout(_PATIENCE)
+        heard = b""
+        try:
+            while not heard.endswith(_READY):
+                if not (data := self._socket.recv(1 << 12)):
+                    detail = " ".join(heard.decode(errors="replace").split())
+                    raise RouteError(f"unable to make a route: ip: {detail or 'it has ended'}")
+                heard += data
+        except TimeoutError:
+            detail = f"it took more than {_PATIENCE:.0f} seconds"
+            raise RouteError(f"unable to make a route: {detail}") from None
+
+    def close(self) -> None:
+        """Remove the route; when this returns it is gone."""
+        self._socket.close()
+        try:
+            self._process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(PermissionError):  # ours is another user now
+                self._process.kill()
+                self._process.wait(_PATIENCE)
