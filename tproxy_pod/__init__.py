@@ -1,0 +1,1 @@
+"""tproxy-pod: connections between pods, wrapped in mutual TLS, with the addresses of both."""
