@@ -27,7 +27,8 @@ _PREFERENCE: Final = 1443
 # Seconds for the child to make its rules, and for its end: a few runs of ip(8), 2 ms each.
 _PATIENCE: Final = 10.0
 
-_READY: Final = b"ready\n"
+# What the child says when its rules are made, for IPv4 alone or for both.
+_READY: Final = {b"ready -4\n": False, b"ready -4 -6\n": True}
 
 # All of it is text of ours. Rules that a killed one has left, of whose child nobody knows, are
 # removed first; so there is one, however often it was started.
@@ -47,7 +48,7 @@ for family in $families; do
     "$ip" $family route add local default dev lo table {_TABLE} &&
         "$ip" $family rule add $rule || {{ remove; exit 1; }}
 done
-echo ready
+echo "ready $families"
 read -r _
 remove
 """
@@ -63,6 +64,9 @@ class LocalRoute:
     Args:
         nft: whose session lasts longer; by its table, we are the only one here.
         user: as for `Nft`.
+
+    Attributes:
+        has_ipv6: Whether it is there for IPv6, too.
 
     Raises:
         RouteError: it can't be made.
@@ -85,16 +89,16 @@ class LocalRoute:
         # A worker that outlives the first process does not keep the route.
         os.register_at_fork(after_in_child=self._socket.close)
         try:
-            self._wait_until_ready()
+            self.has_ipv6 = self._wait_until_ready()
         except BaseException:
             self.close()
             raise
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self) -> bool:
         self._socket.settimeout(_PATIENCE)
         heard = b""
         try:
-            while not heard.endswith(_READY):
+            while heard not in _READY:
                 if not (data := self._socket.recv(1 << 12)):
                     detail = " ".join(heard.decode(errors="replace").split())
                     raise RouteError(f"unable to make a route: ip: {detail or 'it has ended'}")
@@ -102,6 +106,7 @@ class LocalRoute:
         except TimeoutError:
             detail = f"it took more than {_PATIENCE:.0f} seconds"
             raise RouteError(f"unable to make a route: {detail}") from None
+        return _READY[heard]
 
     def close(self) -> None:
         """Remove the route; when this returns it is gone."""

@@ -241,7 +241,5 @@ def start_daemon(
 
 def _is_unexpected(line: str) -> bool:
     # What Python itself has to say, such as a ResourceWarning, does not begin like an event.
-    return (
-        re.match(r"(sniproxy|tls-bridge|tls-bridge-peer|tls-tproxy|tproxy-pod): (?!bug )", line)
-        is None
-    )
+    programs = "sniproxy|tls-bridge|tls-bridge-peer|tls-tproxy|tproxy-pod"
+    return re.match(rf"({programs}): (?!bug )", line) is None
