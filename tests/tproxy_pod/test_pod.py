@@ -777,6 +777,21 @@ def test_an_entry_that_vanishes_meanwhile(case: Case, monkeypatch: pytest.Monkey
         assert case.refused_ingress() == f"pod/ingress/8080/{name}: it is not there any more"
 
 
+def test_a_directory_that_vanishes_meanwhile(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the listing of pod/ and its own."""
+    case.write("probes/192.0.2.1_32")
+    listed = {str(case.place): frozenset({"egress", "ingress", "probes"})}
+    monkeypatch.setattr(
+        pod_module, "read_entries", lambda path: listed.get(path) or read_entries(path)
+    )
+    gone = [f"pod/{name}: it is not there any more" for name in ("egress", "ingress")]
+    assert case.told() == gone
+    assert case.probes() == ["192.0.2.1/32"]
+    shutil.rmtree(case.place / "probes")
+    assert [case.refused_egress("192.0.2.1"), case.refused_ingress()] == gone
+    assert case.probes() == []
+
+
 # --- what it costs
 
 
