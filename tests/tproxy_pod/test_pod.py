@@ -5,6 +5,7 @@ import ipaddress
 import re
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from mutual_tls.verify import parse_rule
 from tests.mutual_tls.test_settings import as_nobody
 from tests.support.bridge import write, write_identity
 from tests.support.strategies import steady
+from tests.test_man import items, section
 from tproxy_pod import pod as pod_module
 from tproxy_pod.pod import (
     Egress,
@@ -790,6 +792,50 @@ def test_a_directory_that_vanishes_meanwhile(case: Case, monkeypatch: pytest.Mon
     shutil.rmtree(case.place / "probes")
     assert [case.refused_egress("192.0.2.1"), case.refused_ingress()] == gone
     assert case.probes() == []
+
+
+# --- the manual
+
+
+def test_every_entry_is_in_the_manual() -> None:
+    """What the module says that reads them."""
+    said = re.findall(r"^    (pod/\S+)", pod_module.__doc__ or "", re.MULTILINE)
+    assert len(said) == 10
+    synopsis = section("tproxy-pod.5", "SYNOPSIS")
+    told = re.sub(r"^\.Pa | Ns | ?Ar |Pa (?=/)", "", synopsis, flags=re.MULTILINE).split()
+    assert {*said, "pod/ingress/PORT/send-proxy-v2"} == {each for each in told if "pod/" in each}
+    for heading, place in (
+        ("Connections that leave the pod", "pod/egress/PREFIX/"),
+        ("Connections to the pod", "pod/ingress/PORT/"),
+    ):
+        described = [
+            each.removeprefix("Pa ") for each in items(section("tproxy-pod.5", heading, "Ss"))
+        ]
+        assert described == sorted(
+            each.removeprefix(place).rstrip("/") for each in told if each.startswith(place)
+        )
+
+
+def test_every_mode_is_in_the_manual() -> None:
+    described = items(section("tproxy-pod.5", "Modes", "Ss"))
+    assert described == [f"Cm {mode}" for mode in Mode]
+
+
+def test_every_example_of_the_manual_is_understood(case: Case) -> None:
+    source = section("tproxy-pod.5", "EXAMPLES")
+    examples = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", source, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 5
+    for commands in examples:
+        subprocess.run(["sh", "-eu"], cwd=case.directory, input=commands, text=True, check=True)
+    assert case.told() == []
+    assert case.taken() == [*["!10.96.0.1/32", "!10.96.0.10/32", "10.244.0.0/16", "10.96.0.0/12"]]
+    shop = [parse_rule("spiffe://cluster.local/ns/shop/sa/*")]
+    assert case.egress("10.97.0.1") == (Mode.MTLS, shop)
+    clients = [parse_rule("spiffe://cluster.local/ns/shop/sa/web"), parse_rule("web.example")]
+    upstream = Endpoint("127.0.0.1", 8080)
+    assert case.ingress(8080) == (Mode.MTLS, clients, upstream, False, None)
+    assert case.ingress(80).mode is Mode.PERMISSIVE
+    assert case.probes() == ["192.0.2.1/32"]
 
 
 # --- what it costs
