@@ -89,7 +89,8 @@ class Certificate:
 
     def show_names(self) -> str:
         """Return the names, each once, for a person to read; nothing if it has none."""
-        return ", ".join(dict.fromkeys((*self.dns, *self.uris, *self.common_names)))
+        names = (*self.dns, *self.uris, *map(str, self.addresses), *self.common_names)
+        return ", ".join(dict.fromkeys(names))
 
     @classmethod
     def parse(cls, der: bytes) -> "Certificate":

@@ -9,7 +9,8 @@
                                     authority
     pod/ingress/PORT/upstream       where they go: PORT, ADDRESS:PORT, [ADDRESS]:PORT, or a Unix
                                     socket, /PATH or ./PATH; if absent, where the client wanted to
-    pod/ingress/PORT/keep-source    no: the program does not see the client's address
+    pod/ingress/PORT/keep-source    yes or no: whether the program sees the client's address; yes,
+                                    if it is absent, and upstream has no address and no path
     pod/ingress/PORT/send-proxy-v1  the program wants a PROXY header; send-proxy-v2: of version 2
     pod/probes/PREFIX               who may connect in plaintext
     pod/identity/                   what we show
@@ -477,11 +478,18 @@ def _read_ingress(path: str) -> Ingress:
     mode = _read_mode(f"{path}/mode") if "mode" in entries else Mode.MTLS
     if mode is Mode.PLAIN:
         return _UNTOUCHED_PORT  # the kernel leaves it alone, and we do the same
+    upstream = _read_upstream(f"{path}/upstream") if "upstream" in entries else None
+    # Elsewhere, what the program says to the client's address would not come back to us.
+    keeps_source = may_keep = upstream is None or isinstance(upstream, int)
+    if "keep-source" in entries:
+        keeps_source = _read_keep_source(f"{path}/keep-source")
+    if keeps_source and not may_keep:
+        raise SettingsError(f"{path}/keep-source", "upstream has an address, or a path")
     return Ingress(
         mode,
         _rules(path, entries, "clients"),
-        _read_upstream(f"{path}/upstream") if "upstream" in entries else None,
-        "keep-source" not in entries or _read_keep_source(f"{path}/keep-source"),
+        upstream,
+        keeps_source,
         2 if "send-proxy-v2" in entries else 1 if "send-proxy-v1" in entries else None,
     )
 

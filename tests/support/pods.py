@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,9 @@ from typing import Any, Final, NamedTuple, Self
 
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from sniproxy.engine.tcp import LINGER_0
 from tests.support.bridge import authority, write
@@ -83,8 +86,14 @@ class Pod:
     ) -> Path:
         """Make an identity with Kubernetes' names of the files; by default for our addresses."""
         directory.mkdir(parents=True, exist_ok=True)
-        issued = (ca or authority()).issue_cert(*(names or self.addresses.values()), **times)  # type: ignore[arg-type]
-        issued.cert_chain_pems[0].write_to_path(str(directory / "tls.crt"))
+        ca = ca or authority()
+        names = names or tuple(self.addresses.values())
+        spiffe_ids = [name for name in names if name.startswith("spiffe://")]
+        issued = ca.issue_cert(*(set(names) - set(spiffe_ids)), **times)  # type: ignore[arg-type]
+        certificate = issued.cert_chain_pems[0].bytes()
+        if spiffe_ids:
+            certificate = _add_spiffe_ids(ca, certificate, spiffe_ids)
+        (directory / "tls.crt").write_bytes(certificate)
         issued.private_key_pem.write_to_path(str(directory / "tls.key"))
         (trusts or authority()).cert_pem.write_to_path(str(directory / "ca.crt"))
         return directory
@@ -127,6 +136,30 @@ class Pod:
                 if "table 1443" in line
             ],
         }
+
+
+def _add_spiffe_ids(ca: trustme.CA, certificate: bytes, spiffe_ids: Sequence[str]) -> bytes:
+    """Issue a certificate anew, with URIs among its names; trustme knows none."""
+    old = x509.load_pem_x509_certificate(certificate)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(old.subject)
+        .issuer_name(old.issuer)
+        .public_key(old.public_key())
+        .serial_number(old.serial_number)
+        .not_valid_before(old.not_valid_before_utc)
+        .not_valid_after(old.not_valid_after_utc)
+    )
+    for extension in old.extensions:
+        value = extension.value
+        if isinstance(value, x509.SubjectAlternativeName):
+            uris = map(x509.UniformResourceIdentifier, spiffe_ids)
+            value = x509.SubjectAlternativeName([*value, *uris])
+        builder = builder.add_extension(value, extension.critical)
+    key = serialization.load_pem_private_key(ca.private_key_pem.bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    new = builder.sign(key, hashes.SHA256())
+    return new.public_bytes(serialization.Encoding.PEM)
 
 
 class Pods:

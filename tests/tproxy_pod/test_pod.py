@@ -591,6 +591,17 @@ def test_what_is_neither_yes_nor_no(case: Case, text: str) -> None:
     assert case.refused_ingress() == "pod/ingress/8080/keep-source: it is neither yes nor no"
 
 
+@pytest.mark.parametrize("upstream", ["127.0.0.1:8080", "[::1]:8080", "/run/app.sock"])
+def test_elsewhere_the_address_of_the_client_is_not_kept(case: Case, upstream: str) -> None:
+    case.write("ingress/8080/upstream", upstream)
+    assert not case.ingress().keep_source
+    case.write("ingress/8080/keep-source", "yes")
+    message = "pod/ingress/8080/keep-source: upstream has an address, or a path"
+    assert case.refused_ingress() == message
+    case.write("ingress/8080/upstream", "9090")
+    assert case.ingress().keep_source
+
+
 @pytest.mark.parametrize("name", ["upstream", "keep-source"])
 def test_settings_of_a_port_that_are_links_to_nothing(case: Case, name: str) -> None:
     problem = link_to_nothing(case, f"ingress/8080/{name}")
