@@ -178,6 +178,15 @@ def test_without_a_directory_private_addresses_and_all_ports_are_taken(
     assert case.problems == []
 
 
+def test_the_directory_is_in_the_working_directory(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.write("egress/203.0.113.0_24", "mtls")
+    monkeypatch.chdir(case.directory)
+    found = Pod(Identities(lambda *_: None), case.problems.append).overview()
+    assert found.egress == ((ipaddress.ip_network("203.0.113.0/24"), True),)
+
+
 # --- which prefix counts
 
 
