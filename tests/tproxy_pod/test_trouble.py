@@ -32,6 +32,12 @@ pytestmark = pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
 
 MEBIBYTE: Final = 1 << 20
 
+# What the manual says that --chroot takes.
+WITH_PROC: Final = (
+    *("unshare", "--mount", "sh", "-c"),
+    *('mkdir proc && mount --bind /proc proc && exec "$@"', "sh"),
+)
+
 
 @pytest.fixture(scope="module")
 def here(pods: Pods, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
@@ -201,7 +207,7 @@ def test_in_a_root_directory_of_its_own_and_as_nobody(pods: Pods, tmp_path: Path
             each.chmod(each.stat().st_mode | 0o011)
     options = "--chroot", "--user=nobody"
     with (
-        one.start(place, *options, measured=False) as daemon,
+        one.start(place, *options, under=WITH_PROC, measured=False) as daemon,
         running(other, tmp_path / "other") as there,
     ):
         with there.pod.listen(8106) as listening:
