@@ -2,19 +2,28 @@
 
 import ssl
 from _socket import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from enum import StrEnum
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from mutual_tls.dial import Endpoint, dial
-from mutual_tls.end import TLSEnd, TLSError
+from mutual_tls.end import TLSEnd, TLSError, TLSReason
 from mutual_tls.identity import Identity, IdentityError
 from mutual_tls.refusal import Refusal, SessionReason
+from mutual_tls.relay import Ending
 from mutual_tls.resumption import Sessions
 from mutual_tls.rules import check_server
 from mutual_tls.session import Session
 from mutual_tls.verify import Rule
 from sniproxy.engine.story import Story
+
+# How a connection ends whose server did not want it, and what that is called before it is relayed.
+_FAILURES: Final[Mapping[StrEnum, TLSReason]] = {
+    Ending.TLS_FAILED: TLSReason.REJECTED,
+    Ending.TLS_RESET: TLSReason.TLS_RESET,
+    Ending.TRUNCATED: TLSReason.TLS_CLOSED,
+}
 
 
 class Server(NamedTuple):
@@ -80,6 +89,19 @@ class Outward:
         """Keep the session of TLS, to be resumed; to be called when something has been read."""
         assert self._key is not None
         self._resumable.keep(*self._key, end.ssl)
+
+    def report_failure(self, heard: int, ending: StrEnum) -> None:
+        """Write the line of a refusal, if a relayed connection has ended like one.
+
+        With TLS 1.3 our handshake is over before the server has seen our certificate.
+
+        Args:
+            heard: bytes that the server has said.
+            ending: how it has ended.
+        """
+        if not heard and (reason := _FAILURES.get(ending)):
+            detail = "it has said nothing; it may not want our certificate"
+            self._session.report(Refusal(reason, detail))
 
     def close(self) -> None:
         """Close the socket, so that another one may take its place."""

@@ -189,8 +189,13 @@ class Session(ABC):
     def fields(self) -> dict[str, object]:
         """Return what the line of a connection says beside the client."""
 
-    def has_ended(self) -> None:  # noqa: B027 - most have nothing to do
-        """Do what is to be done when the connection that was relayed has ended."""
+    def has_ended(self, heard: int, ending: StrEnum) -> None:  # noqa: B027 - most have nothing to do
+        """Do what is to be done when the connection that was relayed has ended.
+
+        Args:
+            heard: bytes that came from the other side.
+            ending: how it has ended.
+        """
 
     async def run(self) -> None:
         """Tell the story; see to it that nothing is left of it."""
@@ -294,7 +299,7 @@ class Session(ABC):
 
     def left(self, up: int, down: int, ending: StrEnum) -> None:
         """Write the line of the connection, if lines are wanted, and count it out."""
-        self.has_ended()
+        self.has_ended(down, ending)
         if self.is_tls_client:  # the relay has counted from the plain end
             up, down = down, up
         shared = self._shared

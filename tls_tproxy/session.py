@@ -8,6 +8,7 @@ our certificate.
 
 from _socket import socket
 from collections.abc import Sequence
+from enum import StrEnum
 from functools import partial
 from ipaddress import ip_address
 from typing import Final
@@ -107,10 +108,11 @@ class Session(session.Session):
         self._reached = await self._reach_one(services, self.destination.host)
         self.join(self.client, self._reached, b"", self._said)
 
-    def has_ended(self) -> None:
+    def has_ended(self, heard: int, ending: StrEnum) -> None:
         """Keep the session of TLS: only now it is sure that something has been read."""
         if self._reached is not None:
             self._outward.keep_session(self._reached)
+            self._outward.report_failure(heard, ending)
             self._reached = None
 
     async def _find_names(self, address: IPAddress) -> list[Hostname]:

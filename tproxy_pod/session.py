@@ -8,6 +8,7 @@ for its address, or the program here, from the client's own address.
 import errno
 import ipaddress
 from _socket import MSG_DONTWAIT, MSG_PEEK, socket
+from enum import StrEnum
 from typing import Final
 
 import trio
@@ -233,10 +234,11 @@ class OutwardSession(Session):
             detail = "it has not answered, and is not known to speak TLS"
             self.story.throw(Refusal(PodReason.NO_TLS_ANSWER, detail))
 
-    def has_ended(self) -> None:
+    def has_ended(self, heard: int, ending: StrEnum) -> None:
         """Keep the session of TLS: only now it is sure that something has been read."""
         if self._reached is not None:
             self._outward.keep_session(self._reached)
+            self._outward.report_failure(heard, ending)
             self._reached = None
 
     async def refuse(self, refusal: Refusal) -> None:

@@ -217,7 +217,7 @@ def test_san_accepts(names: list[str]) -> None:
         (["other.example.com"], "other.example.com"),
         (["example.com"], "example.com"),
         (["*.db.example.com"], "*.db.example.com"),
-        (["192.0.2.1"], "db.example.com"),
+        (["192.0.2.1"], "192.0.2.1, db.example.com"),
         (["x@db.example.com"], "db.example.com"),
     ],
 )

@@ -281,6 +281,8 @@ def test_a_pod_with_the_wrong_certificate_is_refused_by_its_server(
     pod.issue(tmp_path / "pod/identity", **how)
     with running(pod, tmp_path) as here, there.pod.listen(8086):
         assert fails_soon(lambda: here.pod.connect(there.pod, 8086))
+        where = f"destination={show(there.pod, 8086)}"
+        assert "reason=rejected" in here.line("refused", "direction=out", where).split()
     there.line(
         "refused", "direction=in", f"destination={show(there.pod, 8086)}", f"reason={reason}"
     )

@@ -28,6 +28,7 @@ from tests.support.pods import (
     say_nothing,
     serving,
     show,
+    show_client,
     talk_plain,
 )
 
@@ -60,11 +61,7 @@ def is_wrapped(one: Running, other: Running, port: int, *, version: int = 4) -> 
     with other.pod.listen(port, version=version) as listening:
         seen = ask(one.pod.connect(other.pod, port, version=version), listening)
     where = f"destination={show(other.pod, port, version)}"
-    return "tls=yes" in other.line("connection", where, f"client={_show(seen)}").split()
-
-
-def _show(seen: tuple[str, int]) -> str:
-    return f"[{seen[0]}]:{seen[1]}" if ":" in seen[0] else f"{seen[0]}:{seen[1]}"
+    return "tls=yes" in other.line("connection", where, f"client={show_client(seen)}").split()
 
 
 def is_plain(one: Pod, other: Pod | str, listens: Pod, port: int, *, version: int = 4) -> bool:
@@ -72,7 +69,7 @@ def is_plain(one: Pod, other: Pod | str, listens: Pod, port: int, *, version: in
     with listens.listen(port, version=version) as listening:
         client = one.connect(other, port, version=version)
         name = client.getsockname()[:2]
-        return ask(client, listening) == name
+        return bool(ask(client, listening) == name)
 
 
 # --- Out: prefixes and their modes

@@ -82,7 +82,12 @@ def test_a_half_close_and_a_late_megabyte(here: Running, there: Running, first: 
         one.sendall(b"that is all")
         one.shutdown(socket.SHUT_WR)
         assert receive_all(other) == b"that is all"
-        sender = threading.Thread(target=lambda: (other.sendall(data), other.close()))
+
+        def send() -> None:
+            other.sendall(data)
+            other.close()
+
+        sender = threading.Thread(target=send)
         sender.start()
         assert receive_all(one) == data
         sender.join()
