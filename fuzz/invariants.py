@@ -25,12 +25,20 @@ from sniproxy.wire import (
     HelloReader,
     Reason,
     proxy_v1_header,
+    proxy_v2_header,
 )
 from sniproxy.wire.hello import MAX_HANDSHAKE
 from sniproxy_hostname import Hostname, InvalidHostname, directory_namer
 from sniproxy_hostname._unicode import from_unicode
 
-__all__ = ["check_hello", "check_hostname", "check_proxy_header", "check_typed"]
+__all__ = [
+    "check_hello",
+    "check_hostname",
+    "check_proxy_header",
+    "check_typed",
+    "read_proxy_v2",
+    "read_tlvs",
+]
 
 # The hello.
 
@@ -336,6 +344,8 @@ def _shown(label: str) -> str:
 UNKNOWN: Final = b"PROXY UNKNOWN\r\n"
 LONGEST_HEADER: Final = 107  # proxy-protocol.txt, section 2.1
 PORT: Final = re.compile(r"0|[1-9][0-9]{0,4}")
+LONGEST_V2: Final = 1024  # what nginx reads of a connection before it has understood anything
+SIGNATURE: Final = bytes.fromhex("0D 0A 0D 0A 00 0D 0A 51 55 49 54 0A")  # section 2.2
 MAPPED: Final = bytes(10) + b"\xff\xff"  # RFC 4291 section 2.5.5.2
 
 
@@ -354,6 +364,8 @@ class End(NamedTuple):
 def check_proxy_header(data: bytes) -> None:
     """Addresses made from the bytes, put in a header, read back: the same, or UNKNOWN.
 
+    In version 2 as in version 1, and there with the text in TLVs.
+
     Args:
         data: Spelling (1), address (16) and port (2) of the source, the same 19 bytes of the
             destination, and a text: a scope id, or what stands where an address should. Zeros
@@ -367,7 +379,9 @@ def check_proxy_header(data: bytes) -> None:
     except ValueError:
         strangers = [end for end in (source, destination) if end.address and not end.packed]
         assert strangers, "refused what is an address"
+        _check_proxy_v2(source, destination, data, None)
         return
+    _check_proxy_v2(source, destination, data, header)
     assert len(header) <= LONGEST_HEADER
     assert header.endswith(b"\r\n")
     assert header.count(b"\r") == header.count(b"\n") == 1, "a line break inside"
@@ -380,6 +394,61 @@ def check_proxy_header(data: bytes) -> None:
         assert end.address, "an address from nowhere"
         assert end.packed in (packed, None), "another address"
         assert end.address[1] == port, "another port"
+
+
+class ProxyV2(NamedTuple):
+    """A header of version 2, read.
+
+    Attributes:
+        ends: Packed address and port of the source, and of the destination; None for AF_UNSPEC.
+        tlvs: Types and values.
+    """
+
+    ends: list[tuple[bytes, int]] | None
+    tlvs: list[tuple[int, bytes]]
+
+
+def read_proxy_v2(header: bytes) -> ProxyV2:
+    """Read a header, with nothing behind it, as section 2.2 has it."""
+    assert header[:12] == SIGNATURE
+    assert header[12] == 0x21, "not version 2, or not PROXY"
+    body = header[16:]
+    assert int.from_bytes(header[14:16]) == len(body), "another length"
+    size = {0x00: 0, 0x11: 4, 0x21: 16}[header[13]]
+    if not size:
+        return ProxyV2(None, read_tlvs(body))
+    hosts = body[:size], body[size : 2 * size]
+    ports, rest = body[2 * size : 2 * size + 4], body[2 * size + 4 :]
+    numbers = int.from_bytes(ports[:2]), int.from_bytes(ports[2:])
+    return ProxyV2(list(zip(hosts, numbers, strict=True)), read_tlvs(rest))
+
+
+def read_tlvs(data: bytes) -> list[tuple[int, bytes]]:
+    """Read types and values until the end."""
+    tlvs = []
+    while data:
+        size = int.from_bytes(data[1:3])
+        assert len(data) >= 3 + size, "cut off"
+        tlvs.append((data[0], data[3 : 3 + size]))
+        data = data[3 + size :]
+    return tlvs
+
+
+def _check_proxy_v2(source: End, destination: End, data: bytes, v1: bytes | None) -> None:
+    """Version 2 says what version 1 says, None if it refuses, and TLVs as far as they fit."""
+    tlvs = [(at, data[38:] * 7 * at) for at in range(5)]
+    try:
+        header = proxy_v2_header(source.address, destination.address, tlvs)
+    except ValueError:
+        assert v1 is None, "refused by version 2 alone"
+        return
+    assert v1 is not None, "refused by version 1 alone"
+    assert len(header) <= LONGEST_V2
+    read = read_proxy_v2(header)
+    assert read.ends == (None if v1 == UNKNOWN else _read_header(v1)), "another address"
+    assert read.tlvs == tlvs[: len(read.tlvs)], "another TLV"
+    for _, left_out in tlvs[len(read.tlvs) :]:
+        assert len(header) + 3 + len(left_out) > LONGEST_V2, "left out what would fit"
 
 
 def _end(data: bytes, text: str) -> End:

@@ -159,6 +159,7 @@ PROXY_HEADER = {
     "scope-with-newline": _ends(b"\2" + _LINK_LOCAL, b"\3" + _LINK_LOCAL, b"eth0\r\nPROXY"),
     "no-address": _ends(b"\7", b"\1" + _V4, b"localhost"),
     "no-address-newline": _ends(b"\7", b"\1" + _V4, b"192.0.2.1\r\n"),
+    "tlvs-that-do-not-fit": _ends(b"\1" + _V4, b"\1" + _V4, b"spiffe://a/" + b"b" * 30),
     "address-as-text": _ends(b"\7", b"\7", b"192.0.2.1"),
 }
 

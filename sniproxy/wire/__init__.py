@@ -10,14 +10,17 @@ is. Everything can be tried at a Python prompt:
     2
 """
 
+from .addresses import Address, parse_host
 from .alert import Alert, alert_record
 from .client_hello import ClientHello
 from .errors import HelloError, Reason
 from .hello import MAX_WIRE, HelloReader, read_at_once
-from .proxy_header import Address, proxy_v1_header
+from .proxy_v1 import proxy_v1_header
+from .proxy_v2 import TLV, proxy_v2_header, ssl_tlv
 
 __all__ = [
     "MAX_WIRE",
+    "TLV",
     "Address",
     "Alert",
     "ClientHello",
@@ -25,6 +28,9 @@ __all__ = [
     "HelloReader",
     "Reason",
     "alert_record",
+    "parse_host",
     "proxy_v1_header",
+    "proxy_v2_header",
     "read_at_once",
+    "ssl_tlv",
 ]
