@@ -4,7 +4,7 @@
     allow/HOST/PORT                 may be reached. Empty: under its own name; or HOST:PORT, or a
                                     Unix socket (with a slash in it)
     allow/HOST/clients/             who may, of those who may connect
-    allow/HOST/send-proxy-v1        the service wants a PROXY header
+    allow/HOST/send-proxy-v1        the service wants a PROXY header; send-proxy-v2: of version 2
 
 Nothing else may be reached: this is no open proxy.
 """
@@ -20,10 +20,15 @@ from tls_bridge.refusal import BridgeReason
 
 
 class Service(NamedTuple):
-    """What a client may reach: an address, or a Unix socket."""
+    """What a client may reach.
+
+    Attributes:
+        where: an address, or the path of a Unix socket.
+        proxy: the version of the PROXY header that the service wants, 1 or 2; None for none.
+    """
 
     where: Endpoint | str
-    send_proxy_v1: bool
+    proxy: int | None
 
 
 def check_client(certificate: Certificate) -> None:
@@ -59,9 +64,7 @@ def find_service(target: Endpoint, certificate: Certificate) -> Service:
             _check(f"{place}/clients", rules, certificate)
         if len(values) > 1:
             raise SettingsError(path, f"it has {len(values)} values, not one")
-        return Service(
-            _where(path, values[0]) if values else target, exists(f"{place}/send-proxy-v1")
-        )
+        return Service(_where(path, values[0]) if values else target, _proxy_version(place))
     except SettingsError as error:
         raise Refusal(SessionReason.MISCONFIGURED, str(error)) from None
 
@@ -73,6 +76,13 @@ def _where(path: str, value: str) -> Endpoint | str:
         return Endpoint.parse(value)
     except ValueError as error:
         raise SettingsError(path, f"{value!a}: {error}") from None
+
+
+def _proxy_version(place: str) -> int | None:
+    for version in 2, 1:  # who wants both gets the one that says more
+        if exists(f"{place}/send-proxy-v{version}"):
+            return version
+    return None
 
 
 def _check(path: str, rules: list[Rule], certificate: Certificate) -> None:

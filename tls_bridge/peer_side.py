@@ -2,7 +2,7 @@
 
 import contextlib
 import ssl
-from _socket import socket
+from _socket import AF_UNIX, socket
 
 from mutual_tls.dial import (
     Endpoint,
@@ -13,9 +13,9 @@ from mutual_tls.dial import (
 )
 from mutual_tls.end import TLSEnd, TLSError, send_all
 from mutual_tls.identity import IdentityError
+from mutual_tls.proxy import destination_for, proxy_header
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.verify import Certificate, CertificateError
-from sniproxy.wire import proxy_v1_header
 from tls_bridge.allowed import check_client, find_service
 from tls_bridge.forwarded import forwarded_for
 from tls_bridge.http_connect import (
@@ -56,9 +56,10 @@ class PeerSide(Session):
         check_loop(request, shared.pseudonym)
         service = find_service(request.target, certificate)
         self.far = await self._dial(service.where)
-        if service.send_proxy_v1:
+        if service.proxy is not None:
+            header = self._proxy_header(service.proxy, request.headers)
             try:
-                await send_all(self.story, self.far, self._proxy_header(request.headers))
+                await send_all(self.story, self.far, header)
             except OSError as error:
                 # Of the service; of the client it would be a TLSError.
                 detail = f"{service.where}: {error.strerror}"
@@ -74,22 +75,17 @@ class PeerSide(Session):
         is_name = address_family(where.host.partition("%")[0]) is None  # it may have a scope
         return await dial(self.story, where, is_local if is_name else None)
 
-    def _proxy_header(self, headers: Headers) -> bytes:
+    def _proxy_header(self, version: int, headers: Headers) -> bytes:
         """Return a PROXY header with the client's address: the ingress says it, in Forwarded."""
         assert self.target is not None
+        assert self.end is not None
         source = forwarded_for(headers) or (self.source[:2] if self.source else None)
         if source is None:
-            return proxy_v1_header(None, None)
-        try:
-            destination = self.client.getsockname()[:2]
-            header = proxy_v1_header(source, destination)
-        except (OSError, ValueError):
-            header = proxy_v1_header(None, None)
-        if header != proxy_v1_header(None, None):
-            return header
-        # The client did not come to an address of ours that is of its kind; the header wants one.
-        any_address = "::" if ":" in source[0] else "0.0.0.0"
-        return proxy_v1_header(source, (any_address, self.target.port))
+            return proxy_header(version, None, None, self.end.ssl)
+        is_unix = self.client.family == AF_UNIX
+        reached = None if is_unix else self.client.getsockname()[:2]
+        destination = destination_for(source, reached, self.target.port)
+        return proxy_header(version, source, destination, self.end.ssl)
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with a status, inside TLS, if there is TLS; else with an alert."""
