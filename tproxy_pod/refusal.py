@@ -14,6 +14,7 @@ class PodReason(StrEnum):
     SERVER_SILENT = "server_silent"
     NO_TLS_ANSWER = "no_tls_answer"  # a server that may be a plain one has not answered our hello
     PROGRAM_SILENT = "program_silent"  # the program here does not accept
+    PROGRAM_CLOSED = "program_closed"  # nor wants to hear who has connected
 
 
 EXPECTED: frozenset[StrEnum] = frozenset(

@@ -7,6 +7,7 @@ for its address, or the program here, from the client's own address.
 
 import errno
 import ipaddress
+import ssl
 from _socket import MSG_DONTWAIT, MSG_PEEK, socket
 from enum import StrEnum
 from typing import Final
@@ -15,12 +16,13 @@ import trio
 
 from mutual_tls import resumption, session
 from mutual_tls.dial import DialError, Endpoint, dial, dial_unix
-from mutual_tls.end import TLSEnd, TLSError, TLSReason
+from mutual_tls.end import TLSEnd, TLSError, TLSReason, send_all
 from mutual_tls.identity import IdentityError
 from mutual_tls.netfilter.mark import OPTION, OPTION_FOR_CLIENT
 from mutual_tls.netfilter.original import NotRedirectedError, original_destination
 from mutual_tls.netfilter.transparent import bind_as
 from mutual_tls.outward import Outward, Server
+from mutual_tls.proxy import proxy_header
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.relay import TLSRelay
 from mutual_tls.verify import Certificate, CertificateError, matches
@@ -269,14 +271,13 @@ class InwardSession(Session):
         ):
             self.is_wrapped = False
             self.is_understood(PodReason.PROGRAM_SILENT)
-            self.far = await self._dial(self.destination, ingress)
+            await self._reach(self.destination, ingress, None)
             self.join_plain()
         # One that leaves without a word has no story.
         elif said := await self.hear():
             end = await self._shake_hands(said, ingress)
             self.is_understood(PodReason.PROGRAM_SILENT)
-            self.far = await self._dial(self.destination, ingress)
-            self.join(self.far, end, b"", b"")
+            self.join(await self._reach(self.destination, ingress, end.ssl), end, b"", b"")
 
     async def _says_hello(self) -> bool:
         """Tell whether the client speaks TLS; what it says is still to be read."""
@@ -316,6 +317,24 @@ class InwardSession(Session):
             detail = f"clients of port {self.destination.port} are others"
             raise Refusal(PodReason.CLIENT_NOT_ALLOWED, detail)
         return end
+
+    async def _reach(
+        self, destination: Endpoint, ingress: Ingress, tls: ssl.SSLObject | None
+    ) -> socket:
+        """Connect to the program, and say what it wants to hear of the client.
+
+        Raises:
+            DialError, Refusal: it can't be reached.
+        """
+        self.far = await self._dial(destination, ingress)
+        if ingress.proxy is not None:
+            source = self.source[:2] if self.source else None
+            header = proxy_header(ingress.proxy, source, destination, tls)
+            try:
+                await send_all(self.story, self.far, header)
+            except OSError as error:
+                raise Refusal(PodReason.PROGRAM_CLOSED, error.strerror or str(error)) from None
+        return self.far
 
     async def _dial(self, destination: Endpoint, ingress: Ingress) -> socket:
         """Connect to the program, as the client if that is wanted."""
