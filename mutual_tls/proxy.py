@@ -116,4 +116,5 @@ def _names(certificate: Certificate) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
-    return name.isascii() and name.isprintable() and " " not in name and _SEPARATOR not in name
+    # It is ASCII, or `Certificate` would have refused it.
+    return name.isprintable() and " " not in name and _SEPARATOR not in name

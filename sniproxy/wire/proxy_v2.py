@@ -89,10 +89,12 @@ def ssl_tlv(version: str, cipher: str, common_name: str | None, *, is_resumed: b
     """
     # PP2_CLIENT_CERT_CONN: "over the current connection"; PP2_CLIENT_CERT_SESS: "at least once
     # over the TLS session this connection belongs to".
-    client = _CLIENT_SSL | _CLIENT_CERT_SESS | (0 if is_resumed else _CLIENT_CERT_CONN)
+    client = _CLIENT_SSL | _CLIENT_CERT_SESS
+    if not is_resumed:
+        client |= _CLIENT_CERT_CONN
     value = _SSL.pack(client, _VERIFIED)
-    value += _encode(_SUBTYPE_SSL_VERSION, version.encode("ascii"))
-    value += _encode(_SUBTYPE_SSL_CIPHER, cipher.encode("ascii"))
+    value += _encode(_SUBTYPE_SSL_VERSION, version.encode())
+    value += _encode(_SUBTYPE_SSL_CIPHER, cipher.encode())
     if common_name is not None:
         value += _encode(_SUBTYPE_SSL_CN, common_name.encode())
     return _TYPE_SSL, value
