@@ -1,7 +1,8 @@
 """Which connections get mutual TLS, and how, as the directory pod/ says.
 
     pod/egress/PREFIX               connections to these addresses: a file with one word, mtls,
-                                    permissive or plain; or a directory:
+                                    permissive or plain, and on more lines who the server may be; or
+                                    a directory:
     pod/egress/PREFIX/mode          that word; mtls, if it is absent
     pod/egress/PREFIX/servers/      who the server may be, instead of the address that was asked for
     pod/ingress/PORT/mode           the same word, for connections to this port
@@ -15,10 +16,11 @@
     pod/probes/PREFIX               who may connect in plaintext
     pod/identity/                   what we show
 
-PREFIX is 10.0.0.0_8 or fd00::_8, and PORT a port or `_default`, each in its canonical form. The
-longest prefix counts, and nothing is taken from the others. Where there is no pod/egress, the
-private addresses have mtls; where there is one, other addresses than it has are left alone. Where
-there is no pod/ingress, all ports have mtls; where there is one, it has all ports that are allowed.
+PREFIX is 10.0.0.0_8, or fd00::_8, which is fd00--_8, too; PORT is a port, or `_default`; each is in
+its canonical form. The longest prefix counts, and nothing is taken from the others. Where there is
+no pod/egress, the private addresses have mtls; where there is one, other addresses than it has are
+left alone. Where there is no pod/ingress, all ports have mtls; where there is one, it has all ports
+that are allowed.
 
 All of it is read anew for each connection. What can't be read refuses that connection, and never
 leaves it in plaintext: a prefix whose file is bad is taken, and so is a port.
@@ -44,7 +46,7 @@ from mutual_tls.identity import Files, Identities, Identity
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.rules import rules_in
 from mutual_tls.settings import SettingsError, read_entries, read_value, read_values
-from mutual_tls.verify import Rule
+from mutual_tls.verify import Rule, RuleError, parse_rule
 from tproxy_pod.refusal import PodReason
 
 Network = IPv4Network | IPv6Network
@@ -330,15 +332,17 @@ class Pod:
 def parse_prefix(text: str) -> Network:
     """Return the addresses that the name of an entry stands for, such as 10.0.0.0_8.
 
+    A hyphen is a colon: fd00--_8. The keys of a ConfigMap of Kubernetes have no colons.
+
     Raises:
         ValueError: it is no prefix, or not written as Python and RFC 5952 write it.
     """
     address, line, length = text.partition("_")
     if not line:
         raise ValueError(f"{text!a} is not ADDRESS_LENGTH, such as 10.0.0.0_8")
-    network = _network(text, address, length)
+    network = _network(text, address.replace("-", ":"), length)
     canonical = f"{network.network_address}_{network.prefixlen}"
-    if canonical != text:
+    if canonical != text.replace("-", ":"):
         raise ValueError(f"{text!a} is not how {canonical} is written")
     return network
 
@@ -385,9 +389,12 @@ def _read_prefixes(entries: frozenset[str]) -> _Prefixes:
     problems = []
     for entry in sorted(entries):
         try:
-            networks[parse_prefix(entry)] = entry
+            network = parse_prefix(entry)
         except ValueError as error:
             problems.append(str(error))
+            continue
+        if (other := networks.setdefault(network, entry)) != entry:
+            problems.append(f"{other!a} and {entry!a} are the same")
     by_number: dict[tuple[int, int, int], str] = {}
     lengths: dict[int, list[int]] = {}
     for network in (in_order := _in_order(networks)):
@@ -467,10 +474,23 @@ def _entries(path: str) -> frozenset[str]:
 
 def _read_egress(path: str) -> Egress:
     if not isdir(path):
-        return Egress(_read_mode(path), None)
+        return _parse_egress(path, _read_lines(path))
     entries = _entries(path)
     mode = _read_mode(f"{path}/mode") if "mode" in entries else Mode.MTLS
     return Egress(mode, None if mode is Mode.PLAIN else _rules(path, entries, "servers"))
+
+
+def _parse_egress(path: str, values: Sequence[str]) -> Egress:
+    """Return what a file says: the mode, and then who the server may be."""
+    if not values:
+        raise SettingsError(path, "it has no mode")
+    mode = _parse_mode(path, values[0])
+    if mode is Mode.PLAIN and len(values) > 1:
+        raise SettingsError(path, "with plain, nobody is asked who they are")
+    try:
+        return Egress(mode, [parse_rule(text) for text in values[1:]] or None)
+    except RuleError as error:
+        raise SettingsError(path, str(error)) from None
 
 
 def _read_ingress(path: str) -> Ingress:
@@ -495,7 +515,10 @@ def _read_ingress(path: str) -> Ingress:
 
 
 def _read_mode(path: str) -> Mode:
-    word = _read_word(path)
+    return _parse_mode(path, _read_word(path))
+
+
+def _parse_mode(path: str, word: str) -> Mode:
     try:
         return Mode(word)
     except ValueError:
@@ -531,15 +554,19 @@ def _parse_upstream(text: str) -> Endpoint | str | int:
 
 
 def _read_keep_source(path: str) -> bool:
-    try:
-        values = read_values(path)
-    except FileNotFoundError:
-        raise SettingsError(path, _GONE) from None
+    values = _read_lines(path)
     if values in ([], ["yes"]):
         return True
     if values == ["no"]:
         return False
     raise SettingsError(path, "it is neither yes nor no")
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        return read_values(path)
+    except FileNotFoundError:
+        raise SettingsError(path, _GONE) from None
 
 
 def _read_word(path: str) -> str:

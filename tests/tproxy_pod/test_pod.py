@@ -267,6 +267,8 @@ def test_the_longest_prefix_is_found(modes: dict[Network, Mode], address: IPAddr
         ("fd00::_8", "fd00::/8"),
         ("::_0", "::/0"),
         ("2001:db8::1_128", "2001:db8::1/128"),
+        ("2001-db8--1_128", "2001:db8::1/128"),
+        ("fd00--_8", "fd00::/8"),
     ],
 )
 def test_prefixes(text: str, network: str) -> None:
@@ -436,13 +438,17 @@ def no_text(case: Case, path: str) -> str:
     return f"{path}: line 1 is not UTF-8"
 
 
-bad_words = pytest.mark.parametrize(
-    "make", [bad_word, two_words, no_word, link_to_nothing, a_socket, no_text]
+BAD_WORDS = bad_word, two_words, no_word, link_to_nothing, a_socket, no_text
+bad_words = pytest.mark.parametrize("make", BAD_WORDS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "make"),
+    [
+        *(("10.1.0.0_16", make) for make in (bad_word, link_to_nothing, a_socket, no_text)),
+        *(("10.1.0.0_16/mode", make) for make in BAD_WORDS),
+    ],
 )
-
-
-@bad_words
-@pytest.mark.parametrize("entry", ["10.1.0.0_16", "10.1.0.0_16/mode"])
 def test_a_prefix_whose_word_is_bad_is_taken_and_refused(
     case: Case, entry: str, make: Callable[[Case, str], str]
 ) -> None:
@@ -453,6 +459,35 @@ def test_a_prefix_whose_word_is_bad_is_taken_and_refused(
     assert case.told() == [problem]
     assert case.told() == []
     assert case.taken() == ["10.1.0.0/16", "!10.0.0.0/8"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("# nothing\n", "it has no mode"),
+        ("plain\nweb.example\n", "with plain, nobody is asked who they are"),
+        ("mtls\nspiffe://\n", "'spiffe://': a trust domain has"),
+    ],
+)
+def test_a_prefix_whose_lines_are_bad_is_taken_and_refused(
+    case: Case, text: str, problem: str
+) -> None:
+    case.write("egress/10.1.0.0_16", text)
+    assert problem in case.refused_egress("10.1.0.1")
+    assert case.taken() == ["10.1.0.0/16"]
+
+
+@pytest.mark.parametrize("mode", ["mtls", "permissive"])
+def test_a_file_may_say_who_the_server_is(case: Case, mode: str) -> None:
+    case.write("egress/10.1.0.0_16", f"{mode}\nweb.example  # of us\nspiffe://a/**\n")
+    rules = [parse_rule("web.example"), parse_rule("spiffe://a/**")]
+    assert case.egress("10.1.0.1") == Egress(Mode(mode), rules)
+
+
+def test_two_spellings_of_one_prefix_are_one_too_many(case: Case) -> None:
+    case.write("egress/fd00::_8", "plain")
+    case.write("egress/fd00--_8", "mtls")
+    assert case.refused_egress("2001:db8::1").endswith("'fd00--_8' and 'fd00::_8' are the same")
 
 
 @bad_words
