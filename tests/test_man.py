@@ -50,6 +50,7 @@ PROGRAMS = {
     "tls-bridge.8": "tls_bridge",
     "tls-bridge-peer.8": "tls_bridge.peer",
     "tls-tproxy.8": "tls_tproxy",
+    "tproxy-pod-inject.1": "tproxy_pod.inject",
 }
 
 # Those that serve, and the packages of each.

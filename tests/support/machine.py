@@ -388,6 +388,11 @@ def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
+def plain_tree() -> Path:
+    """Return the tree of a machine that has no other packages than each has."""
+    return _tree(_SUITE, sorted(_PACKAGES))
+
+
 def _tree(suite: str, packages: Sequence[str]) -> Path:
     """Return a Debian system with these packages, made if need be."""
     mirror = _mirror()

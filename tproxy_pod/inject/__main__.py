@@ -29,7 +29,7 @@ asks about.
 Arguments behind -- are for tproxy-pod. A pod with the label
 tproxy-pod/inject: "false" is left as it is.
 """
-_EXAMPLE = "tproxy-pod-inject --image tproxy-pod:1 --secret web-tls <web.yaml | kubectl apply -f -"
+_EXAMPLE = "tproxy-pod-inject --image tproxy-pod:1 --secret web-tls <web.yaml >web-in-tls.yaml"
 
 # What a manifest is that can't be injected into: the input is at fault, and nothing is printed.
 _REFUSED: Final = 1

@@ -296,7 +296,7 @@ def test_help_and_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capfd.readouterr().out == f"tproxy-pod-inject {__version__}\n"
     assert main(["--help"]) == 0
-    assert "kubectl apply" in capfd.readouterr().out
+    assert "<web.yaml" in capfd.readouterr().out
 
 
 # --- what is in kubernetes/
