@@ -216,7 +216,7 @@ async def dial(
             detail = f"{endpoint.host} is {addresses[0][1][0]}"
             raise DialError(DialReason.FORBIDDEN, detail)
         addresses = allowed
-    return await _dial_in_turn(story, addresses, str(endpoint), options, bind)
+    return await _dial_in_turn(story, addresses, endpoint, options, bind)
 
 
 async def dial_unix(story: Story, path: str) -> socket:
@@ -244,7 +244,7 @@ async def dial_unix(story: Story, path: str) -> socket:
 async def _dial_in_turn(
     story: Story,
     addresses: Sequence[tuple[std.AddressFamily, tuple[str, int]]],
-    what: str,
+    endpoint: Endpoint,
     options: Sequence[tuple[int, int, int]],
     bind: Callable[[socket], None],
 ) -> socket:
@@ -253,10 +253,12 @@ async def _dial_in_turn(
     errors: list[int] = []
     connected = None
     try:
-        for family, address in addresses:
+        for number, (family, address) in enumerate(addresses, 1):
             if (newest := _begin(family, address, options, bind, errors)) is None:
                 continue
             attempts[newest] = address
+            if number == len(addresses):
+                break  # there is no other to make room for
             with story.time_limit(_ATTEMPT_EVERY):
                 connected = await _first_connected(story, attempts, errors, newest)
             if connected is not None:
@@ -273,7 +275,7 @@ async def _dial_in_turn(
     refused = [number for number in errors if number in _REFUSED]
     reason = DialReason.REFUSED if refused else DialReason.UNREACHABLE
     number = [*refused, *errors, errno.EHOSTUNREACH][0]
-    raise DialError(reason, f"{what}: {os.strerror(number)}", number)
+    raise DialError(reason, f"{endpoint}: {os.strerror(number)}")
 
 
 def _begin(
