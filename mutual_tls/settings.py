@@ -120,7 +120,7 @@ def read_values(path: StrPath) -> list[str]:
         SettingsError: it is no regular file, too large, not text, out of reach, or a link that
             leads nowhere.
     """
-    return [value for _, value in read_lines(path)]
+    return [value for _, value in _read_or_remember(path, may_be_directory=False)]
 
 
 def read_lines(path: StrPath) -> list[tuple[int, str]]:
@@ -214,7 +214,7 @@ def exists(path: StrPath) -> bool:
 def _read_or_remember(path: StrPath, *, may_be_directory: bool) -> _Lines:
     path = os.fspath(path)
     known = _known.get((path, may_be_directory))
-    if known is not None and all(_look(each) == before for each, before in known[0]):
+    if known is not None and _are_the_same(known[0]):
         return known[1]
     fd = _open(path, path)
     try:
@@ -230,6 +230,13 @@ def _read_or_remember(path: StrPath, *, may_be_directory: bool) -> _Lines:
             _known.clear()
         _known[path, may_be_directory] = seen.signatures, lines
     return lines
+
+
+def _are_the_same(signatures: list[tuple[str, Signature]]) -> bool:
+    for path, before in signatures:  # noqa: SIM110 - a generator takes as long as stat(2)
+        if _look(path) != before:
+            return False
+    return True
 
 
 def _look(path: str) -> Signature | None:
@@ -283,12 +290,18 @@ def _entry_value(path: str, name: str) -> tuple[int, str]:
 
 
 def _open(name: str, path: str, *, directory: int | None = None) -> int:
+    may_be_link = False
     try:
+        if directory is None:
+            # This alone tells that a setting is absent, as most are. If open(2) were the first to
+            # say so, there would be the question whether that was a link to nothing.
+            os.lstat(path)
+            may_be_link = True
         return os.open(name, _FLAGS, dir_fd=directory)
     except FileNotFoundError:
         # Of the entries of a directory such a link is none; but by its own name somebody has put
         # it there to say something.
-        if directory is None and os.path.islink(path):
+        if may_be_link and os.path.islink(path):
             raise SettingsError(path, "it is a link that leads nowhere") from None
         raise
     except NotADirectoryError as error:

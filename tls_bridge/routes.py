@@ -13,6 +13,7 @@ All of it is read anew for each connection. What can't be read refuses that conn
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,9 @@ _PEER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 # Bytes that one pattern may take in the memory of the engine. It runs in linear time whatever the
 # pattern is, so that nobody stops the loop by one.
 _PATTERN_MEMORY = 1 << 20
+
+# Addresses whose meaning is remembered, so that it is not looked for in each connection.
+_MOST_REMEMBERED = 1024
 
 
 class Peer(NamedTuple):
@@ -265,6 +269,7 @@ def _port(path: str, text: str) -> int:
         raise SettingsError(path, str(error)) from None
 
 
+@lru_cache(_MOST_REMEMBERED)
 def _endpoint(path: StrPath, text: str) -> Endpoint:
     try:
         return Endpoint.parse(text)
