@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from http import HTTPStatus
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import h11
 
@@ -38,6 +38,9 @@ _LONGEST_REMEMBERED = 1024
 _MOST_LINES_REMEMBERED = 12
 _MOST_REMEMBERED = 1024
 
+# To find a member of an Enum, Python 3.11 runs a function written in Python. Once is enough.
+_MULTIPLE_CHOICES: Final = HTTPStatus.MULTIPLE_CHOICES.value
+
 _HEAD = b"HEAD "
 _VERSIONS = frozenset({b"1.0", b"1.1"})
 
@@ -64,7 +67,7 @@ class Response(NamedTuple):
     @property
     def opens_tunnel(self) -> bool:
         """Whether what comes now is of the service: RFC 9110 §9.3.6, "Any 2xx (Successful)"."""
-        return self.status < HTTPStatus.MULTIPLE_CHOICES
+        return self.status < _MULTIPLE_CHOICES
 
 
 class PeerRefusal(Refusal):
@@ -98,6 +101,8 @@ class Asked:
             return await self._read_in_pieces(data)
         self._begin = data[: len(_HEAD)]
         request = _understand_request(data[:end])
+        if len(data) == end:
+            return request
         return request._replace(early=request.early + data[end:])
 
     async def _read_in_pieces(self, data: bytes) -> Request:
@@ -212,6 +217,8 @@ async def read_response(receive: Receive, most_body: int) -> Response:
     data = await receive()
     if (end := _end_of_head(data)) is not None:
         response = _understand_response(data[:end])
+        if response is not None and len(data) == end:
+            return response
         if response is not None:
             return response._replace(body=response.body + data[end:])
     return await _read_in_pieces(data, receive, most_body)
@@ -240,7 +247,7 @@ def _understand_response(head: bytes) -> Response | None:
 
 def _response(connection: h11.Connection, event: h11.Response) -> Response:
     """Return an answer; of its body what is the service's, if there is a tunnel now."""
-    early = connection.trailing_data[0] if event.status_code < HTTPStatus.MULTIPLE_CHOICES else b""
+    early = connection.trailing_data[0] if event.status_code < _MULTIPLE_CHOICES else b""
     return Response(event.status_code, bytes(event.reason), _end_to_end(event.headers), early)
 
 

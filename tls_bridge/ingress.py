@@ -54,10 +54,9 @@ class ToPeer(Session):
         peer = self.routes.find(self.target.host, self.target.port)
         self.peer = peer.name
         end = await self._reach(peer)
-        via = (b"Via", f"1.1 {self.shared.pseudonym}".encode())
         forwarded = [show_forwarded(self.source)] if self.source else []
         kept = [(name, value) for name, value in headers if name != b"forwarded"]
-        await end.send(request_bytes(self.target, [*kept, via, *forwarded]))
+        await end.send(request_bytes(self.target, [*kept, self.shared.via, *forwarded]))
         most = self.shared.config.most_body
         try:
             response = await read_response(end.receive, most)

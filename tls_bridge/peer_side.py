@@ -64,8 +64,7 @@ class PeerSide(Session):
                 # Of the service; of the client it would be a TLSError.
                 detail = f"{service.where}: {error.strerror}"
                 raise Refusal(BridgeReason.PEER_CLOSED, detail) from None
-        via = (b"Via", f"1.1 {shared.pseudonym}".encode())
-        await end.send(self.asked.accept([via]))
+        await end.send(self.asked.accept([shared.via]))
         self.join(self.far, end, request.early, b"")
 
     async def _dial(self, where: Endpoint | str) -> socket:

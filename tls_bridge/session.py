@@ -30,6 +30,10 @@ class Sessions(session.Sessions):
         config: what can be set.
         identities: who we are.
         log: where refusals go, too.
+
+    Attributes:
+        pseudonym: What this program calls itself in Via.
+        via: The field that says that a message came by here: its name and its value.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Sessions(session.Sessions):
         super().__init__(config, loop, relay, log, limit, nursery)
         self.program = program
         self.pseudonym = pseudonym(program)
+        self.via = b"Via", f"1.1 {self.pseudonym}".encode()
         self.config = config
         self.identities = identities
         self.log = log
