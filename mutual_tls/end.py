@@ -40,6 +40,9 @@ _WRONG_NAME = frozenset({62, 64})  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
 _NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST"})
 
 
+Data = bytes | memoryview
+
+
 class TLSReason(StrEnum):
     """Why there is no TLS connection."""
 
@@ -190,7 +193,9 @@ class TLSEnd:
         """
         while self.outgoing.pending:
             try:
-                await send_all(self._story, self.socket, self.outgoing.read())
+                # A coroutine is not made before there is something to wait for.
+                if rest := send_some(self.socket, self.outgoing.read()):
+                    await send_all(self._story, self.socket, rest)
             except OSError as error:
                 raise TLSError(TLSReason.TLS_RESET, error.strerror or str(error)) from None
 
@@ -242,18 +247,28 @@ async def receive_some(story: Story, sock: socket, most: int) -> bytes:
             await story.readable(sock)
 
 
-async def send_all(story: Story, sock: socket, data: bytes) -> None:
+def send_some(sock: socket, data: Data) -> Data:
+    """Send what a socket takes at once; return the rest.
+
+    Raises:
+        OSError: the connection is broken.
+    """
+    try:
+        sent = sock.send(data, MSG_DONTWAIT)
+    except BlockingIOError:
+        return data
+    return data[sent:]
+
+
+async def send_all(story: Story, sock: socket, data: Data) -> None:
     """Send all of `data` to a socket.
 
     Raises:
         OSError: the connection is broken.
     """
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[sock.send(view, MSG_DONTWAIT) :]
-        except BlockingIOError:
-            await story.writable(sock)
+    rest: Data = memoryview(data)
+    while rest and (rest := send_some(sock, rest)):
+        await story.writable(sock)
 
 
 async def listen_to_the_end(story: Story, sock: socket) -> None:
