@@ -18,6 +18,8 @@ import mutual_tls.refusal
 import tls_bridge.log
 import tls_tproxy.log
 import tls_tproxy.wrap
+import tproxy_pod.log
+import tproxy_pod.pod
 from mutual_tls.dial import DialReason
 from mutual_tls.end import TLSReason
 from mutual_tls.relay import Ending
@@ -36,6 +38,9 @@ from tls_bridge.http_connect import MOST_HEADER
 from tls_bridge.refusal import ANSWERS, BridgeReason
 from tls_tproxy.refusal import EXPECTED, WrapReason
 from tls_tproxy.starttls import StartTLS
+from tproxy_pod.log import Direction
+from tproxy_pod.refusal import PodReason
+from tproxy_pod.session import PlainEnding
 
 ROOT = Path(__file__).parents[1]
 MAN = ROOT / "man"
@@ -50,6 +55,7 @@ PROGRAMS = {
     "tls-bridge.8": "tls_bridge",
     "tls-bridge-peer.8": "tls_bridge.peer",
     "tls-tproxy.8": "tls_tproxy",
+    "tproxy-pod.8": "tproxy_pod",
     "tproxy-pod-inject.1": "tproxy_pod.inject",
 }
 
@@ -59,6 +65,7 @@ SERVICES = {
     "tls-bridge.8": ["sniproxy", "mutual_tls", "tls_bridge"],
     "tls-bridge-peer.8": ["sniproxy", "mutual_tls", "tls_bridge"],
     "tls-tproxy.8": ["sniproxy", "mutual_tls", "tls_tproxy"],
+    "tproxy-pod.8": ["sniproxy", "mutual_tls", "tproxy_pod"],
 }
 HEADINGS = [
     *["NAME", "SYNOPSIS", "DESCRIPTION", "INTERFACE", "OPTIONS", "SIGNALS", "ENVIRONMENT", "FILES"],
@@ -80,7 +87,7 @@ OTHERS = {
 # What mandoc says of the machine and not of the page: whether it has the manuals of others, and an
 # index of them.
 OF_THE_MACHINE = re.compile(
-    r"STYLE: referenced manual not found: Xr (?!sniproxy|tls-bridge|tls-tproxy)|"
+    r"STYLE: referenced manual not found: Xr (?!sniproxy|tls-bridge|tls-tproxy|tproxy-pod)|"
     r"^mandoc: outdated mandoc\.db lacks "
 )
 
@@ -220,6 +227,16 @@ def test_no_option_is_named_that_does_not_exist(page: str) -> None:
         ("tls-bridge.8", ["--version", "--no-such-option", "--version >/dev/full"]),
         ("tls-bridge-peer.8", ["--version", "--no-such-option", "--version >/dev/full"]),
         ("tls-tproxy.8", ["--version", "--no-such-option", "--version >/dev/full"]),
+        ("tproxy-pod.8", ["--version", "--no-such-option", "--version >/dev/full"]),
+        (
+            "tproxy-pod-inject.1",
+            [
+                "--version",
+                "--image=i --secret=s <<'.'\na: [\n.",
+                "--no-such-option",
+                "--version >/dev/full",
+            ],
+        ),
         ("sniproxy-hostname.1", ["a.example", "_b", "--no-such-option", "a.example >/dev/full"]),
     ],
 )
@@ -447,6 +464,64 @@ def test_every_example_of_the_wrapper_is_understood() -> None:
     assert example.split() == lines[0].split()
 
 
+# A program of a pod need not say anything, and no name is resolved.
+NOT_OF_THE_POD = {DialReason.UNRESOLVED, DialReason.FORBIDDEN}
+
+
+def test_every_event_of_the_pod_is_there_with_its_fields(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    log = tproxy_pod.log.Log()
+    refusal = mutual_tls.refusal.Refusal(PodReason.NO_TLS_ANSWER, "more")
+    log.refusal(refusal, Direction.OUT, "192.0.2.1:1", "192.0.2.2:2", "a.example")
+    refused = re.findall(r"(\w+)=", capfd.readouterr().err)
+    fields = ["direction", "destination", "peer", "tls"]
+    assert described_events("tproxy-pod.8") == events_of("tproxy_pod", refused, fields)
+
+
+def test_every_reason_of_the_pod_is_there() -> None:
+    heads = items(section("tproxy-pod.8", "Reasons for refusals", "Ss"))
+    described = [head.removeprefix("Cm ") for head in heads]
+    assert described == sorted(described)
+    lists = (PodReason, mutual_tls.refusal.SessionReason, DialReason, TLSReason)
+    assert set(described) == {reason for each in lists for reason in each} - NOT_OF_THE_POD
+    [expected] = re.findall(
+        r"^\.Cm info\nfor\n(.+?)\nand\n\.Cm warning$",
+        section("tproxy-pod.8", "Log", "Ss"),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert set(re.findall(r"^\.Cm (\w+)", expected, re.MULTILINE)) == tproxy_pod.refusal.EXPECTED
+    endings = set(re.findall(r"^\.Cm (\w+)$", section("tproxy-pod.8", "Log", "Ss"), re.MULTILINE))
+    assert {*Ending, *PlainEnding} <= endings
+
+
+def test_every_example_of_the_pod_is_understood() -> None:
+    source = section("tproxy-pod.8", "EXAMPLES").replace("\\e\n", " ")
+    lines = re.findall(r"^tproxy-pod (.+)$", source, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        words = line.replace("--user tproxy-pod", "--user nobody").split()
+        assert run("tproxy-pod.8", *words, "--check-options") == ""
+    example = run("tproxy-pod.8", "--help").splitlines()[-1].removeprefix("For example: tproxy-pod")
+    assert example.split() == lines[0].split()
+
+
+def test_every_entry_of_the_directory_of_the_pod_is_there() -> None:
+    """What the module says that reads them, in the page's synopsis."""
+    said = tproxy_pod.pod.__doc__ or ""
+    read = re.compile(r"^    pod/(?:egress/PREFIX|ingress/PORT)/([\w-]+)", re.MULTILINE)
+    source = section("tproxy-pod.5", "SYNOPSIS")
+    described = set(re.findall(r"Ar (?:PREFIX|PORT) Ns Pa /([\w-]+)", source))
+    assert {*read.findall(said), "send-proxy-v2"} == described
+
+
+def test_every_reason_in_the_page_of_the_pod_exists() -> None:
+    words = [head.removeprefix("Cm ") for head in items(section("tproxy-pod.5", "DIAGNOSTICS"))]
+    assert words == sorted(words)
+    heads = items(section("tproxy-pod.8", "Reasons for refusals", "Ss"))
+    assert {f"Cm {word}" for word in words} <= set(heads)
+
+
 def test_every_entry_of_the_wrapped_names_is_there() -> None:
     """What the module says that reads them, in both places of the page."""
     said = tls_tproxy.wrap.__doc__ or ""
@@ -466,7 +541,7 @@ def test_every_reason_in_the_page_of_the_directories_exists() -> None:
     assert set(words) <= set(map(str, ANSWERS))
 
 
-@pytest.mark.parametrize("page", ["tls-bridge.8", "tls-tproxy.8"])
+@pytest.mark.parametrize("page", ["tls-bridge.8", "tls-tproxy.8", "tproxy-pod.8"])
 def test_every_ending_of_the_programs_of_tls_is_there(page: str) -> None:
     source = section(page, "Log", "Ss")
     for ending in Ending:
@@ -498,7 +573,7 @@ def test_every_variable_is_there(page: str) -> None:
         for name in names
         if name
     }
-    if page != "tls-tproxy.8":  # which opens its own
+    if page not in ("tls-tproxy.8", "tproxy-pod.8"):  # which open their own
         found |= {"LISTEN_FDS", "LISTEN_PID"}  # taken out by a loop
     if page == "tls-bridge.8":
         found.add("LISTEN_FDNAMES")  # so is this, which means nothing to the others

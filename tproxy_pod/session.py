@@ -9,6 +9,7 @@ import errno
 import ipaddress
 import ssl
 from _socket import MSG_DONTWAIT, MSG_PEEK, socket
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
@@ -26,6 +27,7 @@ from mutual_tls.proxy import proxy_header
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.relay import TLSRelay
 from mutual_tls.verify import Certificate, CertificateError, matches
+from sniproxy.engine.ending import Ending
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
@@ -38,6 +40,14 @@ from tproxy_pod.pod import Egress, Ingress, Mode, Pod
 from tproxy_pod.ready import Ready
 from tproxy_pod.refusal import PodReason
 
+
+class PlainEnding(StrEnum):
+    """How a connection without TLS was broken off."""
+
+    CLIENT_RESET = "client_reset"
+    SERVER_RESET = "server_reset"
+
+
 # RFC 8446 §5.1: the first byte of a record with a handshake message, and so of a TLS connection.
 _HANDSHAKE: Final = b"\x16"
 
@@ -46,6 +56,12 @@ _HANDSHAKE: Final = b"\x16"
 _MAY_BE_PLAIN: Final = frozenset(
     {TLSReason.NOT_TLS, TLSReason.TLS_CLOSED, TLSReason.TLS_RESET, TLSReason.TLS_FAILED}
 )
+
+# How a connection without TLS ends, where that is not called as it is with TLS.
+_ENDINGS: Final[Mapping[Ending, PlainEnding]] = {
+    Ending.NEAR_RESET: PlainEnding.CLIENT_RESET,
+    Ending.FAR_RESET: PlainEnding.SERVER_RESET,
+}
 
 # Seconds for which a client is listened to that may speak TLS or not: a hello comes with the first
 # packet. Then it is taken for one that waits for the server to speak first.
@@ -132,7 +148,13 @@ class Session(session.Session):
         for sock in self.client, self.far:
             if loop.watcher(sock.fileno()) is not None:
                 loop.unwatch(sock.fileno())
-        self.shared.plain.join(self.client, self.far, self.left)
+        self.shared.plain.join(self.client, self.far, self._left_plain)
+
+    def _left_plain(self, up: int, down: int, ending: Ending) -> None:
+        # The relay counts from the client; who speaks TLS as a client is counted the other way.
+        if self.is_tls_client:
+            up, down = down, up
+        self.left(up, down, _ENDINGS.get(ending, ending))
 
     def give_way(self) -> None:
         """End this, since others wait for the place; by a reset, too."""
