@@ -34,6 +34,10 @@ _PODS: Final[Mapping[str, tuple[str, ...]]] = {
 _LONGEST: Final = 16 << 20
 _MOST_NODES: Final = 1 << 20
 
+# The most levels: by aliases, a flat file can have any number, and Python's stack ends at 1000
+# calls. The deepest schemas of Kubernetes have about 20.
+_MOST_LEVELS: Final = 200
+
 
 class ManifestError(Exception):
     """A manifest can't be read, or a pod can't have it; the message says which and why."""
@@ -59,7 +63,12 @@ def inject(manifest: bytes, sidecar: Sidecar) -> str:
     for number, document in enumerate(documents, 1):
         if document is not None:
             _count(document)
-            for each in _objects(document):
+            objects = [each for each in _objects(document) if _text(each, "kind") in _PODS]
+            # All of them first: what one takes from another by an alias or `<<` is what the
+            # manifest says, not what is added there.
+            for each in objects:
+                each.value = [(key, _unshared(value)) for key, value in each.value]
+            for each in objects:
                 _inject_object(each, sidecar, number)
     return yaml.serialize_all(
         documents,
@@ -75,7 +84,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _count(node: Node) -> None:
-    """Raise a ManifestError if there are too many nodes, or one is a part of itself."""
+    """Raise a ManifestError if there are too many nodes or levels, or a key is there twice."""
     left = _MOST_NODES
     open_nodes: list[Node] = []
 
@@ -84,7 +93,10 @@ def _count(node: Node) -> None:
         left -= 1
         if left < 0 or any(each is node for each in open_nodes):
             raise ManifestError("unable to read the manifest: it has too many nodes")
+        if len(open_nodes) >= _MOST_LEVELS:
+            raise ManifestError("unable to read the manifest: it has too many levels")
         if isinstance(node, MappingNode):
+            _refuse_twins(node)
             children = [child for pair in node.value for child in pair]
         elif isinstance(node, SequenceNode):
             children = node.value
@@ -96,6 +108,31 @@ def _count(node: Node) -> None:
         open_nodes.pop()
 
     visit(node)
+
+
+def _refuse_twins(node: MappingNode) -> None:
+    # YAML 1.2.2 §3.2.1.1: "with the restriction that each of the keys is unique". Libraries differ
+    # in which of two they take, so we might look at another hostNetwork than Kubernetes.
+    keys: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, ScalarNode):
+            if key.value in keys:
+                raise ManifestError(f"unable to read the manifest: {key.value!a} is there twice")
+            keys.add(key.value)
+
+
+def _unshared(node: Node) -> Node:
+    """Return a copy of a node, in which nothing that can be changed is there twice.
+
+    Scalars are not copied: a long one that many aliases refer to stays one.
+    """
+    if isinstance(node, MappingNode):
+        pairs = [(key, _unshared(value)) for key, value in node.value]
+        return MappingNode(node.tag, pairs, flow_style=node.flow_style)
+    if isinstance(node, SequenceNode):
+        entries = [_unshared(each) for each in node.value]
+        return SequenceNode(node.tag, entries, flow_style=node.flow_style)
+    return node
 
 
 def _objects(document: Node) -> Iterator[MappingNode]:
@@ -112,9 +149,7 @@ def _objects(document: Node) -> Iterator[MappingNode]:
 
 def _inject_object(node: MappingNode, sidecar: Sidecar, number: int) -> None:
     kind = _text(node, "kind")
-    path = _PODS.get(kind)
-    if path is None:
-        return
+    path = _PODS[kind]
     pod: Node | None = node
     for name in path:
         pod = _find(pod, name) if isinstance(pod, MappingNode) else None

@@ -86,7 +86,7 @@ class Sidecar:
             return []
         if any(_name(each) == CONTAINER for each in _list(spec, "containers")):
             raise InjectionError(f"it has a container {CONTAINER} that is no init container")
-        if str(spec.get("hostNetwork")).lower() == "true":
+        if not _is_false(spec.get("hostNetwork")):
             detail = "it has the network of its node, all of which would be redirected"
             raise InjectionError(f'{detail}; the label {OPT_OUT}: "false" leaves it as it is')
         volumes = _list(spec, "volumes")
@@ -176,6 +176,12 @@ def _list(value: Mapping[str, Json], name: str) -> Sequence[Json]:
 def _is_absent(member: Json) -> bool:
     # As text, null is what YAML has for it.
     return member is None or member in ("", "~", "null", "Null", "NULL")
+
+
+def _is_false(member: Json) -> bool:
+    # In YAML 1.1, which kubectl reads, `yes` and `on` are true. Whatever is not known to be false
+    # counts as true.
+    return _is_absent(member) or str(member).lower() in ("false", "no", "off", "n")
 
 
 def _name(entry: Json) -> Json:

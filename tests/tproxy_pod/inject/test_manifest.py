@@ -216,6 +216,52 @@ items:
     assert spec["volumes"][0] == {"name": "data"}
 
 
+@pytest.mark.parametrize(
+    "second",
+    [
+        # It is left as it is, though it takes its spec from one that is not.
+        'metadata: {labels: {tproxy-pod/inject: "false"}}\n  spec: *spec',
+        'metadata: {labels: {tproxy-pod/inject: "false"}}\n  spec: {<<: *spec}',
+        'metadata: {labels: {tproxy-pod/inject: "false"}}\n  <<: *pod',
+    ],
+)
+def test_what_one_pod_gets_another_does_not_take_from_it(second: str) -> None:
+    first = "- &pod\n  kind: Pod\n  spec: &spec\n    containers: [{name: a}]\n"
+    text = f"kind: List\nitems:\n{first}- kind: Pod\n  {second}\n"
+    if "*pod" in second:
+        text = text.replace("- kind: Pod\n  metadata", "- metadata")
+    after = yaml.safe_load(inject(text.encode(), SIDECAR))["items"]
+    assert after[0]["spec"]["initContainers"][0]["name"] == CONTAINER
+    assert after[1] == yaml.safe_load(text)["items"][1]
+
+
+def test_a_pod_with_volumes_of_its_own_has_ours_too_if_it_takes_the_rest_from_another() -> None:
+    text = """kind: List
+items:
+- kind: Pod
+  spec: &spec
+    containers: [{name: a}]
+- kind: Pod
+  spec: {<<: *spec, volumes: [{name: data}]}
+"""
+    for spec in pods_of(inject(text.encode(), SIDECAR)):
+        assert [each["name"] for each in spec["initContainers"]] == [CONTAINER]
+        assert "tproxy-pod-identity" in [each["name"] for each in spec["volumes"]]
+
+
+def test_a_pod_in_the_network_of_its_node_can_not_hide_behind_another() -> None:
+    first = "kind: List\nitems:\n- kind: Pod\n  spec: &spec\n    containers: [{name: a}]\n"
+    text = f"{first}- kind: Pod\n  spec: {{<<: *spec, hostNetwork: true}}\n"
+    with pytest.raises(ManifestError, match="network of its node"):
+        inject(text.encode(), SIDECAR)
+
+
+@pytest.mark.parametrize("word", ["false", "no", "Off", "null", "~", ""])
+def test_a_pod_with_a_network_of_its_own_may_say_so(word: str) -> None:
+    [spec] = pods_of(inject(f"{POD}  hostNetwork: {word}\n".encode(), SIDECAR))
+    assert spec["initContainers"][0]["name"] == CONTAINER
+
+
 def test_json_stays_json() -> None:
     text = json.dumps(yaml.safe_load(POD))
     assert json.loads(inject(text.encode(), SIDECAR))["spec"]["initContainers"]
@@ -231,6 +277,10 @@ def test_a_label_opts_out(label: str) -> None:
     ("text", "message"),
     [
         (f"{POD}  hostNetwork: true\n", "it has the network of its node"),
+        # True in YAML 1.1.
+        (f"{POD}  hostNetwork: yes\n", "it has the network of its node"),
+        (f"{POD}  hostNetwork: On\n", "it has the network of its node"),
+        (f"{POD}  hostNetwork: false\n  hostNetwork: true\n", "'hostNetwork' is there twice"),
         (POD.replace("name: web\n    ", f"name: {CONTAINER}\n    "), "no init container"),
         (f"{POD}  volumes: [{{name: tproxy-pod-identity}}]\n", "it has a volume tproxy-pod-"),
         (f"{POD}  volumes: 5\n", "its volumes is no list"),
@@ -252,6 +302,9 @@ def test_a_manifest_has_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
     with pytest.raises(ManifestError, match="too many nodes"):
+        inject("\n".join(lines).encode(), SIDECAR)
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 2000))]
+    with pytest.raises(ManifestError, match="too many levels"):
         inject("\n".join(lines).encode(), SIDECAR)
     monkeypatch.setattr(manifest, "_LONGEST", 100)
     with pytest.raises(ManifestError, match="it has more than 100 bytes"):
