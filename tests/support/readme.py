@@ -12,8 +12,12 @@ from tests.support.daemon import PATIENCE
 
 README: Final = Path(__file__).parents[2] / "README.md"
 
-# Namespaces for the network, and for the processes: they end with the shell.
-_ALONE: Final = ("unshare", "--net", "--pid", "--fork", "--kill-child", "bash", "-eumc")
+# Namespaces for the network, and for the processes: they end with the shell. /proc has to be theirs:
+# by the number of a process of theirs, one of the machine would be found there.
+_ALONE: Final = (
+    *("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
+    *("bash", "-eumc"),
+)
 
 
 def run_example(
