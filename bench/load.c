@@ -392,7 +392,7 @@ int main(int argc, char **argv)
     if (argc == 4 && !strcmp(argv[1], "backend")) {
         backend(argv[2], atoi(argv[3]));
     } else if (argc >= 5) {
-        proxy = loopback(atoi(argv[2]));
+        proxy = address_of(atoi(argv[2]));
         read_hello(argv[3]);
         alarm(PATIENCE);
         if (!strcmp(argv[1], "connect") && argc == 7)

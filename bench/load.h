@@ -43,10 +43,14 @@ static void prepare(void)
     signal(SIGPIPE, SIG_IGN);
 }
 
-static struct sockaddr_in loopback(int port)
+/* Where to connect, or to listen: BENCH_HOST of the environment, or on loopback. */
+static struct sockaddr_in address_of(int port)
 {
-    return (struct sockaddr_in){
-        .sin_family = AF_INET, .sin_port = htons(port), .sin_addr = {htonl(INADDR_LOOPBACK)}};
+    const char *host = getenv("BENCH_HOST");
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
+    if (inet_pton(AF_INET, host ? host : "127.0.0.1", &address.sin_addr) != 1)
+        fail("understand BENCH_HOST");
+    return address;
 }
 
 static void set_nodelay(int fd)
@@ -58,7 +62,7 @@ static void set_nodelay(int fd)
 /* Listen on a port; `flags` are those of socket(2). */
 static int listen_on(int port, int flags)
 {
-    struct sockaddr_in address = loopback(port);
+    struct sockaddr_in address = address_of(port);
     int yes = 1, fd = socket(AF_INET, SOCK_STREAM | flags, 0);
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
     if (bind(fd, (struct sockaddr *)&address, sizeof address) < 0 || listen(fd, BACKLOG) < 0)

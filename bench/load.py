@@ -1,11 +1,28 @@
 """The clients of a benchmark and what they want to reach: a program in C."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 BENCH = Path(__file__).parent
+
+
+class Place(NamedTuple):
+    """Where a load runs.
+
+    Attributes:
+        host: The address that it connects to, or listens at.
+        under: What runs it in another network namespace.
+    """
+
+    host: str = "127.0.0.1"
+    under: tuple[str, ...] = ()
+
+
+HERE = Place()
 
 
 class Load:
@@ -23,9 +40,9 @@ class Load:
         subprocess.run([*compiler, *libraries], check=True)
 
     @contextmanager
-    def serving(self, *arguments: object) -> Iterator[None]:
+    def serving(self, *arguments: object, place: Place = HERE) -> Iterator[None]:
         """Run what is behind the proxies, meanwhile."""
-        with self.ready(*arguments) as process:
+        with self.ready(*arguments, place=place) as process:
             assert process.stdout is not None
             try:
                 process.stdout.readline()  # "ready"
@@ -33,15 +50,20 @@ class Load:
             finally:
                 process.kill()
 
-    def run(self, *arguments: object) -> dict[str, float]:
+    def run(self, *arguments: object, place: Place = HERE) -> dict[str, float]:
         """Run clients to their end; return what they print."""
-        with self.ready(*arguments) as clients:
+        with self.ready(*arguments, place=place) as clients:
             return self.go_on(clients)
 
-    def ready(self, *arguments: object) -> subprocess.Popen[str]:
+    def ready(self, *arguments: object, place: Place = HERE) -> subprocess.Popen[str]:
         """Start clients; some print "ready" first, and wait for standard input."""
-        command = [str(self._program), *map(str, arguments)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [*place.under, str(self._program), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "BENCH_HOST": place.host},
+        )
 
     def go_on(self, clients: subprocess.Popen[str]) -> dict[str, float]:
         """Let clients that are ready go on to their end; return what they print."""

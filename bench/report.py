@@ -106,6 +106,35 @@ TPROXY = Report(
 )
 
 
+POD = Report(
+    "tproxy-pod beside the best of HAProxy, nginx and stunnel; from pod to pod beside plaintext",
+    "tproxy-pod",
+    ("HAProxy", "nginx", "stunnel", "plaintext"),
+    {
+        **{
+            title.format(way): metric.format(side)
+            for title, metric in (
+                ("CPU per connection, full handshake, {}, µs", "full handshake, {}: CPU, µs"),
+                ("CPU per connection, resumed, {}, µs", "resumed handshake, {}: CPU, µs"),
+                ("download, CPU, {}, s/GB", "bulk down, {}: CPU, s/GB"),
+                ("upload, CPU, {}, s/GB", "bulk up, {}: CPU, s/GB"),
+                ("round trip of a byte, {}, µs", "ping, {}: round trip, µs"),
+                ("memory per idle connection, {}, KB", "idle, {}: private memory each, KB"),
+                ("the same, busy before, {}, KB", "idle after bulk, {}: private memory each, KB"),
+            )
+            for side, way in (("ingress", "out"), ("peer", "in"))
+        },
+        "time per connection, pod to pod, µs": "connect, pod to pod: time, µs",
+        "download, pod to pod, s/GB": "bulk down, pod to pod: time, s/GB",
+        "upload, pod to pod, s/GB": "bulk up, pod to pod: time, s/GB",
+        "round trip of a byte, pod to pod, µs": "ping, pod to pod: round trip, µs",
+    },
+    ROOT / "bench" / "pod-results.json",
+    ROOT / "docs" / "pod-bench.svg",
+    ROOT / "docs" / "speed-pod.md",
+)
+
+
 @dataclass(frozen=True)
 class Results:
     """Medians, and ratios.

@@ -1,6 +1,6 @@
-"""tls-bridge, or tls-tproxy, beside programs that wrap connections in TLS: the same clients.
+"""tls-bridge, or one of the others, beside programs that wrap connections in TLS: the same clients.
 
-usage: scripts/bench tls|tproxy [--rounds N] [--quick] [--only WORD] [--save]
+usage: scripts/bench tls|tproxy|pod [--rounds N] [--quick] [--only WORD] [--save]
 
 Measured as in run.py: short slices with all programs in each, processor time of theirs alone, and
 ratios within a slice. Each side has its own: "ingress" puts mutual TLS on, "peer" takes it off.
@@ -16,13 +16,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from load import Load
+from load import HERE, Load, Place
 from peers import Peer, Running
-from report import TLS, TPROXY, Results
+from report import ROOT, TLS, TPROXY, Report, Results
 from run import FIRST_PORT, GIGABYTE, installed, raise_limits, read_options
 from tls_peers import SERVER_NAME, TLS_PEERS, TPROXY_PEERS, TLSSetup
 
@@ -60,7 +61,9 @@ class Proxy(NamedTuple):
     name: str
     side: str
     port: int
-    running: Running | None  # None for nothing in between
+    running: Running | None  # None if its processor time is not asked for
+    clients: Place = HERE
+    speaks: str = "plain"  # what its clients do, or "tls"
 
 
 class TLSBench:
@@ -115,7 +118,8 @@ class TLSBench:
         self.warm_up(proxy)
         time.sleep(0.5)  # for the last to be closed
         before = proxy.running.private_bytes()
-        with self._load.ready(*self._arguments(proxy, "idle", count, bytes_moved)) as clients:
+        arguments = self._arguments(proxy, "idle", count, bytes_moved)
+        with self._load.ready(*arguments, place=proxy.clients) as clients:
             assert clients.stdout is not None
             clients.stdout.readline()
             memory = proxy.running.private_bytes() - before
@@ -125,11 +129,10 @@ class TLSBench:
             clients.communicate()
 
     def _arguments(self, proxy: Proxy, kind: str, *arguments: object) -> tuple[object, ...]:
-        how = "plain" if proxy.side == "ingress" and proxy.running is not None else "tls"
-        return kind, how, proxy.port, self._identities, *arguments
+        return kind, proxy.speaks, proxy.port, self._identities, *arguments
 
     def _run(self, proxy: Proxy, kind: str, *arguments: object) -> dict[str, float]:
-        return self._load.run(*self._arguments(proxy, kind, *arguments))
+        return self._load.run(*self._arguments(proxy, kind, *arguments), place=proxy.clients)
 
     def _measure(
         self, proxy: Proxy, kind: str, *arguments: object
@@ -170,7 +173,8 @@ class Stage:
         directory = self._directory / str(port)
         setup = TLSSetup(directory, port, behind, self._identities, is_ingress=side == "ingress")
         with peer.running(setup) as running:
-            yield Proxy(peer.name, side, port, running)
+            speaks = "plain" if side == "ingress" else "tls"
+            yield Proxy(peer.name, side, port, running, speaks=speaks)
 
 
 def run(
@@ -181,8 +185,12 @@ def run(
     peers: list[Peer],
     sides: Sequence[str],
     rounds: int,
+    place: Place = HERE,
 ) -> None:
-    """Measure everything, round after round. With one side, also what has no program at all."""
+    """Measure everything, round after round. With one side, also what has no program at all.
+
+    The services are at `place`.
+    """
     size = bench.size
     works: list[tuple[str, Callable[[Proxy], None]]] = [
         *((kind, partial(bench.connect, kind)) for kind in ("full handshake", "resumed handshake")),
@@ -197,7 +205,9 @@ def run(
         services = {}
         for kind in "tls", "resumable", "plain":
             services[kind] = stage.port()
-            stack.enter_context(load.serving("serve", kind, services[kind], identities))
+            stack.enter_context(
+                load.serving("serve", kind, services[kind], identities, place=place)
+            )
         proxies: dict[tuple[str, bool], list[Proxy]] = {}
         for side in sides:
             for resumable in False, True:
@@ -208,7 +218,8 @@ def run(
                     stack.enter_context(stage.proxy(peer, side, behind)) for peer in peers
                 ]
                 if len(sides) == 1:
-                    proxies[side, resumable].append(Proxy(DIRECT, side, behind, None))
+                    direct = Proxy(DIRECT, side, behind, None, speaks="tls")
+                    proxies[side, resumable].append(direct)
                 for proxy in proxies[side, resumable]:
                     bench.warm_up(proxy)
         for number in range(rounds):
@@ -269,16 +280,44 @@ def make_identities(directory: Path) -> None:
         (place / "ca.pem").write_text(authority[0].read_text())
 
 
-def main(wraps: bool = False) -> int:
-    """Run what the options ask for, and print it.
+@dataclass(frozen=True)
+class Program:
+    """A program that is measured.
 
-    Args:
-        wraps: whether it is tls-tproxy that is measured.
+    Attributes:
+        word: What scripts/bench calls it.
+        report: What is made of the results.
+        peers: It, and those beside it.
+        sides: Which it has.
+        others: What else has a column, without a version.
+        measure: Measures everything.
     """
-    words = ("tproxy", "docs/speed-tproxy.md") if wraps else ("tls", "docs/speed.md")
-    options = read_options(f"scripts/bench {words[0]}", __doc__, words[1])
-    peers = installed(TPROXY_PEERS if wraps else TLS_PEERS)
-    report = TPROXY if wraps else TLS
+
+    word: str
+    report: Report
+    peers: Sequence[Peer]
+    sides: Sequence[str]
+    others: Sequence[str]
+    measure: "Callable[[Program, TLSBench, Load, Path, list[Peer], int], None]"
+
+
+def _measure_here(
+    program: Program, bench: TLSBench, load: Load, directory: Path, peers: list[Peer], rounds: int
+) -> None:
+    stage = Stage(directory, directory)
+    run(bench, load, stage, directory, peers, program.sides, rounds)
+
+
+BRIDGE = Program("tls", TLS, TLS_PEERS, SIDES, (), _measure_here)
+WRAPPER = Program("tproxy", TPROXY, TPROXY_PEERS, SIDES[:1], (DIRECT,), _measure_here)
+
+
+def main(program: Program = BRIDGE) -> int:
+    """Run what the options ask for, and print it."""
+    report = program.report
+    document = str(report.document.relative_to(ROOT))
+    options = read_options(f"scripts/bench {program.word}", __doc__, document)
+    peers = installed(program.peers)
     size = QUICK if options.quick else Size()
     raise_limits(size.idle)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
@@ -287,12 +326,9 @@ def main(wraps: bool = False) -> int:
         make_identities(directory)
         load = Load(directory, "tls_load.c", "-lssl", "-lcrypto", "-lpthread")
         bench = TLSBench(load, directory, size, options.only)
-        stage = Stage(directory, directory)
-        sides = SIDES[:1] if wraps else SIDES
-        run(bench, load, stage, directory, peers, sides, options.rounds)
+        program.measure(program, bench, load, directory, peers, options.rounds)
     versions = {peer.name: peer.show_version() for peer in peers}
-    if wraps:
-        versions[DIRECT] = ""
+    versions |= dict.fromkeys(program.others, "")
     results = Results.of(
         bench.values, report, versions, options.rounds, size.slices, size.slices, size.idle
     )

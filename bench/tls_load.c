@@ -214,7 +214,7 @@ static void serve(void)
 /* Connect, say CONNECT, and hear that it stands. */
 static struct end greet(SSL_SESSION *earlier)
 {
-    struct sockaddr_in address = loopback(port);
+    struct sockaddr_in address = address_of(port);
     struct end end = {.fd = socket(AF_INET, SOCK_STREAM, 0)};
     char head[HEAD];
     int size = 0, got;

@@ -214,7 +214,7 @@ def _traffic_server(setup: TLSSetup) -> subprocess.Popen[bytes]:
     return start(setup.directory, *foreign.command(*argv))
 
 
-OURS, WRAPS = "tls-bridge", "tls-tproxy"
+OURS, WRAPS, POD = "tls-bridge", "tls-tproxy", "tproxy-pod"
 
 TLS_PEERS = [
     Peer(OURS, _ours, [sys.executable, "-m", "tls_bridge", "--version"], ""),

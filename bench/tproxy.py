@@ -10,4 +10,4 @@ import sys
 import tls
 
 if __name__ == "__main__":
-    sys.exit(tls.main(wraps=True))
+    sys.exit(tls.main(tls.WRAPPER))

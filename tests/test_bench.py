@@ -90,3 +90,30 @@ def test_it_measures_the_wrapping_once() -> None:
         assert any(line.startswith(metric) for line in lines), f"{metric} is missing"
     assert "tls-tproxy" in done.stdout
     assert "direct TLS" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (Debian package gcc)")
+@pytest.mark.skipif(
+    not Path("/usr/include/openssl/ssl.h").exists(),
+    reason="no headers of OpenSSL (Debian package libssl-dev)",
+)
+def test_it_measures_pods_once() -> None:
+    if missing := why_no_network(("nft", "nftables")):
+        pytest.skip(missing)
+    # The rules are for a network namespace of its own.
+    command = [*ALONE, sys.executable, str(BENCH / "pod.py"), "--quick", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for metric in (
+        "full handshake, ingress: CPU, µs",
+        "resumed handshake, peer: time, µs",
+        "bulk down, peer: CPU, s/GB",
+        "idle after bulk, ingress: private memory each, KB",
+        "connect, pod to pod: time, µs",
+        "bulk up, pod to pod: time, s/GB",
+        "ping, pod to pod: round trip, µs",
+    ):
+        assert any(line.startswith(metric) for line in lines), f"{metric} is missing"
+    assert "tproxy-pod" in done.stdout
+    assert "plaintext" in done.stdout

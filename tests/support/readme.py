@@ -12,7 +12,7 @@ from tests.support.daemon import PATIENCE
 
 README: Final = Path(__file__).parents[2] / "README.md"
 
-# Namespaces for the network, and for the processes: they end with the shell. /proc has to be that of
+# Namespaces for the network, and for the processes: they end with the shell. /proc has to be of
 # theirs: by the number of a process there, one of the machine would be found.
 _ALONE: Final = (
     *("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
