@@ -20,6 +20,10 @@ connection.
 Loopback, and what the pod sends to its own addresses, is left alone. So are connections that carry
 our mark, of whichever instance.
 
+All of this rests on what connection tracking remembers. If it forgot one that is half closed, the
+answer of a program would leave in plaintext, to a client who has spoken TLS; and an answer from
+elsewhere would come to our port. So whatever begins here is remembered longer, by `memory`.
+
 With `fail_closed` there is another table, which belongs to nobody, and so outlives us whatever
 happens. It resets what this one would have taken. The next start takes it over; `stop_refusing`
 removes it. Others can, too, and `flush ruleset` does; `look_after` makes it anew.
@@ -32,6 +36,7 @@ from typing import Final, LiteralString
 
 from mutual_tls.netfilter.command import Command, Name
 from mutual_tls.netfilter.mark import FOR_CLIENT, MARK, MASK, STAYS_HERE
+from mutual_tls.netfilter.memory import REMEMBER, policies
 from mutual_tls.netfilter.table import Nft, NftEndedError, NftError, create_table, remove_table
 from tproxy_pod.pod import Overview
 
@@ -72,6 +77,7 @@ _REFUSES: Final[Mapping[LiteralString, LiteralString]] = {
 # what goes on of a connection that was taken; and what is of one that was not.
 _KEPT_HERE: Final = (
     Command("meta l4proto != tcp accept"),
+    *REMEMBER,
     Command("meta mark & $mask == $mark ct mark set $mark accept", mask=MASK, mark=FOR_CLIENT),
     Command("ct mark $client ct direction reply", client=FOR_CLIENT)
     + Command("meta mark set $here accept", here=STAYS_HERE),
@@ -127,7 +133,7 @@ class Interception:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                return nft.run(create_table(_TABLE))
+                return nft.run(create_table(_TABLE), *policies(_TABLE))
             except NftEndedError:
                 raise
             except NftError:
@@ -179,11 +185,12 @@ class Interception:
         return _RESET if network.version == 6 and not self._has_ipv6 else take
 
     def _arriving(self) -> list[Command]:
-        """Return the rules by which what was kept here is handed to our socket."""
+        """Return the rules for all that arrives: what was kept here is handed to our socket."""
         kept = Command("meta l4proto tcp iif lo ct direction original")
         kept += Command("meta mark $mark ct mark $mark", mark=STAYS_HERE)
         port = self._outward_port
         return [
+            *REMEMBER,
             kept + Command("meta nfproto ipv4 tproxy ip to 127.0.0.1:$port accept", port=port),
             kept + Command("meta nfproto ipv6 tproxy ip6 to [::1]:$port accept", port=port),
             # Nobody listens, while we drain. By itself the kernel would not answer in the name of
