@@ -26,6 +26,7 @@ from typing import Final
 
 from mutual_tls.netfilter.command import Cgroup, Command, Name
 from mutual_tls.netfilter.mark import MARK, MASK
+from mutual_tls.netfilter.memory import REMEMBER, policies
 from mutual_tls.netfilter.table import (
     Nft,
     NftEndedError,
@@ -168,17 +169,22 @@ def _who(users: Collection[int], cgroup: Cgroup | None) -> Command:
 
 
 def _redirecting_table(table: Name, listening_port: int, who: Command) -> list[Command]:
+    rules = [*REMEMBER, Command("redirect to :$port", port=listening_port)]
     return [
         create_table(table),
+        *policies(table),
         _add_ports(table),
         Command("add chain inet $table output", table=table)
         # A connection gets its destination from the first chain that has one for it. Those of
         # others, of Docker and Kubernetes above all, have the priority dstnat, -100, nft(8). Behind
         # them, connections to addresses that they translate would leave as they are.
         + Command("{ type nat hook output priority -101; }"),
-        Command("add rule inet $table output tcp dport @$ports", table=table, ports=_PORTS)
-        + who
-        + Command("redirect to :$port", port=listening_port),
+        *(
+            Command("add rule inet $table output tcp dport @$ports", table=table, ports=_PORTS)
+            + who
+            + rule
+            for rule in rules
+        ),
     ]
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,6 +33,7 @@ from tests.support.wrapping import (
     Site,
     is_reset,
     options,
+    receive_all,
     server_context,
     works,
 )
@@ -49,6 +51,45 @@ def simple(site: Site, tmp_path: Path) -> Iterator[Daemon]:
     """
     with site.start(tmp_path, *options(tmp_path)) as daemon:
         yield daemon
+
+
+# --- Silence
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_late_answer_to_a_half_closed_connection_arrives(
+    site: Site, tmp_path: Path, version: int
+) -> None:
+    """By itself the kernel forgets after a minute where such a connection was to go."""
+    name = site.new_name()
+    states = "close_wait", "fin_wait"
+    paths = [f"/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_{each}" for each in states]
+    before = [site.here.run("cat", path).strip() for path in paths]
+
+    def remember(*seconds: str) -> None:
+        for path, each in zip(paths, seconds, strict=True):
+            site.here.run("sh", "-c", f"echo {each} >{path}")
+
+    def answer_late(end: End) -> None:
+        while end.receive():
+            pass
+        time.sleep(1.5)  # longer than is remembered here
+        end.send(b"a late answer")
+        end.end_half()
+
+    remember("1", "1")
+    try:
+        with (
+            site.serve(name.addresses[version], server_context(name.name), answer_late),
+            site.start(tmp_path, *options(tmp_path)),
+            site.visit(name, version=version) as client,
+        ):
+            client.settimeout(PATIENCE)
+            client.sendall(b"a question")
+            client.shutdown(socket.SHUT_WR)
+            assert receive_all(client) == b"a late answer"
+    finally:
+        remember(*before)
 
 
 # --- Names
