@@ -15,6 +15,7 @@ from typing import Final
 
 from mutual_tls.identity import Files, Identities
 from mutual_tls.netfilter.command import Cgroup
+from mutual_tls.netfilter.memory import NO_MEMORY
 from mutual_tls.netfilter.table import Nft, NftError
 from mutual_tls.redirected import LOOPBACK, listen, marking_capabilities, open_nft, port_option
 from mutual_tls.start import enter_sandbox, give_up_privileges
@@ -248,6 +249,8 @@ def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
     except ValueError as error:  # our own port is among them
         kind = UsageError if config.port else FatalError  # the next start has another one
         raise kind(f"unable to redirect connections: {error}") from None
+    if not redirection.remembers:
+        log.problem(NO_MEMORY)
     log.ports(show_ports(ports))
 
     watch = Watch(wrap, nft, redirection, log)

@@ -26,7 +26,7 @@ from typing import Final
 
 from mutual_tls.netfilter.command import Cgroup, Command, Name
 from mutual_tls.netfilter.mark import MARK, MASK
-from mutual_tls.netfilter.memory import REMEMBER, policies
+from mutual_tls.netfilter.memory import Memory
 from mutual_tls.netfilter.table import (
     Nft,
     NftEndedError,
@@ -53,6 +53,7 @@ class Redirection:
     Attributes:
         listening_port: as above.
         ports: Which are redirected.
+        remembers: Whether half-closed connections are remembered for long, see `memory`.
 
     Raises:
         ValueError: a port is none, or is the listening one.
@@ -79,7 +80,10 @@ class Redirection:
         self._who = _who(users, cgroup)
         self._fail_closed = fail_closed
         self.ports = frozenset(ports)
-        nft.run(*_redirecting_table(self._table, listening_port, self._who), *self._replace(ports))
+        memory = Memory(nft)
+        self.remembers = bool(memory.rules)
+        table = _redirecting_table(self._table, listening_port, self._who, memory)
+        nft.run(*table, *self._replace(ports))
 
     def replace_ports(self, ports: Collection[int]) -> None:
         """Redirect these and no others from now on. Connections that are established stay.
@@ -168,11 +172,13 @@ def _who(users: Collection[int], cgroup: Cgroup | None) -> Command:
     return who
 
 
-def _redirecting_table(table: Name, listening_port: int, who: Command) -> list[Command]:
-    rules = [*REMEMBER, Command("redirect to :$port", port=listening_port)]
+def _redirecting_table(
+    table: Name, listening_port: int, who: Command, memory: Memory
+) -> list[Command]:
+    rules = [*memory.rules, Command("redirect to :$port", port=listening_port)]
     return [
         create_table(table),
-        *policies(table),
+        *memory.policies(table),
         _add_ports(table),
         Command("add chain inet $table output", table=table)
         # A connection gets its destination from the first chain that has one for it. Those of

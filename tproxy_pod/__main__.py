@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from mutual_tls.identity import Files, Identities
+from mutual_tls.netfilter.memory import NO_MEMORY
 from mutual_tls.netfilter.route import LocalRoute, RouteError
 from mutual_tls.netfilter.table import Nft, NftError
 from mutual_tls.redirected import (
@@ -208,6 +209,8 @@ def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
         fail_closed=config.fail_closed,
     )
     watch = Watch(pod, nft, interception, log)
+    if not interception.remembers:
+        log.problem(NO_MEMORY)
     watch.look_after()
 
     def stop_listening() -> None:

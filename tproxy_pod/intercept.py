@@ -36,7 +36,7 @@ from typing import Final, LiteralString
 
 from mutual_tls.netfilter.command import Command, Name
 from mutual_tls.netfilter.mark import FOR_CLIENT, MARK, MASK, STAYS_HERE
-from mutual_tls.netfilter.memory import REMEMBER, policies
+from mutual_tls.netfilter.memory import Memory
 from mutual_tls.netfilter.table import Nft, NftEndedError, NftError, create_table, remove_table
 from tproxy_pod.pod import Overview
 
@@ -76,8 +76,6 @@ _REFUSES: Final[Mapping[LiteralString, LiteralString]] = {
 # Of what leaves: connections to programs here in the name of a client, and the programs' replies;
 # what goes on of a connection that was taken; and what is of one that was not.
 _KEPT_HERE: Final = (
-    Command("meta l4proto != tcp accept"),
-    *REMEMBER,
     Command("meta mark & $mask == $mark ct mark set $mark accept", mask=MASK, mark=FOR_CLIENT),
     Command("ct mark $client ct direction reply", client=FOR_CLIENT)
     + Command("meta mark set $here accept", here=STAYS_HERE),
@@ -99,6 +97,7 @@ class Interception:
 
     Attributes:
         overview: What is taken.
+        remembers: Whether half-closed connections are remembered for long, see `memory`.
 
     Raises:
         NftError: nft refuses it, and nothing has changed; there may be another instance.
@@ -122,6 +121,9 @@ class Interception:
         self._untaken_ports = [] if untaken_port is None else [untaken_port]
         self._fail_closed = fail_closed
         self.overview: Overview | None = None
+        self._memory = Memory(nft)
+        self.remembers = bool(self._memory.rules)
+        nft.run(*self._memory.policies(_TABLE))
 
     @staticmethod
     def claim(nft: Nft) -> None:
@@ -133,7 +135,7 @@ class Interception:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                return nft.run(create_table(_TABLE), *policies(_TABLE))
+                return nft.run(create_table(_TABLE))
             except NftEndedError:
                 raise
             except NftError:
@@ -152,7 +154,16 @@ class Interception:
         self._nft.run(
             *_chains(_TABLE, _TAKING),
             *_rules(_TABLE, "tracking", [_ours(FOR_CLIENT) + _OWN_ZONE]),
-            *_rules(_TABLE, "outwards", [*_KEPT_HERE, *self._outwards(overview, _KEEP_HERE)]),
+            *_rules(
+                _TABLE,
+                "outwards",
+                [
+                    Command("meta l4proto != tcp accept"),
+                    *self._memory.rules,
+                    *_KEPT_HERE,
+                    *self._outwards(overview, _KEEP_HERE),
+                ],
+            ),
             *_rules(_TABLE, "arriving", self._arriving()),
             *_rules(_TABLE, "inwards", self._inwards(overview, self._redirect())),
             *self._refuse(overview),
@@ -190,7 +201,7 @@ class Interception:
         kept += Command("meta mark $mark ct mark $mark", mark=STAYS_HERE)
         port = self._outward_port
         return [
-            *REMEMBER,
+            *self._memory.rules,
             kept + Command("meta nfproto ipv4 tproxy ip to 127.0.0.1:$port accept", port=port),
             kept + Command("meta nfproto ipv6 tproxy ip6 to [::1]:$port accept", port=port),
             # Nobody listens, while we drain. By itself the kernel would not answer in the name of
