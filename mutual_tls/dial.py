@@ -275,7 +275,7 @@ async def _dial_in_turn(
     refused = [number for number in errors if number in _REFUSED]
     reason = DialReason.REFUSED if refused else DialReason.UNREACHABLE
     number = [*refused, *errors, errno.EHOSTUNREACH][0]
-    raise DialError(reason, f"{endpoint}: {os.strerror(number)}")
+    raise DialError(reason, f"{endpoint}: {os.strerror(number)}", number)
 
 
 def _begin(

@@ -142,25 +142,39 @@ def test_a_port_that_is_taken_is_not_the_clients(pods: Pods, tmp_path: Path, out
 
 
 def test_a_client_that_uses_its_port_again_is_served(
-    there: Running, tmp_path: Path, outsider: Pod
+    pods: Pods, tmp_path: Path, outsider: Pod
 ) -> None:
-    """The connection before, from the same port, is still remembered here, by TIME_WAIT."""
+    """The connection before, from the same port, is still remembered here, by TIME_WAIT.
+
+    Linux minds that only where packets have no time in them, RFC 7323.
+    """
+    pod = pods.pod()
+    pod.machine.run("sh", "-c", "echo 0 >/proc/sys/net/ipv4/tcp_timestamps")
     context = client_context(outsider, tmp_path / "client")
-    with there.pod.listen(8081) as listening:
-        port = 0
+    seen = []
+    port = 0
+    with running(pod, tmp_path / "pod") as there, pod.listen(8081) as listening:
         for _ in range(2):
-            plain = outsider.machine.do(connect_from, port, (there.pod.address, 8081))
+            plain = outsider.machine.do(connect_from, port, (pod.address, 8081))
             port = plain.getsockname()[1]
-            with context.wrap_socket(plain, server_hostname=there.pod.address) as client:
+            with context.wrap_socket(plain, server_hostname=pod.address) as client:
                 with listening.accept()[0] as program:
+                    seen.append(program.getpeername())
                     client.sendall(b"hello")
                     assert program.recv(100) == b"hello"
                     client.settimeout(0)
                     with contextlib.suppress(ssl.SSLWantReadError):
                         client.unwrap()  # ends first
                     assert program.recv(100) == b""
-                # The client itself remembers nothing.
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+                # Only if the end has come back, nobody is reset, and it is remembered.
+                client.settimeout(PATIENCE)
+                with client.unwrap() as plain:
+                    there.line("connection", f"client={outsider.address}:{port}", "ending=finished")
+                    # The client itself remembers nothing.
+                    plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
+    assert seen[0] == (outsider.address, port)
+    assert seen[1][0] == outsider.address
+    assert seen[1][1] != port
 
 
 def connect_from(port: int, address: tuple[str, int]) -> socket.socket:
