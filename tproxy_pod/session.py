@@ -16,7 +16,7 @@ from typing import Final
 import trio
 
 from mutual_tls import resumption, session
-from mutual_tls.dial import DialError, Endpoint, dial, dial_unix
+from mutual_tls.dial import DialError, DialReason, Endpoint, dial, dial_unix
 from mutual_tls.end import TLSEnd, TLSError, TLSReason, send_all
 from mutual_tls.identity import IdentityError
 from mutual_tls.netfilter.mark import OPTION, OPTION_FOR_CLIENT
@@ -383,12 +383,20 @@ class InwardSession(Session):
             try:
                 bind_as(sock, host, port)
             except OSError as error:
-                # Something here listens on that port.
-                if error.errno != errno.EADDRINUSE:
+                # Something here listens on that port; or it is one that takes another right to
+                # have, ip(7): below net.ipv4.ip_unprivileged_port_start.
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     raise
                 bind_as(sock, host, 0)
 
-        return await dial(self.story, where, options=(OPTION_FOR_CLIENT,), bind=bind)
+        try:
+            return await dial(self.story, where, options=(OPTION_FOR_CLIENT,), bind=bind)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # It is link-local: answers to it would leave on its link, whatever their mark.
+            detail = f"no connection from {host} can be made here: {error.strerror}"
+            raise DialError(DialReason.UNREACHABLE, detail) from None
 
     async def refuse(self, refusal: Refusal) -> None:
         """Say so: by an alert while TLS begins, else by a reset."""

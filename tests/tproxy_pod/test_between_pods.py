@@ -141,6 +141,50 @@ def test_a_port_that_is_taken_is_not_the_clients(pods: Pods, tmp_path: Path, out
                 assert client.recv(100) == b"there"
 
 
+def test_a_port_that_takes_a_right_to_have_is_not_the_clients(
+    there: Running, tmp_path: Path, outsider: Pod
+) -> None:
+    """One below 1024, ip(7); the address remains."""
+    context = client_context(outsider, tmp_path / "client")
+    with there.pod.listen(8084) as listening:
+        plain = outsider.machine.do(connect_from, 1001, (there.pod.address, 8084))
+        with (
+            context.wrap_socket(plain, server_hostname=there.pod.address) as client,
+            listening.accept()[0] as program,
+        ):
+            host, port = program.getpeername()
+            assert host == outsider.address
+            assert port >= 1024
+            program.sendall(b"there")
+            assert client.recv(100) == b"there"
+    there.line(
+        "connection", f"client={outsider.address}:1001", f"destination={show(there.pod, 8084)}"
+    )
+
+
+def test_a_client_with_a_link_local_address_is_refused(
+    there: Running, tmp_path: Path, pods: Pods
+) -> None:
+    """The program can't see its address, and is not to see another one without a word."""
+    context = client_context(pods.router, tmp_path / "client")
+    context.check_hostname = False
+    run = there.pod.machine.run
+    words = run("ip", "-6", "address", "show", "dev", "cable", "scope", "link").split()
+    address = words[words.index("inet6") + 1].partition("/")[0]
+    (device,) = {
+        line.split()[line.split().index("dev") + 1]
+        for line in pods.router.machine.run("ip", "route").splitlines()
+        if line.startswith(f"{there.pod.address.rpartition('.')[0]}.")
+    }
+    with there.pod.listen(8085, version=6):
+        plain = pods.router.connect(f"{address}%{device}", 8085)
+        with context.wrap_socket(plain, suppress_ragged_eofs=False) as client:
+            client.settimeout(PATIENCE)
+            with pytest.raises((ConnectionError, ssl.SSLEOFError)):
+                client.recv(1)
+    there.line("refused", "direction=in", "reason=unreachable")
+
+
 def test_a_client_that_uses_its_port_again_is_served(
     pods: Pods, tmp_path: Path, outsider: Pod
 ) -> None:
