@@ -208,7 +208,7 @@ def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
         untaken_port=config.ready_port,
         fail_closed=config.fail_closed,
     )
-    watch = Watch(pod, nft, interception, log)
+    watch = Watch(pod, nft, route, interception, log)
     if not interception.remembers:
         log.problem(NO_MEMORY)
     watch.look_after()

@@ -80,7 +80,8 @@ _KEPT_HERE: Final = (
     Command("ct mark $client ct direction reply", client=FOR_CLIENT)
     + Command("meta mark set $here accept", here=STAYS_HERE),
     Command("ct mark $here ct direction original meta mark set $here accept", here=STAYS_HERE),
-    Command("ct state != new accept"),
+    # What is not of one that connection tracking knows is not left to go on.
+    Command("ct state established accept"),
 )
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import trio
 
 from mutual_tls import redirected
+from mutual_tls.netfilter.route import LocalRoute
 from mutual_tls.netfilter.table import Nft
 from mutual_tls.relay import TLSRelay
 from sniproxy.engine.limit import ConnectionLimit
@@ -14,6 +15,7 @@ from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
 from sniproxy.service.descriptors import Share
+from sniproxy.service.fatal import FatalError
 from sniproxy.service.notify import Notifier
 from sniproxy.service.signals import Signals
 from sniproxy.service.workers import Worker
@@ -83,15 +85,29 @@ class Watch(redirected.Watch):
     Args:
         pod: what the directory says.
         nft: holds the tables.
+        route: by which what leaves comes to us.
         interception: of what is taken now.
         log: where changes go.
     """
 
-    def __init__(self, pod: Pod, nft: Nft, interception: Interception, log: Log) -> None:
+    def __init__(
+        self, pod: Pod, nft: Nft, route: LocalRoute, interception: Interception, log: Log
+    ) -> None:
         super().__init__(nft, log.problem)
         self._log = log
+        self._route = route
         self._pod = pod
         self._interception = interception
+
+    def look(self) -> None:
+        """Look.
+
+        Raises:
+            FatalError: what holds the tables, or the route, has ended.
+        """
+        super().look()
+        if self._route.has_ended():
+            raise FatalError("unable to redirect connections: the shell has ended that runs ip")
 
     def take_nothing(self) -> None:
         """Nothing: while we drain, nobody listens, and new connections are refused."""

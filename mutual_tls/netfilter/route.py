@@ -34,8 +34,6 @@ _READY: Final = {b"ready -4\n": False, b"ready -4 -6\n": True}
 # removed first; so there is one, however often it was started.
 _SCRIPT: Final = f"""
 ip=$1
-families=-4
-[ "$(cat /proc/sys/net/ipv6/conf/lo/disable_ipv6)" != 0 ] || families='-4 -6'
 rule='fwmark {STAYS_HERE:#x}/{MASK:#x} iif lo lookup {_TABLE} pref {_PREFERENCE}'
 remove() {{
     for family in -4 -6; do
@@ -43,10 +41,20 @@ remove() {{
         "$ip" $family route flush table {_TABLE}
     done 2>/dev/null
 }}
+add_route() {{
+    "$ip" $1 route add local default dev lo table {_TABLE}
+}}
+fail() {{
+    remove
+    exit 1
+}}
 remove
+families=-4
+add_route -4 || fail
+# Where the loopback device has none, it is refused.
+! add_route -6 2>/dev/null || families='-4 -6'
 for family in $families; do
-    "$ip" $family route add local default dev lo table {_TABLE} &&
-        "$ip" $family rule add $rule || {{ remove; exit 1; }}
+    "$ip" $family rule add $rule || fail
 done
 echo "ready $families"
 read -r _
@@ -107,6 +115,10 @@ class LocalRoute:
             detail = f"it took more than {_PATIENCE:.0f} seconds"
             raise RouteError(f"unable to make a route: {detail}") from None
         return _READY[heard]
+
+    def has_ended(self) -> bool:
+        """Tell whether the child has ended, unasked; then its rules are still there."""
+        return self._process.poll() is not None
 
     def close(self) -> None:
         """Remove the route; when this returns it is gone."""

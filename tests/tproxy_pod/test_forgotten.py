@@ -1,6 +1,7 @@
 """Half-closed connections in which nothing is said for longer than the kernel remembers them."""
 
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Final
 import pytest
 
 from tests.support.bridge import write
-from tests.support.daemon import PATIENCE
+from tests.support.daemon import PATIENCE, eventually
 from tests.support.network import why_no_network
 from tests.support.pods import Pod, Pods, running
 
@@ -96,3 +97,17 @@ def test_a_late_answer_from_an_address_that_is_left_alone_arrives(
     with running(here, tmp_path), pods.router.listen(8080, version=version) as listening:
         client = here.connect(pods.router, 8080, version=version)
         answer_late(client, listening, client_ends=True)
+
+
+def test_what_is_of_no_connection_does_not_leave(pods: Pods, tmp_path: Path) -> None:
+    """A packet that connection tracking makes nothing of: SYN and FIN at once, with data."""
+    here, outsider = pods.pod(), pods.pod()
+    raw = here.machine.do(socket.socket, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+    segment = struct.pack("!HHIIBBHHH", 5000, 8080, 1, 0, 5 << 4, 0x03, 1024, 0, 0) + b"a secret"
+    with raw, wire(outsider) as heard:
+        raw.sendto(segment, (outsider.address, 0))
+        eventually(lambda: has_passed(heard, b"a secret"))
+        with running(here, tmp_path):
+            raw.sendto(segment, (outsider.address, 0))
+            time.sleep(0.2)  # nothing tells that it has not come
+            assert not has_passed(heard, b"a secret")

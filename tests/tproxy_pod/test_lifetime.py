@@ -155,6 +155,22 @@ def test_a_start_right_after_a_kill_works(pod: Pod, outsider: Pod, tmp_path: Pat
         assert len(there["rules"]) == len(there["routes"]) == 2
 
 
+def test_it_ends_if_what_holds_its_rules_has_ended(pod: Pod, tmp_path: Path) -> None:
+    for program in "nft", "sh":
+        with pod.start(tmp_path) as daemon:
+            [child] = [each for each in daemon.workers() if name_of(each) == program]
+            os.kill(child, signal.SIGKILL)
+            assert daemon.wait() == 111
+            daemon.wait_for_log("fatal:")
+    with pod.start(tmp_path):
+        assert len(pod.rules()["rules"]) == 2
+    assert pod.rules() == NOTHING
+
+
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
 def test_one_is_enough(pod: Pod, tmp_path: Path) -> None:
     with pod.start(tmp_path):
         done = run(pod, tmp_path, "-tcp-port", "11", "-tls-port", "12")
