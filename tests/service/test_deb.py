@@ -289,7 +289,8 @@ def test_the_pages_and_papers(installed: Machine) -> None:
 def test_nothing_of_the_programs_that_speak_tls_is_in_it(installed: Machine) -> None:
     files = installed.run("dpkg-query", "--listfiles", "sniproxy").stdout.splitlines()
     assert "/usr/lib/systemd/system/sniproxy.socket" in files
-    assert [path for path in files if re.search(r"tls.bridge|tls.tproxy|tproxy.pod|mutual.tls", path)] == []
+    left_out = re.compile(r"tls.bridge|tls.tproxy|tproxy.pod|mutual.tls")
+    assert [path for path in files if left_out.search(path)] == []
 
 
 def test_every_package_in_it_has_its_licence_in_the_copyright_file(installed: Machine) -> None:
