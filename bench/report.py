@@ -107,9 +107,9 @@ TPROXY = Report(
 
 
 POD = Report(
-    "tproxy-pod beside the best of HAProxy, nginx and stunnel; from pod to pod beside plaintext",
+    "tproxy-pod beside the best of HAProxy, nginx and stunnel",
     "tproxy-pod",
-    ("HAProxy", "nginx", "stunnel", "plaintext"),
+    ("HAProxy", "nginx", "stunnel"),
     {
         **{
             title.format(way): metric.format(side)
@@ -125,6 +125,7 @@ POD = Report(
             for side, way in (("ingress", "out"), ("peer", "in"))
         },
         "time per connection, pod to pod, µs": "connect, pod to pod: time, µs",
+        "CPU of both per connection, pod to pod, µs": "connect, pod to pod: CPU, µs",
         "download, pod to pod, s/GB": "bulk down, pod to pod: time, s/GB",
         "upload, pod to pod, s/GB": "bulk up, pod to pod: time, s/GB",
         "round trip of a byte, pod to pod, µs": "ping, pod to pod: round trip, µs",
