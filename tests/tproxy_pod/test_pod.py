@@ -910,3 +910,21 @@ def test_a_prefix_that_stays_the_same_is_not_opened_again(
     monkeypatch.setattr("mutual_tls.settings.os.open", fail)
     assert (case.egress("10.0.0.1"), case.ingress()) == found
     case.pod.overview()
+
+
+def test_a_volume_of_kubernetes_may_be_the_directory(case: Case) -> None:
+    """Its entries are links by way of `..data`, which is replaced when the ConfigMap changes."""
+    place = case.place / "egress"
+    for version, word in ("1", "mtls"), ("2", "plain"):
+        case.write(f"egress/..{version}/10.0.0.0_8", word)
+        case.write(f"egress/..{version}/fd00--_8", "mtls")
+        new = place / "..new"
+        new.symlink_to(f"..{version}")
+        new.rename(place / "..data")
+        for entry in "10.0.0.0_8", "fd00--_8":
+            if version == "1":
+                (place / entry).symlink_to(f"..data/{entry}")
+        assert case.egress("10.0.0.1").mode is Mode(word)
+        assert case.egress("fd00::1").mode is Mode.MTLS
+        assert case.told() == []
+    assert case.taken() == ["!10.0.0.0/8", "fd00::/8"]
