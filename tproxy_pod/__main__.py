@@ -122,7 +122,13 @@ def _read_options(argv: Sequence[str] | None) -> tuple[Config, bool] | None:
         help="remove what --fail-closed has left, and end",
     )
     parser.add_argument(
-        "-v", action="store_true", help="log connections: the same as --log=connections"
+        "-v",
+        type=_level,
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="LEVEL",
+        help="log connections, as --log=connections does; LEVEL is a number, and 0 is not to",
     )
     parser.add_service_options()
 
@@ -139,7 +145,7 @@ def _read_options(argv: Sequence[str] | None) -> tuple[Config, bool] | None:
     if options is None:
         return None
     fields = service_fields(options)
-    fields["log_connections"] |= options.v
+    fields["log_connections"] |= bool(options.v)
     config = Config(
         identity=Files(options.cert, options.key, options.ca_cert) if options.cert else None,
         tcp_port=options.tcp_port,
@@ -150,6 +156,12 @@ def _read_options(argv: Sequence[str] | None) -> tuple[Config, bool] | None:
         **fields,
     )
     return config, options.stop_refusing
+
+
+def _level(text: str) -> int:
+    if text.isascii() and text.isdigit() and len(text) <= 3:
+        return int(text)
+    raise ArgumentTypeError(f"{text!a} is no level, a number")
 
 
 def _source(text: str) -> Network:

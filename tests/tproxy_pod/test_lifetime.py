@@ -251,6 +251,7 @@ def test_a_drain_lets_connections_end(pods: Pods, tmp_path: Path, drain: int) ->
         (["-tls-port", "65536"], "argument -tls-port/--tls-port: '65536' is no port"),
         (["-tls-port", "1"], "-tcp-port, -tls-port and --ready-port have to differ"),
         (["--probe-address", "10.0.0.0.0"], "argument --probe-address: unable to understand"),
+        (["-v", "much"], "argument -v: 'much' is no level, a number"),
         (["-x"], "unknown option '-x' (see tproxy-pod --help)"),
     ],
 )
@@ -268,7 +269,7 @@ def test_the_command_line_of_the_first_one_works(pods: Pods, outsider: Pod, tmp_
     place = tmp_path / "empty"
     place.mkdir()
     files = [f"-cert={identity}/tls.crt", "-key", f"{identity}/tls.key"]
-    options = ["-tcp-port", "11", "-tls-port", "12", "-v", f"-ca-cert={identity}/ca.crt"]
+    options = ["-tcp-port", "11", "-tls-port", "12", "-v", "2", f"-ca-cert={identity}/ca.crt"]
     done = run(pod, place, *files, *options, "--check-options")
     assert (done.returncode, done.stderr) == (0, "")
     with running(pods.pod(), tmp_path / "there") as there, there.pod.listen(8080) as listening:
