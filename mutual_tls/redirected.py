@@ -10,6 +10,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from mutual_tls.dial import parse_port
 from mutual_tls.netfilter.table import Nft, NftEndedError, NftError
 from mutual_tls.netfilter.transparent import transparent
 from mutual_tls.session import SessionOptions
@@ -126,9 +127,10 @@ def port_option(text: str) -> int:
     Raises:
         ArgumentTypeError: it is none.
     """
-    if text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536:
-        return int(text)
-    raise ArgumentTypeError(f"{text!a} is no port")
+    try:
+        return parse_port(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!a} is no port") from None
 
 
 class Watch(ABC):

@@ -43,16 +43,17 @@ def find(program: str, package: str) -> str:
 
 def start(
     command: Sequence[str],
-    theirs: socket.socket,
     *,
     user: tuple[int, int] | None = None,
     pass_fds: Sequence[int] = (),
-) -> subprocess.Popen[bytes]:
-    """Start a child.
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a child; return it, and our end of the socket that it reads from and writes to.
+
+    In copies of this process that fork(2) makes, that end is closed at once: a worker that outlives
+    the first process does not keep what the child holds.
 
     Args:
         command: what to run, by its path.
-        theirs: the socket that it reads from and writes to.
         user: the user id and group id to run it as, with CAP_NET_ADMIN as its only right; those
             that this process will have, so that no other user may kill it. It takes root, and
             setpriv(1). None: it is run as we are.
@@ -75,9 +76,10 @@ def start(
             "--no-new-privs",
             *command,
         ]
+    ours, theirs = socket.socketpair()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_THE_CHILD)
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=theirs.fileno(),
             stdout=theirs.fileno(),
@@ -90,5 +92,11 @@ def start(
             cwd="/",
             env={"HOME": "/dev/null", "LC_ALL": "C"},
         )
+    except BaseException:
+        ours.close()
+        raise
     finally:
+        theirs.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    os.register_at_fork(after_in_child=ours.close)
+    return process, ours

@@ -10,8 +10,6 @@ starts next, and finds no table of ours, finds no rules of ours either.
 """
 
 import contextlib
-import os
-import socket
 import subprocess
 from typing import Final
 
@@ -83,19 +81,12 @@ class LocalRoute:
     def __init__(self, nft: Nft, user: tuple[int, int] | None = None) -> None:
         try:
             command = [child.find("sh", "dash"), "-uc", _SCRIPT, "sh", child.find("ip", "iproute2")]
-            self._socket, theirs = socket.socketpair()
-            with theirs:
-                try:
-                    self._process = child.start(command, theirs, user=user, pass_fds=[nft.fileno()])
-                except BaseException:
-                    self._socket.close()
-                    raise
+            fds = [nft.fileno()]
+            self._process, self._socket = child.start(command, user=user, pass_fds=fds)
         except child.MissingProgramError as error:
             raise RouteError(f"unable to make a route: {error}") from None
         except OSError as error:
             raise RouteError(f"unable to make a route: {error.strerror}") from error
-        # A worker that outlives the first process does not keep the route.
-        os.register_at_fork(after_in_child=self._socket.close)
         try:
             self.has_ipv6 = self._wait_until_ready()
         except BaseException:

@@ -16,7 +16,6 @@ and a parent who has become another user might not send one to root.
 """
 
 import contextlib
-import os
 import socket
 import subprocess
 import time
@@ -70,18 +69,11 @@ class Nft:
     def __init__(self, user: tuple[int, int] | None = None) -> None:
         try:
             command = [child.find("nft", "nftables"), "-i"]
-            self._socket, theirs = socket.socketpair()
-            with theirs:
-                try:
-                    self._process = child.start(command, theirs, user=user)
-                except BaseException:
-                    self._socket.close()
-                    raise
+            self._process, self._socket = child.start(command, user=user)
         except child.MissingProgramError as error:
             raise NftEndedError(f"unable to run nft: {error}") from None
         except OSError as error:
             raise NftEndedError(f"unable to run nft: {error.strerror}") from error
-        os.register_at_fork(after_in_child=self._socket.close)
         try:
             self.run()  # whether it answers
         except BaseException:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import socket
 import ssl
 import sys
 from collections.abc import Sequence
@@ -156,10 +157,10 @@ def _serve(where: str, certificate: Path, key: Path, sidecar: Sidecar) -> None:
 
 
 async def _serve_until_asked_to_end(
-    listening: "object", files: webhook.Certificate, sidecar: Sidecar
+    listening: socket.socket, files: webhook.Certificate, sidecar: Sidecar
 ) -> None:
     signals = Signals()
-    sock = trio.socket.from_stdlib_socket(listening)  # type: ignore[arg-type]
+    sock = trio.socket.from_stdlib_socket(listening)
     async with trio.open_nursery() as nursery:
         await nursery.start(signals.receive)
         _say(f"listening on {sock.getsockname()[1]}")

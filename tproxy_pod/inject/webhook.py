@@ -11,7 +11,7 @@ pod that is made.
 import base64
 import json
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -144,7 +144,7 @@ async def serve(
     certificate: Certificate,
     sidecar: Sidecar,
     report: Report,
-    is_over: Callable[[], object],
+    is_over: Callable[[], Awaitable[object]],
 ) -> None:
     """Answer until `is_over`, an async function, returns; then let connections end."""
     room = trio.CapacityLimiter(_MOST)
@@ -154,7 +154,7 @@ async def serve(
             listening.start_soon(
                 partial(trio.serve_listeners, handle, listeners, handler_nursery=connections)
             )
-            await is_over()  # type: ignore[misc]
+            await is_over()
             listening.cancel_scope.cancel()
         connections.cancel_scope.deadline = trio.current_time() + _SECONDS
 

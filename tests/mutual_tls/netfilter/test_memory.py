@@ -1,6 +1,5 @@
 """Whether the kernel can be told to remember half-closed connections."""
 
-from collections.abc import Iterator
 from typing import Final
 
 import pytest
@@ -14,20 +13,6 @@ _why_not: Final = why_no_network(("nft", "nftables"))
 pytestmark = pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
 
 TABLE: Final = Name("of_a_test")
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    machine = Machine()
-    yield machine
-    machine.end()
-
-
-@pytest.fixture
-def nft(machine: Machine) -> Iterator[Nft]:
-    nft = machine.do(Nft)
-    yield nft
-    nft.close()
 
 
 def test_it_can_be_told(machine: Machine, nft: Nft) -> None:

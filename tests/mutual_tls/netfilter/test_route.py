@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -20,20 +19,6 @@ _why_not: Final = why_no_network(("nft", "nftables"))
 pytestmark = pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
 
 NOBODY: Final = (65534, 65534)
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    machine = Machine()
-    yield machine
-    machine.end()
-
-
-@pytest.fixture
-def nft(machine: Machine) -> Iterator[Nft]:
-    nft = machine.do(Nft)
-    yield nft
-    nft.close()
 
 
 def rules(machine: Machine) -> list[str]:

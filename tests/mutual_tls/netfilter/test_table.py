@@ -30,13 +30,6 @@ NOBODY = (65534, 65534)
 NAME = Name("of_a_test")
 
 
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    machine = Machine()
-    yield machine
-    machine.end()
-
-
 @pytest.fixture(params=[None, NOBODY], ids=["root", "nobody"])
 def nft(machine: Machine, request: pytest.FixtureRequest) -> Iterator[Nft]:
     nft = machine.do(Nft, request.param)
@@ -231,11 +224,11 @@ def test_an_nft_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     start = child.start
 
     def start_late(
-        command: list[str], theirs: socket.socket, *, user: None
-    ) -> "subprocess.Popen[bytes]":
-        process = start(command, theirs, user=user)
+        command: list[str], *, user: None
+    ) -> "tuple[subprocess.Popen[bytes], socket.socket]":
+        process, ours = start(command, user=user)
         process.wait(PATIENCE)
-        return process
+        return process, ours
 
     with monkeypatch.context() as patch:
         patch.setattr(child, "start", start_late)
