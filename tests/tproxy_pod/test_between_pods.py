@@ -7,7 +7,7 @@ import contextlib
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -46,26 +46,6 @@ pytestmark = pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
 VERSIONS: Final = pytest.mark.parametrize("version", [4, 6], ids=["IPv4", "IPv6"])
 
 MEBIBYTE: Final = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def here(pods: Pods, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A pod whose programs connect."""
-    with running(pods.pod(), tmp_path_factory.mktemp("here")) as pod:
-        yield pod
-
-
-@pytest.fixture(scope="module")
-def there(pods: Pods, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A pod whose programs are connected to."""
-    with running(pods.pod(), tmp_path_factory.mktemp("there")) as pod:
-        yield pod
-
-
-@pytest.fixture(scope="module")
-def outsider(pods: Pods) -> Pod:
-    """A machine without tproxy-pod."""
-    return pods.pod()
 
 
 # --- Out and in

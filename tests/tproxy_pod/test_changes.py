@@ -50,12 +50,6 @@ def there(pods: Pods, tmp_path: Path) -> Iterator[Running]:
         yield pod
 
 
-@pytest.fixture(scope="module")
-def outsider(pods: Pods) -> Pod:
-    """A machine without tproxy-pod."""
-    return pods.pod()
-
-
 def is_wrapped(one: Running, other: Running, port: int, *, version: int = 4) -> bool:
     """Tell whether a connection is, which is served in either case."""
     with other.pod.listen(port, version=version) as listening:

@@ -119,11 +119,6 @@ def test_there_is_a_test_behind_each_sentence() -> None:
         assert f"\ndef {test}(" in source, where
 
 
-@pytest.fixture(scope="module")
-def outsider(pods: Pods) -> Pod:
-    return pods.pod()
-
-
 @needs_network
 def test_no_name_is_in_the_hello(pods: Pods, tmp_path: Path, outsider: Pod) -> None:
     """RFC 6066 §3: "Literal IPv4 and IPv6 addresses are not permitted"."""

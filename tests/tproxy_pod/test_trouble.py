@@ -2,7 +2,6 @@
 
 import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from hashlib import sha256
@@ -37,23 +36,6 @@ WITH_PROC: Final = (
     *("unshare", "--mount", "sh", "-c"),
     *('mkdir proc && mount --bind /proc proc && exec "$@"', "sh"),
 )
-
-
-@pytest.fixture(scope="module")
-def here(pods: Pods, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(pods.pod(), tmp_path_factory.mktemp("here")) as pod:
-        yield pod
-
-
-@pytest.fixture(scope="module")
-def there(pods: Pods, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(pods.pod(), tmp_path_factory.mktemp("there")) as pod:
-        yield pod
-
-
-@pytest.fixture(scope="module")
-def outsider(pods: Pods) -> Pod:
-    return pods.pod()
 
 
 class Joined:
