@@ -21,6 +21,9 @@ from tests.support.units import (
     wait_for_log,
 )
 
+# A command that runs another one there.
+Under = tuple[str, ...]
+
 PYTHON, SHELL = ("python3", "-c"), ("sh", "-euc")
 UNIT = "tproxy-pod.service"
 PLACE = "/srv/tproxy-pod"
@@ -54,8 +57,8 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Machine]:
-    """The machine, as the comment in the unit has it."""
+def both() -> Iterator[tuple[Machine, Under]]:
+    """The machine, as the comment in the unit has it, and the way to the other one."""
     if missing := why_no_machine():
         pytest.skip(missing)
     with Machine(["iproute2", "nftables"]) as machine, ExitStack() as stack:
@@ -74,22 +77,30 @@ def machine() -> Iterator[Machine]:
         server = stack.enter_context(started(machine, *PYTHON, SERVER))
         assert heard(server.stdout) == ["listening"]
         machine.run(*SHELL, enable)
-        machine.other = ("nsenter", f"--net=/proc/{pid}/ns/net")  # type: ignore[attr-defined]
-        yield machine
+        yield machine, ("nsenter", f"--net=/proc/{pid}/ns/net")
 
 
-def fetch(machine: Machine, *options: str) -> str:
+@pytest.fixture(scope="module")
+def machine(both: tuple[Machine, Under]) -> Machine:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def other(both: tuple[Machine, Under]) -> Under:
+    return both[1]
+
+
+def fetch(machine: Machine, other: Under, *options: str) -> str:
     """Return what the other machine gets from the program here."""
-    under: tuple[str, ...] = machine.other  # type: ignore[attr-defined]
     command = ("curl", "--silent", "--show-error", "--max-time", "10", *options)
-    done = machine.run(*under, "sh", "-c", '"$@" 2>&1 || true', "sh", *command)
+    done = machine.run(*other, "sh", "-c", '"$@" 2>&1 || true', "sh", *command)
     return done.stdout.strip()
 
 
-def fetch_with_tls(machine: Machine) -> str:
+def fetch_with_tls(machine: Machine, other: Under) -> str:
     identity = "/srv/client"
     options = ("--cacert", f"{identity}/ca.pem", "--cert", f"{identity}/cert.pem")
-    return fetch(machine, *options, "--key", f"{identity}/key.pem", f"https://{HERE}:8080/")
+    return fetch(machine, other, *options, "--key", f"{identity}/key.pem", f"https://{HERE}:8080/")
 
 
 def tables(machine: Machine) -> list[str]:
@@ -117,9 +128,9 @@ def test_systemd_finds_little_exposed(machine: Machine) -> None:
     assert "Overall exposure level" in done.stdout
 
 
-def test_who_has_a_certificate_is_served_and_nobody_else(machine: Machine) -> None:
-    assert fetch_with_tls(machine) == THERE
-    assert "reset" in fetch(machine, f"http://{HERE}:8080/")
+def test_who_has_a_certificate_is_served_and_nobody_else(machine: Machine, other: Under) -> None:
+    assert fetch_with_tls(machine, other) == THERE
+    assert "reset" in fetch(machine, other, f"http://{HERE}:8080/")
     # sd-daemon(3): 4 is a warning.
     assert wait_for_log(machine, "reason=not_tls", UNIT)[0] == 4
     eventually(lambda: show(machine, "StatusText", UNIT) == "0 open, 1 served, 1 refused")
@@ -134,25 +145,25 @@ def test_it_has_no_right_but_the_one(machine: Machine) -> None:
     assert "CapEff:\t0000000000002000\n" in status  # CAP_NET_RAW, linux/capability.h
 
 
-def test_killed_it_refuses_until_it_comes_back(machine: Machine) -> None:
+def test_killed_it_refuses_until_it_comes_back(machine: Machine, other: Under) -> None:
     old = main_pid(machine, UNIT)
     machine.run("systemctl", "kill", "--signal=KILL", UNIT)
-    assert "200" not in fetch(machine, f"http://{HERE}:8080/")
+    assert "200" not in fetch(machine, other, f"http://{HERE}:8080/")
     eventually(lambda: main_pid(machine, UNIT) not in {0, old})
     eventually(lambda: state(machine, UNIT) == "active")
-    eventually(lambda: fetch_with_tls(machine) == THERE)
+    eventually(lambda: fetch_with_tls(machine, other) == THERE)
 
 
-def test_stopped_it_refuses_until_it_is_told_not_to(machine: Machine) -> None:
+def test_stopped_it_refuses_until_it_is_told_not_to(machine: Machine, other: Under) -> None:
     machine.run("systemctl", "stop", UNIT)
     try:
         assert tables(machine) == ["tproxy_pod_refuse"]
         assert machine.run("ip", "rule", "show", "pref", "1443").stdout == ""
-        assert fetch(machine, f"http://{HERE}:8080/") != THERE
+        assert fetch(machine, other, f"http://{HERE}:8080/") != THERE
         *_, last = (line for line in commands(UNIT) if "--stop-refusing" in line)
         machine.run(*last.split())
         assert tables(machine) == []
-        assert fetch(machine, f"http://{HERE}:8080/") == THERE
+        assert fetch(machine, other, f"http://{HERE}:8080/") == THERE
     finally:
         machine.run("systemctl", "start", UNIT)
-    assert fetch_with_tls(machine) == THERE
+    assert fetch_with_tls(machine, other) == THERE
