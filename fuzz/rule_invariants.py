@@ -55,7 +55,8 @@ def check_rule(data: bytes) -> None:
         assert matches([rule, rule], certificate, is_server=is_server) is expected
     assert admitted[True] or not admitted[False], "a client is admitted, and the server is not"
     if names:
-        others = Certificate((), (), (), (), bytes(32), is_authority=False)
+        # Of the rule itself, so that no rule, a pin of zeros least of all, is a rule for this pin.
+        others = Certificate((), (), (), (), pin_of([str(rule)]), is_authority=False)
         assert not matches([rule], others, is_server=True), "admitted without any name"
 
 
