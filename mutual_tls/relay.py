@@ -21,7 +21,7 @@ has changed.
 
 import ssl
 from _socket import AF_UNIX, MSG_DONTWAIT, SHUT_WR, SO_LINGER, SOL_SOCKET, socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from typing import Final
@@ -30,7 +30,7 @@ import trio
 
 from mutual_tls.end import TLSEnd
 from sniproxy.engine import tcp
-from sniproxy.engine.linger import LastWords
+from sniproxy.engine.linger import LastWords, Moved
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.sweep import Sweep, Swept
 from sniproxy.engine.tcp import LINGER_0
@@ -136,6 +136,13 @@ class TLSRelay:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.last_words.run)
             nursery.start_soon(self.sweep.run)
+
+    def moved(self) -> Iterator[Moved]:
+        """Yield what each connection has moved so far: its `on_end`, and bytes there and back."""
+        for watcher in self.loop.watchers():
+            if isinstance(watcher, _Pair) and watcher.ssl is not None:
+                yield watcher.on_end, watcher.up, watcher.down
+        yield from self.last_words.moved()
 
     def abort_all(self) -> None:
         """Reset every connection."""
@@ -460,7 +467,9 @@ class _Pair(Swept):
         except OSError:  # ENOTCONN: it was reset meanwhile
             loop.close(tls)
             return on_end(up, down, ending)
-        self.relay.last_words.add(tls, lambda other: on_end(up, down, ending), peer_has_ended=False)
+        self.relay.last_words.add(
+            tls, lambda other: on_end(up, down, ending), (on_end, up, down), peer_has_ended=False
+        )
 
     def abort(self, ending: Ending = _CUT) -> None:
         """Reset both peers, so that neither takes the cut for an end."""

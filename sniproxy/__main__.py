@@ -18,8 +18,15 @@ from sniproxy.service import sandbox, standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
-from sniproxy.service.start import drop_privileges, run_program, run_service, share_descriptors
+from sniproxy.service.start import (
+    drop_privileges,
+    open_status_socket,
+    run_program,
+    run_service,
+    share_descriptors,
+)
 from sniproxy.service.syslogd import Syslog
+from sniproxy.session import LATENCIES
 from sniproxy_hostname import directory_namer
 
 # What keeps the hosts directory from being searched until somebody mends it.
@@ -83,6 +90,8 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
     with attempt("start"):
         standard.replace_copies_of_input()
         log = Log(syslogd)
+        log.is_json = config.log_json
+    status = open_status_socket(config, "sniproxy", LATENCIES)
     share = share_descriptors(config, MOST_PIPES, log)
     try:
         namer = directory_namer(config.hashed)
@@ -102,13 +111,19 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
     with attempt("enter the sandbox (--no-sandbox does without)"):
         forbidden = sandbox.enter() if config.sandbox else ["nothing"]
     log.event("sandbox", forbids=",".join(forbidden))
+
+    def stop_listening() -> None:
+        listening.close()
+        if status is not None:
+            status.close()
+
     try:
         run_service(
             config,
             log,
             notifier,
-            partial(serve, listening, hosts, config, share, log),
-            listening.close,
+            partial(serve, listening, hosts, config, share, log, status=status),
+            stop_listening,
         )
     finally:
         notifier.close()

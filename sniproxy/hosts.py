@@ -15,6 +15,7 @@ import struct
 from _socket import AF_UNIX, SO_PEERCRED, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
 from collections.abc import Callable
 from enum import StrEnum
+from time import perf_counter
 
 from sniproxy_hostname import Hostname
 
@@ -41,6 +42,7 @@ class HostReason(StrEnum):
     NAME_TOO_LONG = "name_too_long"
     WRONG_OWNER = "wrong_owner"
     WRITABLE_BY_OTHERS = "writable_by_others"
+    HOSTS_NOT_SEARCHABLE = "hosts_not_searchable"
     BACKEND_BUSY = "backend_busy"
     BACKEND_FAILED = "backend_failed"
 
@@ -74,12 +76,39 @@ _NO_BACKEND = _NO_DIRECTORY | {
 }
 
 
-class HostError(Exception):
-    """There is no backend to be had; `reason` says why, the message in more words."""
+class Step(StrEnum):
+    """How far a lookup came that failed: words for the log."""
 
-    def __init__(self, reason: HostReason, detail: str) -> None:
+    HOSTS = "hosts"  # the directory of hosts can't be searched
+    HOST = "host"  # there is no way into the directory of the host
+    SOCKET = "socket"  # there is no way to its socket
+    OWNER = "owner"  # the listener is somebody else's
+
+
+class HostError(Exception):
+    """There is no backend to be had; the message says it in the kernel's words.
+
+    Attributes:
+        reason: Why.
+        step: Where the lookup ended.
+        exists: Whether the hosts directory has an entry of that name.
+        owner: The uid of the directory that was reached; None if none was.
+    """
+
+    def __init__(
+        self,
+        reason: HostReason,
+        detail: str,
+        step: Step,
+        *,
+        exists: bool = True,
+        owner: int | None = None,
+    ) -> None:
         super().__init__(detail)
         self.reason = reason
+        self.step = step
+        self.exists = exists
+        self.owner = owner
 
 
 class HostsDirectory:
@@ -90,8 +119,10 @@ class HostsDirectory:
         check_owner: whether a listener has to be one that the directory's owner may speak for.
 
     Attributes:
+        directory_name: As above.
         path: Where it was at the start, seen from the root directory, as the bytes that the kernel
             has; None if that is not known.
+        connecting_at: When connect(2) was last about to be called, by time.perf_counter.
 
     Raises:
         OSError: the working directory can't be searched.
@@ -100,7 +131,8 @@ class HostsDirectory:
     def __init__(
         self, directory_name: Callable[[Hostname], str], *, check_owner: bool = True
     ) -> None:
-        self._directory_name = directory_name
+        self.directory_name = directory_name
+        self.connecting_at = 0.0
         self._checks_owner = check_owner
         # O_PATH: to come back to a directory the right to search it is enough, open(2).
         self._fd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -137,11 +169,19 @@ class HostsDirectory:
         """Close the descriptor of the directory."""
         os.close(self._fd)
 
-    def connect(self, host: Hostname) -> tuple[socket, bool]:
+    def is_here(self) -> bool:
+        """Tell whether it is the working directory, as it is between two lookups.
+
+        It is not if the way back was barred after the last one.
+        """
+        return not self._away
+
+    def connect(self, host: Hostname) -> tuple[socket, bool, int]:
         """Connect to the backend of `host`.
 
         Returns:
-            The connected socket, non-blocking, and whether the backend wants a PROXY header.
+            The connected socket, non-blocking; whether the backend wants a PROXY header; and the
+            uid of the host's directory.
 
         Raises:
             HostError: there is no such host, or its backend can't be reached.
@@ -151,41 +191,41 @@ class HostsDirectory:
             self._return()
         self._away = True
         try:
-            backend, send_proxy_v1 = self._connect_there(self._directory_name(host))
+            found = self._connect_there(self.directory_name(host))
         except BaseException:
             self._return()
             raise
         try:
             self._return()
         except HostError:
-            backend.close()
+            found[0].close()
             raise
-        return backend, send_proxy_v1
+        return found
 
     def _return(self) -> None:
         try:
             os.fchdir(self._fd)
         except OSError as error:
             # EACCES, for one: somebody has closed the directory of hosts to us.
-            raise HostError(
-                HostReason.BACKEND_FAILED, f"unable to search the hosts directory: {error.strerror}"
-            ) from None
+            raise _not_searchable(error) from None
         self._away = False
 
-    def _connect_there(self, directory_name: str) -> tuple[socket, bool]:
+    def _connect_there(self, directory_name: str) -> tuple[socket, bool, int]:
         """Enter the directory of the host, and connect."""
         try:
             os.chdir(directory_name)
         except OSError as error:
-            raise _host_error(_NO_DIRECTORY, error) from None
-        backend = None
+            raise _no_directory(directory_name, error) from None
+        backend = owner = None
         try:
             # Of the directory that was reached, whatever links led to it.
             directory = os.stat(_HERE)
+            owner = directory.st_uid
             # An entry of that name, whatever it is: a dangling link was put there on purpose, too.
             send_proxy_v1 = os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False)
             # The last: it wakes the backend, which is to find the hello when it is awake.
             backend = socket(AF_UNIX, _STREAM)
+            self.connecting_at = perf_counter()
             backend.connect(_SOCKET)
             if self._checks_owner:
                 self._check_owner(directory, backend)
@@ -193,9 +233,10 @@ class HostsDirectory:
             if backend is not None:
                 backend.close()
             if isinstance(error, OSError):
-                raise _host_error(_NO_BACKEND, error) from None
+                reason = _NO_BACKEND.get(error.errno or 0, HostReason.BACKEND_FAILED)
+                raise HostError(reason, _words(error), Step.SOCKET, owner=owner) from None
             raise
-        return backend, send_proxy_v1
+        return backend, send_proxy_v1, owner
 
     def _check_owner(self, directory: os.stat_result, backend: socket) -> None:
         """Make sure that the listener is one that the directory's owner may speak for.
@@ -213,6 +254,8 @@ class HostsDirectory:
                 raise HostError(
                     HostReason.WRITABLE_BY_OTHERS,
                     "the directory belongs to root and others may write in it",
+                    Step.OWNER,
+                    owner=owner,
                 )
             return
         credentials = backend.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)
@@ -224,9 +267,30 @@ class HostsDirectory:
         raise HostError(
             HostReason.WRONG_OWNER,
             f"the directory belongs to uid {owner}, the listener to uid {listener}",
+            Step.OWNER,
+            owner=owner,
         )
 
 
-def _host_error(reasons: dict[int, HostReason], error: OSError) -> HostError:
-    reason = reasons.get(error.errno or 0, HostReason.BACKEND_FAILED)
-    return HostError(reason, error.strerror or str(error))
+def _no_directory(directory_name: str, error: OSError) -> HostError:
+    """Return what is wrong, if the directory of a host could not be entered."""
+    try:
+        os.lstat(directory_name)
+        exists = True
+    except PermissionError as barred:
+        # There was no need for it before: to be in the directory of hosts is enough, but not to
+        # look up anything there.
+        return _not_searchable(barred)
+    except OSError:
+        exists = False
+    reason = _NO_DIRECTORY.get(error.errno or 0, HostReason.BACKEND_FAILED)
+    return HostError(reason, _words(error), Step.HOST, exists=exists)
+
+
+def _not_searchable(error: OSError) -> HostError:
+    detail = f"unable to search the hosts directory: {_words(error)}"
+    return HostError(HostReason.HOSTS_NOT_SEARCHABLE, detail, Step.HOSTS, exists=False)
+
+
+def _words(error: OSError) -> str:
+    return error.strerror or str(error)

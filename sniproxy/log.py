@@ -38,26 +38,13 @@ class Log(EventLog):
         self._hosts = PerKey(_MOST_HOSTS)
         self._clients = PerKey(_MOST_CLIENTS)
 
-    def refusal(
-        self,
-        reason: str,
-        client: str,
-        name: bytes | None,
-        alert: Alert | None,
-        detail: str | None,
-        *,
-        is_host: bool,
-    ) -> None:
-        """Say why a client was refused, and with which alert, if any.
-
-        An alert that puts the blame on us is a warning: a host is out of order.
+    def admits(self, reason: str, client: str, name: bytes | None, *, is_host: bool) -> bool:
+        """Tell whether the line of what went wrong may be written; count it if not.
 
         Args:
             reason: a word.
             client: its address and port, as `show_address` writes it.
             name: the name that it asked for, if that is known.
-            alert: what it was told.
-            detail: the reason in more words.
             is_host: whether there is a host of that name.
         """
         now = self._clock()
@@ -66,11 +53,32 @@ class Log(EventLog):
         if is_host and name is not None:
             # As it is looked up: each way of writing it would be a host of its own otherwise.
             is_due |= self._hosts.admit((name.lower().removesuffix(b"."), reason), now)
-        if self.admit(reason, is_due=is_due):
-            priority = syslog.LOG_WARNING if alert is Alert.INTERNAL_ERROR else syslog.LOG_INFO
-            number = None if alert is None else int(alert)
-            fields = {"client": client, "name": name, "reason": reason, "alert": number}
-            self.event("refused", priority, **fields, detail=detail)
+        return self.admit(reason, is_due=is_due)
+
+    def refusal(
+        self, reason: str, client: str, name: bytes | None, alert: Alert | None, detail: str | None
+    ) -> None:
+        """Say why a client was refused, and with which alert, if any.
+
+        An alert that puts the blame on us is a warning: a host is out of order.
+
+        Args:
+            reason: a word; `admits` has allowed it.
+            client: its address and port, as `show_address` writes it.
+            name: the name that it asked for, if that is known.
+            alert: what the client was told.
+            detail: the reason in more words.
+        """
+        priority = syslog.LOG_WARNING if alert is Alert.INTERNAL_ERROR else syslog.LOG_INFO
+        number = None if alert is None else int(alert)
+        fields = {"client": client, "name": name, "reason": reason, "alert": number}
+        self.event("refused", priority, **fields, detail=detail)
+
+    def proxy_header_unanswered(self, client: str, name: bytes, detail: str) -> None:
+        """Say that a backend has closed without a byte, after a PROXY header."""
+        word = "proxy_header_unanswered"
+        if self.admits(word, client, name, is_host=True):
+            self.event(word, syslog.LOG_WARNING, client=client, name=name, detail=detail)
 
 
 def _network(client: str) -> bytes | str:

@@ -16,6 +16,7 @@ from sniproxy.log import Log
 from sniproxy.service.descriptors import Share
 from sniproxy.service.notify import Notifier
 from sniproxy.service.signals import Signals
+from sniproxy.service.status import StatusSocket
 from sniproxy.service.workers import Worker
 from sniproxy.serving import serve_until_drained
 from sniproxy.session import Sessions
@@ -33,10 +34,12 @@ async def serve(
     log: Log,
     orders: Signals | Worker,
     notifier: Notifier | Worker,
+    status: StatusSocket | None = None,
 ) -> None:
     """Serve what `listening` accepts, from `hosts`, until an order to end.
 
-    There are no more connections and pipes at a time than `share` says.
+    There are no more connections and pipes at a time than `share` says. With `status`, what happens
+    is counted for each host, and told there.
 
     Returns when the last connection has ended, by itself or at the end of the drain.
     """
@@ -46,7 +49,8 @@ async def serve(
     limit = ConnectionLimit(share.connections)
 
     def make_sessions(nursery: trio.Nursery) -> Sessions:
-        return Sessions(config, loop, relay, hosts, log, limit, nursery)
+        figures = None if status is None else status.figures
+        return Sessions(config, loop, relay, hosts, log, limit, nursery, figures)
 
     # One line for all workers.
     tasks = [partial(watch_hosts, hosts, log)] if log.worker in (None, 1) else []
@@ -61,6 +65,7 @@ async def serve(
         config.drain_seconds,
         tasks=tasks,
         hosts=hosts.path,
+        status=status,
     )
     pipes.close()
 

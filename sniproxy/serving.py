@@ -1,7 +1,7 @@
 """What every program does to serve: it accepts until it is told to drain, and waits for the end."""
 
 from _socket import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -12,8 +12,10 @@ from sniproxy.engine.listener import Address, Listener
 from sniproxy.engine.loop import EventLoop
 from sniproxy.service.drain import drain
 from sniproxy.service.eventlog import EventLog, show_address
+from sniproxy.service.figures import HostFigures
 from sniproxy.service.notify import Counts, Notifier
 from sniproxy.service.signals import Signals
+from sniproxy.service.status import StatusSocket
 from sniproxy.service.workers import Worker
 
 
@@ -32,6 +34,9 @@ class Sessions(Protocol):
 
     def counts(self) -> Counts:
         """Return how many there are, and were."""
+
+    def moved(self) -> Iterator[tuple[HostFigures, int, int]]:
+        """Yield the figures of each open connection's host, and its bytes there and back so far."""
 
     def cut(self) -> int:
         """End whoever is left; return how many."""
@@ -59,6 +64,7 @@ async def serve_until_drained(
     tasks: Sequence[Callable[[], Awaitable[None]]] = (),
     on_drain: Callable[[], None] = lambda: None,
     hosts: bytes | None = None,
+    status: StatusSocket | None = None,
 ) -> None:
     """Serve what the sockets accept, until an order to end.
 
@@ -74,6 +80,7 @@ async def serve_until_drained(
         tasks: what else runs meanwhile.
         on_drain: called when nobody is accepted any more.
         hosts: the directory that is served, for the line `listening`.
+        status: where it is told what was counted; closed when the drain begins.
 
     Returns when the last connection has ended, by itself or at the end of the drain.
     """
@@ -101,6 +108,8 @@ async def serve_until_drained(
             service.start_soon(log.run)
             for task in tasks:
                 service.start_soon(task)
+            if status is not None:
+                service.start_soon(status.run, sessions, log.bug, log.worker)
             notifier.ready()
             orders.on_status = lambda: log.status(sessions.counts())
             for sock, _ in listening:
@@ -111,6 +120,8 @@ async def serve_until_drained(
             await orders.drain.wait()
             for listener in listeners:
                 listener.close()
+            if status is not None:
+                status.close()
             on_drain()
             notifier.stopping()
             log.event("draining", open=limit.open)

@@ -11,7 +11,9 @@ before need not be woken.
 """
 
 import contextlib
+import time
 from _socket import MSG_DONTWAIT, SHUT_WR, SO_LINGER, SOL_SOCKET, socket
+from collections.abc import Iterator
 from enum import StrEnum
 from functools import lru_cache
 
@@ -24,12 +26,14 @@ from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.linger import Linger
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
-from sniproxy.engine.relay import Relay
+from sniproxy.engine.relay import OnEnd, Relay
 from sniproxy.engine.tcp import LINGER_0
+from sniproxy.explain import explain
 from sniproxy.hello_wait import HelloWait, peek
-from sniproxy.hosts import HostError, HostReason, HostsDirectory
+from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
 from sniproxy.log import Log
 from sniproxy.service.eventlog import show_address
+from sniproxy.service.figures import Figures, HostFigures
 from sniproxy.service.notify import Counts
 from sniproxy.wire import (
     MAX_WIRE,
@@ -69,6 +73,10 @@ _ENDINGS = {
 }
 
 
+# Of these, those where the backend has closed, or may have.
+_BACKEND_CLOSED = frozenset({Ending.FINISHED, Ending.FAR_RESET})
+
+
 # The answer to every failure of the lookup. Failures of the hello carry their own answer.
 ALERTS: dict[HostReason, Alert] = {
     # RFC 6066 §3: a server that "does not recognize the server name" may "abort the handshake by
@@ -83,14 +91,20 @@ ALERTS: dict[HostReason, Alert] = {
     HostReason.NAME_TOO_LONG: Alert.UNRECOGNIZED_NAME,
     HostReason.WRONG_OWNER: Alert.UNRECOGNIZED_NAME,
     HostReason.WRITABLE_BY_OTHERS: Alert.UNRECOGNIZED_NAME,
-    # It is a host of ours, and out of order.
+    # It is a host of ours, and out of order; or all are.
+    HostReason.HOSTS_NOT_SEARCHABLE: Alert.INTERNAL_ERROR,
     HostReason.BACKEND_BUSY: Alert.INTERNAL_ERROR,
     HostReason.BACKEND_FAILED: Alert.INTERNAL_ERROR,
 }
 
 
-# Reasons that say nothing of a host: whatever name a client makes up may have them.
-_NO_HOST = frozenset({HostReason.NO_SUCH_HOST, HostReason.NAME_TOO_LONG})
+# What is timed for the status socket: the way to a socket, and connect(2).
+LATENCIES = ("lookup", "connect")
+
+_UNANSWERED = "proxy_header_unanswered"
+_UNANSWERED_DETAIL = (
+    "the backend has closed without a byte, and send-proxy-v1 is there: it may not expect that"
+)
 
 
 class Sessions:
@@ -98,6 +112,7 @@ class Sessions:
 
     Args:
         nursery: where the few sessions that take time have their tasks.
+        figures: what is counted for each host; None if nobody asked for that.
     """
 
     def __init__(
@@ -109,6 +124,7 @@ class Sessions:
         log: Log,
         limit: ConnectionLimit,
         nursery: trio.Nursery,
+        figures: Figures | None = None,
     ) -> None:
         self.config = config
         self.loop = loop
@@ -117,6 +133,9 @@ class Sessions:
         self.log = log
         self.limit = limit
         self.nursery = nursery
+        self.figures = figures
+        if figures is not None:
+            figures.on_left = self.left
         # Clients whose hello has not come whole, and those who are hearing an alert.
         self.waiting: Deadlines[HelloWait] = Deadlines(config.hello_seconds, log.bug)
         self.alerted: Deadlines[Linger] = Deadlines(config.alert_seconds, log.bug)
@@ -179,6 +198,15 @@ class Sessions:
         """Return how many there are, and were."""
         return Counts(self.limit.open, self.served, self.refused)
 
+    def moved(self) -> Iterator[tuple[HostFigures, int, int]]:
+        """Yield the figures of each open connection's host, and its bytes there and back so far."""
+        for on_end, up, down in self.relay.moved():
+            known = getattr(on_end, "__self__", None)
+            if isinstance(known, Session):
+                known = known.figures
+            if isinstance(known, HostFigures):
+                yield known, up, down
+
     async def run(self) -> None:
         """Let go, until cancelled, who has not sent a hello in time, or has heard an alert."""
         async with trio.open_nursery() as nursery:
@@ -195,6 +223,7 @@ class Session:
         "began",
         "client",
         "deadline",
+        "figures",
         "host",
         "is_over",
         "name",
@@ -213,6 +242,7 @@ class Session:
         self.wait: HelloWait | None = None  # for the rest of a hello that did not come all at once
         self.name: bytes | None = None
         self.host: Hostname | None = None
+        self.figures: HostFigures | None = None  # of the host, when it is served and counted
         self.is_over = False
 
     def begin(self) -> None:
@@ -264,17 +294,26 @@ class Session:
     def _connect(self, host: Hostname) -> bool:
         """Join the client to the backend of `host`, or refuse it; False if that must wait."""
         shared = self.shared
+        began = time.perf_counter()
         try:
-            backend, send_proxy_v1 = shared.hosts.connect(host)
+            backend, send_proxy_v1, owner = shared.hosts.connect(host)
         except HostError as error:
             if error.reason is HostReason.BACKEND_BUSY:
                 return False
-            is_host = error.reason not in _NO_HOST
-            self._refuse(error.reason, ALERTS[error.reason], str(error), is_host=is_host)
+            self._refuse(error.reason, ALERTS[error.reason], error)
             return True
-        header = self._proxy_header() if send_proxy_v1 else b""
+        header = b""
+        on_end: OnEnd = shared.left
+        if shared.figures is not None:
+            self._count(shared.figures, host, owner, began)
+            assert self.figures is not None
+            on_end = self.figures.left
+        if send_proxy_v1:
+            header = self._proxy_header()
+            on_end = self._end_after_header
+        elif shared.config.log_connections:
+            on_end = self._end
         events = None if self.wait is None else self.wait.events
-        on_end = self._log_end if shared.config.log_connections else shared.left
         self.is_over = True
         shared.served += 1
         shared.relay.join(self.client, backend, on_end, events, header)
@@ -293,7 +332,7 @@ class Session:
                 pause = min(2 * pause, config.last_retry)
             busy = HostReason.BACKEND_BUSY
             detail = "its backlog was full until the deadline"
-            self._refuse(busy, ALERTS[busy], detail, is_host=True)
+            self._refuse(busy, ALERTS[busy], HostError(busy, detail, Step.SOCKET))
         except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
             self.shared.log.bug(error)
             self.abort()
@@ -308,19 +347,40 @@ class Session:
             destination = None
         return proxy_v1_header(self.address[:2], destination)
 
-    def _log_end(self, up: int, down: int, ending: Ending) -> None:
-        """Write the line of a connection that has ended, and count it out."""
+    def _count(self, figures: Figures, host: Hostname, owner: int, began: float) -> None:
+        """Count a connection that is served from now on."""
+        connecting_at = self.shared.hosts.connecting_at
+        figures.latencies["lookup"].add(connecting_at - began)
+        figures.latencies["connect"].add(time.perf_counter() - connecting_at)
+        self.figures = figures.served(host, owner)
+
+    def _end_after_header(self, up: int, down: int, ending: Ending) -> None:
+        """Say so if the backend seems to have disliked the header; end as all do."""
+        # A server of TLS says something to any hello, if only an alert. One that has closed for the
+        # client's sake has said something before.
+        if up and not down and ending in _BACKEND_CLOSED:
+            assert self.name is not None
+            client = show_address(self.address)
+            self.shared.log.proxy_header_unanswered(client, self.name, _UNANSWERED_DETAIL)
+            if self.shared.figures is not None and self.figures is not None:
+                self.shared.figures.note(self.figures, client, _UNANSWERED, _UNANSWERED_DETAIL)
+        self._end(up, down, ending)
+
+    def _end(self, up: int, down: int, ending: Ending) -> None:
+        """Write the line of a connection that has ended, if that is wanted, and count it out."""
         shared = self.shared
-        shared.log.event(
-            "connection",
-            client=show_address(self.address),
-            name=self.name,
-            up=up,
-            down=down,
-            seconds=f"{trio.current_time() - self.began:.3f}",
-            ending=_ENDINGS[ending],
-        )
-        shared.left(up, down, ending)
+        if shared.config.log_connections:
+            shared.log.event(
+                "connection",
+                client=show_address(self.address),
+                name=self.name,
+                up=up,
+                down=down,
+                seconds=f"{trio.current_time() - self.began:.3f}",
+                ending=_ENDINGS[ending],
+            )
+        left = shared.left if self.figures is None else self.figures.left
+        left(up, down, ending)
 
     # How it ends without a backend.
 
@@ -328,13 +388,13 @@ class Session:
         """Refuse the client: its bytes are no hello that can be read."""
         self._refuse(error.reason, error.alert, str(error))
 
-    def _refuse(self, reason: str, alert: Alert, detail: str, *, is_host: bool = False) -> None:
+    def _refuse(self, reason: str, alert: Alert, detail: str | HostError) -> None:
         """Send `alert` and see to it that it arrives."""
         client, shared = self.client, self.shared
         if self.wait is not None:
             shared.waiting.discard(self.wait)
         # First, so that whoever has heard the alert finds the line.
-        self._report(reason, alert, detail, is_host=is_host)
+        self._report(reason, alert, detail)
         self.is_over = True
         try:
             # RFC 8446 §6.2: "Upon transmission or receipt of a fatal alert message, both parties
@@ -397,19 +457,35 @@ class Session:
         self,
         reason: str,
         alert: Alert | None,
-        detail: str | None = None,
-        *,
-        is_host: bool = False,
+        detail: str | HostError | None = None,
     ) -> None:
-        self.shared.refused += 1
-        self.shared.log.refusal(
-            reason,
-            client=show_address(self.address),
-            name=self.name,
-            alert=alert,
-            detail=detail,
-            is_host=is_host,
-        )
+        """Count a refusal, and write its line.
+
+        What stood in the way of a lookup is only looked at if there is somebody to be told.
+        """
+        shared = self.shared
+        shared.refused += 1
+        client = show_address(self.address)
+        is_host = isinstance(detail, HostError) and detail.exists
+        is_admitted = shared.log.admits(reason, client, self.name, is_host=is_host)
+        if shared.figures is not None:
+            shared.figures.refused(reason)
+        if isinstance(detail, HostError):
+            assert self.host is not None
+            if not is_admitted and (shared.figures is None or not is_host):
+                return
+            fault = explain(shared.hosts, self.host, detail)
+            detail = fault.detail
+            if shared.figures is not None and is_host:
+                shared.figures.refused_at(
+                    self.host,
+                    fault.owner,
+                    fault.reason_for_owner,
+                    client,
+                    fault.detail_for_owner,
+                )
+        if is_admitted:
+            shared.log.refusal(reason, client, self.name, alert, detail)
 
     def _size(self) -> int:
         """Return how many bytes of the client have been looked at; they are still to be read."""

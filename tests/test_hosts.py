@@ -135,7 +135,7 @@ def listen_as(uid: int, path: Path) -> socket.socket:
 
 
 def check_connects(directory: HostsDirectory, host: Hostname = NAME) -> bool:
-    backend, send_proxy_v1 = directory.connect(host)
+    backend, send_proxy_v1, _ = directory.connect(host)
     backend.close()
     return send_proxy_v1
 
@@ -223,7 +223,7 @@ def test_a_host_that_is_a_file_or_a_link_loop(directory: HostsDirectory, hosts: 
 
 def test_a_full_backlog(directory: HostsDirectory, hosts: Path) -> None:
     with listen_unix(host_directory(hosts, NAME) / "tls-socket", backlog=0):
-        first, _ = directory.connect(NAME)
+        first, _, _ = directory.connect(NAME)
         assert reason(directory) is HostReason.BACKEND_BUSY
         first.close()
 
@@ -273,7 +273,7 @@ def test_if_there_is_no_way_back_nothing_is_looked_up_elsewhere(
 
             patch.setattr("sniproxy.hosts.os.fchdir", fail)
             for host in NAME, trap:
-                assert reason(directory, host) is HostReason.BACKEND_FAILED
+                assert reason(directory, host) is HostReason.HOSTS_NOT_SEARCHABLE
         assert reason(directory, trap) is HostReason.NO_SUCH_HOST
 
 
@@ -296,7 +296,7 @@ def test_after_the_way_back_was_barred_the_next_name_is_one_of_the_hosts_directo
             patch.setattr("sniproxy.hosts.os.fchdir", fail)
             with pytest.raises(HostError) as caught:
                 directory.connect(NAME)
-            assert caught.value.reason is HostReason.BACKEND_FAILED
+            assert caught.value.reason is HostReason.HOSTS_NOT_SEARCHABLE
             # Closed at once, and not when nothing refers to it any more, as the traceback does.
             assert os.listdir("/proc/self/fd") == before
         # The daemon is still in the tenant's directory, where a host of that name is.

@@ -188,7 +188,8 @@ def refuse(
 ) -> None:
     for _ in range(times):
         alert = Alert.UNRECOGNIZED_NAME
-        log.refusal(reason, client, name.encode(), alert, None, is_host=is_host)
+        if log.admits(reason, client, name.encode(), is_host=is_host):
+            log.refusal(reason, client, name.encode(), alert, None)
 
 
 class Lines:
@@ -406,7 +407,7 @@ def test_the_journal_is_told_how_bad_it_is(
 ) -> None:
     status = os.fstat(2)
     log = Log(environment={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"})
-    log.refusal("reason", "client", None, alert, None, is_host=False)
+    log.refusal("reason", "client", None, alert, None)
     assert capfd.readouterr().err.startswith(f"<{priority}>sniproxy: refused client=client ")
 
 

@@ -20,7 +20,7 @@ from sniproxy.engine.listener import Address, Listener, take_listening_socket
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
-from sniproxy.hosts import HostError, HostReason, HostsDirectory
+from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
 from sniproxy.log import Log
 from sniproxy.serve import serve
 from sniproxy.service.descriptors import Share
@@ -343,8 +343,8 @@ async def test_a_full_backlog_is_tried_soon_and_then_less_and_less_often(
         def fail(host: Hostname) -> None:
             times.append(trio.current_time())
             if len(times) == 11:
-                raise HostError(HostReason.NOT_LISTENING, "enough")
-            raise HostError(HostReason.BACKEND_BUSY, "full")
+                raise HostError(HostReason.NOT_LISTENING, "enough", Step.SOCKET)
+            raise HostError(HostReason.BACKEND_BUSY, "full", Step.SOCKET)
 
         monkeypatch.setattr(it.hosts, "connect", fail)
         await client.send_all(HELLO)
@@ -549,7 +549,7 @@ async def test_no_more_descriptors_are_open_than_there_are_places(
         peaks: list[int] = []
         connect, begin = it.hosts.connect, it.sessions.begin
 
-        def counting_connect(host: Hostname) -> tuple[_socket.socket, bool]:
+        def counting_connect(host: Hostname) -> tuple[_socket.socket, bool, int]:
             found = connect(host)
             peaks.append(descriptors())
             return found
@@ -667,7 +667,7 @@ async def test_a_bug_in_the_task_of_a_session_ends_that_one_and_frees_its_place(
             nonlocal tries
             tries += 1
             if tries < 3:
-                raise HostError(HostReason.BACKEND_BUSY, "full")
+                raise HostError(HostReason.BACKEND_BUSY, "full", Step.SOCKET)
             raise ZeroDivisionError(host)
 
         monkeypatch.setattr(it.hosts, "connect", fail)

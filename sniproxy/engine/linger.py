@@ -6,7 +6,7 @@ still says is read and thrown away until it ends, too, or has had time enough.
 """
 
 from _socket import MSG_DONTWAIT, SO_LINGER, SOL_SOCKET, socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from select import EPOLLERR, EPOLLET, EPOLLIN, EPOLLPRI, EPOLLRDHUP
 
 import trio
@@ -22,6 +22,10 @@ _EVENTS = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
 # Bytes read at a time, and bytes after which others have their turn.
 _CHUNK = 1 << 16
 _TURN = 1 << 20
+
+# What a relayed connection has moved so far: whom its end is told to, as the relay has it, and the
+# bytes of the two directions.
+Moved = tuple[Callable[..., None], int, int]
 
 # All that is read here goes nowhere.
 _buffer = bytearray(_CHUNK)
@@ -57,6 +61,7 @@ class Linger:
         "_loop",
         "_on_end",
         "ending",
+        "moved",
         "peer_has_ended",
         "sock",
         "until_acknowledged",
@@ -78,6 +83,7 @@ class Linger:
         self.until_acknowledged = until_acknowledged
         self.peer_has_ended = False
         self.ending: Ending | None = None
+        self.moved: Moved | None = None
         self._is_over = False
 
     def start(self, *, is_watched: bool) -> None:
@@ -181,6 +187,7 @@ class LastWords:
         self,
         sock: socket,
         on_end: Callable[[Ending | None], None],
+        moved: Moved,
         *,
         peer_has_ended: bool,
     ) -> None:
@@ -190,6 +197,7 @@ class LastWords:
             sock: a TCP socket whose sending half has been shut down, and which the loop watches
                 for reading; owned from now on.
             on_end: called once, when it has been given up, with how it ended, if not as it should.
+            moved: what its connection has moved.
             peer_has_ended: whether the end of what the peer says has been read.
         """
 
@@ -200,6 +208,7 @@ class LastWords:
 
         linger = Linger(self._loop, sock, forget, until_acknowledged=True)
         linger.peer_has_ended = peer_has_ended
+        linger.moved = moved
         if peer_has_ended and not tcp.unacknowledged(sock):
             return linger.close()
         self._sending[linger] = -1, trio.current_time()
@@ -221,6 +230,12 @@ class LastWords:
                         self._on_fault(error)
                         linger.abort()
                 await trio.sleep(_LOOK_EVERY)
+
+    def moved(self) -> Iterator[Moved]:
+        """Yield what the connections have moved whose peers are still here."""
+        for linger in (*self._sending, *self._received.items()):
+            assert linger.moved is not None
+            yield linger.moved
 
     def make_room(self) -> bool:
         """Let go who received all the longest ago; return whether there was anybody."""

@@ -28,14 +28,14 @@ import contextlib
 import errno
 import os
 from _socket import AF_UNIX, MSG_DONTWAIT, SHUT_WR, SO_LINGER, SO_SNDBUF, SOL_SOCKET, socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 
 import trio
 
 from sniproxy.engine import tcp
 from sniproxy.engine.ending import Ending
-from sniproxy.engine.linger import LastWords
+from sniproxy.engine.linger import LastWords, Moved
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import Pipe, PipePool
 from sniproxy.engine.sweep import Sweep, Swept
@@ -159,6 +159,15 @@ class Relay:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.last_words.run)
             nursery.start_soon(self.sweep.run)
+
+    def moved(self) -> Iterator[Moved]:
+        """Yield what each connection has moved so far: its `on_end`, and bytes there and back."""
+        for watcher in self.loop.watchers():
+            if isinstance(watcher, _Flow) and watcher.on_end is not None:
+                back = watcher.back
+                if back is not None:
+                    yield watcher.on_end, watcher.moved, back.moved
+        yield from self.last_words.moved()
 
     def abort_all(self) -> None:
         """Reset every connection."""
@@ -500,6 +509,7 @@ class _Flow(Swept):
         self.relay.last_words.add(
             self.source,
             lambda other: on_end(up, down, other or ending),
+            (on_end, up, down),
             peer_has_ended=self.ended,
         )
 

@@ -104,11 +104,23 @@ def check(where: str) -> str:
     Raises:
         ValueError: the message says what is wrong.
     """
-    if "/" not in where:
-        parse(where)
-    elif len(os.fsencode(where)) > _LONGEST_PATH:
-        raise ValueError(f"the path of a socket has {_LONGEST_PATH} bytes at most")
+    if "/" in where:
+        return check_path(where)
+    parse(where)
     return where
+
+
+def check_path(path: str) -> str:
+    """Return `path`, if a Unix socket can have it.
+
+    Raises:
+        ValueError: the message says what is wrong.
+    """
+    if "/" not in path:
+        raise ValueError("a path has a slash in it, if only in front: ./NAME")
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ValueError(f"the path of a socket has {_LONGEST_PATH} bytes at most")
+    return path
 
 
 def listen_anywhere(where: str) -> socket.socket:

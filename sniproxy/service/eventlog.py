@@ -1,4 +1,4 @@
-"""One line per event: a fixed first word, then key=value. Supervisors add the time.
+"""One line per event: a fixed first word, then key=value, or all as JSON. Supervisors add the time.
 
 Lines go to standard error, or to syslog where standard error is no place for them (inetd makes it
 the listening socket). A line that can't be written now is dropped: no full disk, and no reader that
@@ -7,6 +7,7 @@ purpose, by a scan for names: of each kind the first lines are written, and the 
 """
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -25,6 +26,9 @@ from sniproxy.service.syslogd import Syslog
 # Characters of a value that are worth a line: any hostname, and what else a client may call one.
 _LONGEST_VALUE = 300
 
+# Bytes of a line of JSON, with what stands in front of it for the journal: PIPE_BUF.
+_LONGEST_LINE = select.PIPE_BUF - 10
+
 # Seconds between two counts of the lines that were not written.
 _COUNT_EVERY = 10.0
 
@@ -40,6 +44,7 @@ class EventLog:
 
     Attributes:
         worker: The number of the process among several, for every line; None if it is alone.
+        is_json: Whether each line is an object of JSON.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class EventLog:
     ) -> None:
         self._program = program
         self.worker: int | None = None
+        self.is_json = False
         self._syslogd = syslogd
         # The journal reads a priority in front of a line, sd-daemon(3); a file is to have none.
         self._to_journal = environment.get("JOURNAL_STREAM") == _device_and_inode(2)
@@ -64,7 +70,10 @@ class EventLog:
     def event(self, word: str, priority: int = syslog.LOG_INFO, /, **fields: object) -> None:
         """Write one line. Fields that are None are left out."""
         fields = {"worker": self.worker} | fields
-        pairs = (f"{key}={_printable(value)}" for key, value in fields.items() if value is not None)
+        known = {key: value for key, value in fields.items() if value is not None}
+        if self.is_json:
+            return self._write_json(priority, word, known)
+        pairs = (f"{key}={_printable(value)}" for key, value in known.items())
         self._write(priority, " ".join((word, *pairs)))
 
     def exhausted(self, error: OSError) -> None:
@@ -86,8 +95,12 @@ class EventLog:
         """Write the traceback of an exception that nobody expected."""
         if not self.admit("bug"):
             return
-        for line in "".join(traceback.format_exception(error)).splitlines():
-            self._write(syslog.LOG_ERR, f"bug {line}")
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        for number, line in enumerate(lines, 1):
+            if self.is_json:
+                self._write_json(syslog.LOG_ERR, "bug", {"line": number, "detail": line})
+            else:
+                self._write(syslog.LOG_ERR, f"bug {line}")
 
     async def run(self) -> None:
         """Write the counts of what was not written, until cancelled, and then once more."""
@@ -113,17 +126,36 @@ class EventLog:
             self.event("suppressed", reason=kind, count=count)
         self._suppressed.clear()
 
+    def _write_json(self, priority: int, word: str, fields: dict[str, object]) -> None:
+        """Write one object of JSON, with the program and the event in front."""
+        shown = {key: _json_value(value) for key, value in fields.items()}
+        line = json.dumps({"program": self._program, "event": word} | shown)
+        if len(line) > _LONGEST_LINE:
+            # What is cut off is no JSON any more. Only several values of great length come here.
+            shown = {key: value for key, value in shown.items() if key != "detail"}
+            line = json.dumps({"program": self._program, "event": word} | shown)
+        self._write(priority, line)
+
     def _write(self, priority: int, line: str) -> None:
         if self._syslogd is not None:
             self._syslogd.write(priority, line)
             return
         # A pipe that can be written to at all takes PIPE_BUF bytes without waiting, pipe(7).
         prefix = f"<{priority}>" if self._to_journal else ""
-        data = f"{prefix}{self._program}: {line}".encode("ascii", "backslashreplace")
+        program = "" if self.is_json else f"{self._program}: "
+        data = f"{prefix}{program}{line}".encode("ascii", "backslashreplace")
         if self._writable.poll(0):
             with contextlib.suppress(OSError):
                 # One write, so that lines of several processes do not mix.
                 os.write(2, data[: select.PIPE_BUF - 1] + b"\n")
+
+
+def _json_value(value: object) -> object:
+    """Return what stands for `value` in JSON; no longer than a line of text would have it."""
+    if isinstance(value, (bool, int, float)):
+        return value
+    text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."
 
 
 def _device_and_inode(fd: int) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from sniproxy import __version__
-from sniproxy.service import privileges
+from sniproxy.service import bind, privileges
 from sniproxy.service.fatal import UsageError, print_out
 
 # More than any machine has processors. Each takes some ten megabytes.
@@ -41,8 +41,13 @@ class ServiceOptions:
     # Whether to give up, where the kernel lets us, all rights that serving does without.
     sandbox: bool = True
 
-    # Whether to write a line for each connection that has ended, not only for those refused.
+    # Whether to write a line for each connection that has ended, not only for those refused; and
+    # whether lines are JSON.
     log_connections: bool = False
+    log_json: bool = False
+
+    # The path of the socket at which the counts are told; None for none.
+    status_socket: str | None = None
 
     # Seconds that a drain waits for the last connection to end.
     drain_seconds: float = 10.0
@@ -134,6 +139,18 @@ class OptionParser(argparse.ArgumentParser):
             help="log what went wrong, or also a line for each connection (default: %(default)s)",
         )
         self.add_argument(
+            "--log-format",
+            choices=("text", "json"),
+            default="text",
+            help="write lines as KEY=VALUE, or each as an object of JSON (default: %(default)s)",
+        )
+        self.add_argument(
+            "--status-socket",
+            type=_socket_path,
+            metavar="PATH",
+            help="tell there what was counted, in all and for each host; sniproxy-status reads it",
+        )
+        self.add_argument(
             "--check-options",
             action="store_true",
             help="say whether the options are right, and end",
@@ -195,6 +212,8 @@ def service_fields(options: argparse.Namespace) -> dict[str, Any]:
         "user": options.user,
         "sandbox": not options.no_sandbox,
         "log_connections": options.log == "connections",
+        "log_json": options.log_format == "json",
+        "status_socket": options.status_socket,
         "drain_seconds": options.drain,
         "idle_seconds": options.idle_timeout,
         "half_closed_seconds": options.half_closed_timeout,
@@ -227,6 +246,13 @@ def _seconds(text: str, most: int) -> float:
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) and float(text) <= most:
         return float(text)
     raise argparse.ArgumentTypeError(f"{text!a} is not a number of seconds from 0 to {most}")
+
+
+def _socket_path(text: str) -> str:
+    try:
+        return bind.check_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"unable to listen on {text!a}: {error}") from None
 
 
 _workers: Callable[[str], int] = partial(_number, least=1, most=_MOST_WORKERS)

@@ -17,6 +17,7 @@ from sniproxy.service.fatal import FatalError, attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import ServiceOptions, look_up_user
 from sniproxy.service.signals import Signals, ignore_habits
+from sniproxy.service.status import StatusSocket
 from sniproxy.service.syslogd import Syslog
 from sniproxy.service.workers import Worker, Workers
 
@@ -72,6 +73,25 @@ def share_descriptors(options: ServiceOptions, most_pipes: int, log: EventLog) -
             )
         share = share._replace(connections=min(share.connections, each))
     return share
+
+
+def open_status_socket(
+    options: ServiceOptions, program: str, kinds: tuple[str, ...]
+) -> StatusSocket | None:
+    """Open the status socket, if that is asked for; to be called before privileges are dropped.
+
+    Args:
+        options: say where.
+        program: its name.
+        kinds: what is timed.
+
+    Raises:
+        FatalError: it can't be opened.
+    """
+    if options.status_socket is None:
+        return None
+    with attempt("open the status socket"):
+        return StatusSocket(options.status_socket, program, kinds, options.workers)
 
 
 def drop_privileges(options: ServiceOptions, keep: Collection[int] | None = None) -> None:

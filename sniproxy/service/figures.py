@@ -1,0 +1,226 @@
+"""What a process counts, in all and for each host, for whoever asks at the status socket.
+
+It is bounded in memory, whatever clients do: so many hosts, so many refusals of each, and of so
+many hosts. What is asked for by a name that is no host here is counted in all alone.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+# Hosts that have figures of their own; one of 600 bytes at the most, so 40 MB.
+_MOST_HOSTS: Final = 1 << 16
+
+# Hosts of which refusals are kept, and how many of each: 20 of 400 bytes of 2,048 hosts are 16 MB.
+_MOST_REFUSED: Final = 2048
+_MOST_LAST: Final = 20
+
+# Hosts that are looked at for one to be forgotten: those that have connections stay.
+_MOST_LOOKS: Final = 100
+
+# Bytes of a detail that are kept.
+_LONGEST_DETAIL: Final = 300
+
+# Twice of each microsecond up to 2**24, which are 17 seconds: longer than anything may take.
+_BUCKETS: Final = 25
+
+
+class Latency:
+    """How long something took.
+
+    Attributes:
+        seconds: In all.
+        buckets: How often it took less than 2**N microseconds, and not less than half of that; the
+            last has whatever took longer.
+    """
+
+    __slots__ = ("buckets", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.buckets = [0] * _BUCKETS
+
+    def add(self, seconds: float) -> None:
+        """Count one that took so long."""
+        self.seconds += seconds
+        self.buckets[min(int(seconds * 1e6).bit_length(), _BUCKETS - 1)] += 1
+
+    def show(self) -> dict[str, Any]:
+        """Return it as it is told."""
+        return {
+            "count": sum(self.buckets),
+            "sum": round(self.seconds, 9),
+            "buckets": {str(n): count for n, count in enumerate(self.buckets) if count},
+        }
+
+
+class Event(NamedTuple):
+    """Something that went wrong with a host: when (Unix time), for whom, why, and in more words."""
+
+    time: float
+    client: str
+    reason: str
+    detail: str | None
+
+
+class HostFigures:
+    """What was counted for one host.
+
+    Attributes:
+        host: Its name.
+        owner: The uid of whom it belongs to; None if that is not known.
+        open, served, refused: Connections.
+        up, down: Bytes from clients, and to them, of connections that have ended.
+        reasons: How often each was refused for; none if it never was.
+        last: The last things that went wrong.
+    """
+
+    __slots__ = (
+        "down",
+        "host",
+        "last",
+        "on_left",
+        "open",
+        "owner",
+        "reasons",
+        "refused",
+        "served",
+        "up",
+    )
+
+    def __init__(
+        self, host: str, owner: int | None, on_left: Callable[[int, int, Any], None]
+    ) -> None:
+        self.host = host
+        self.owner = owner
+        self.open = self.served = self.refused = 0
+        self.up = self.down = 0
+        self.reasons: dict[str, int] | None = None
+        self.last: deque[Event] | None = None
+        self.on_left = on_left
+
+    def left(self, up: int, down: int, ending: Any) -> None:
+        """Count out a connection, and have it counted out in all."""
+        self.open -= 1
+        self.up += up
+        self.down += down
+        self.on_left(up, down, ending)
+
+    def is_idle(self) -> bool:
+        """Tell whether it may be forgotten."""
+        return not self.open
+
+
+class Figures:
+    """What a process has counted.
+
+    Args:
+        kinds: what is timed.
+
+    Attributes:
+        on_left: Called with the bytes there and back of each connection that has ended, and how.
+        hosts: By name; the longest known first.
+        reasons: How often clients were refused for each.
+        latencies: By kind.
+        up, down: Bytes of connections that have ended.
+    """
+
+    def __init__(self, kinds: tuple[str, ...]) -> None:
+        self.on_left: Callable[[int, int, Any], None] = lambda up, down, ending: None
+        self._began = time.monotonic()
+        self.hosts: dict[str, HostFigures] = {}
+        self._refused: dict[str, None] = {}  # hosts of which refusals are kept, the latest last
+        self.reasons: dict[str, int] = {}
+        self.latencies = {kind: Latency() for kind in kinds}
+        self.up = self.down = 0
+
+    def uptime(self) -> float:
+        """Return how many seconds it has been counted for."""
+        return time.monotonic() - self._began
+
+    def show(self) -> dict[str, Any]:
+        """Return what is told of all hosts together."""
+        latencies = {kind: each.show() for kind, each in self.latencies.items()}
+        return {"reasons": self.reasons, "seconds": latencies}
+
+    def served(self, host: str, owner: int | None) -> HostFigures:
+        """Count a connection that is served from now on; its end is to be told to what is returned.
+
+        Args:
+            host: whose.
+            owner: to whom that host belongs now; None if that is not known. What was counted for
+                another owner is forgotten: it is none of the new one's business.
+        """
+        figures = self.hosts.get(host)
+        if figures is None or (figures.owner != owner and owner is not None):
+            figures = self._add(host, owner)
+        figures.open += 1
+        figures.served += 1
+        return figures
+
+    def refused(self, reason: str) -> None:
+        """Count a client that was refused."""
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+    def refused_at(
+        self, host: str, owner: int | None, reason: str, client: str, detail: str | None
+    ) -> None:
+        """Count a client that was refused at a host, for the host alone, and keep why.
+
+        Args:
+            host: what it has asked for; there is such a host.
+            owner: as for `served`.
+            reason: a word, as the owner may hear it.
+            client: its address.
+            detail: the reason in more words, likewise.
+        """
+        figures = self.hosts.get(host)
+        if figures is None or (figures.owner != owner and owner is not None):
+            figures = self._add(host, owner)
+        figures.refused += 1
+        if figures.reasons is None:
+            figures.reasons = {}
+        figures.reasons[reason] = figures.reasons.get(reason, 0) + 1
+        self._keep(figures, Event(time.time(), client, reason, detail and detail[:_LONGEST_DETAIL]))
+
+    def note(self, figures: HostFigures, client: str, reason: str, detail: str) -> None:
+        """Keep something that went wrong with a connection that was served."""
+        self._keep(figures, Event(time.time(), client, reason, detail))
+
+    def left(self, up: int, down: int, ending: Any) -> None:
+        """Count a connection that has ended."""
+        self.up += up
+        self.down += down
+        self.on_left(up, down, ending)
+
+    def _keep(self, figures: HostFigures, event: Event) -> None:
+        self._refused.pop(figures.host, None)
+        self._refused[figures.host] = None
+        if figures.last is None:
+            figures.last = deque(maxlen=_MOST_LAST)
+            if len(self._refused) > _MOST_REFUSED:
+                oldest = next(iter(self._refused))
+                del self._refused[oldest]
+                if oldest in self.hosts:
+                    self.hosts[oldest].last = None
+        figures.last.append(event)
+
+    def _add(self, host: str, owner: int | None) -> HostFigures:
+        figures = HostFigures(host, owner, self.left)
+        self._refused.pop(host, None)
+        if host not in self.hosts and len(self.hosts) >= _MOST_HOSTS and not self._forget_one():
+            return figures  # its connections are counted in all alone
+        self.hosts[host] = figures
+        return figures
+
+    def _forget_one(self) -> bool:
+        """Forget the host that has been known the longest, of those that nobody is connected to."""
+        for _ in range(_MOST_LOOKS):
+            host = next(iter(self.hosts))
+            figures = self.hosts.pop(host)
+            if figures.is_idle():
+                self._refused.pop(host, None)
+                return True
+            self.hosts[host] = figures
+        return False
