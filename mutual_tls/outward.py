@@ -101,7 +101,9 @@ class Outward:
         """
         if not heard and (reason := _FAILURES.get(ending)):
             detail = "it has said nothing; it may not want our certificate"
-            self._session.report(Refusal(reason, detail))
+            refusal = Refusal(reason, detail)
+            self._session.report(refusal)
+            self._session.note(refusal)
 
     def close(self) -> None:
         """Close the socket, so that another one may take its place."""

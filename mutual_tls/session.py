@@ -5,11 +5,14 @@ A story is told by a coroutine, in `tell`, until the relay goes on. All that can
 """
 
 import contextlib
+import os
 import socket as std
 from _socket import MSG_DONTWAIT, MSG_PEEK, SO_LINGER, SOL_SOCKET, socket
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 import trio
 
@@ -18,14 +21,19 @@ from mutual_tls.end import TLSEnd, TLSError, receive_some
 from mutual_tls.exhausted import EXHAUSTED
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.relay import TLSRelay
+from mutual_tls.settings import StrPath
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.story import Stories, Story, Timer
 from sniproxy.engine.tcp import LINGER_0
-from sniproxy.service.eventlog import EventLog, show_address
+from sniproxy.service.eventlog import EventLog, Seconds, show_address
+from sniproxy.service.figures import Figures, HostFigures
 from sniproxy.service.notify import Counts
 from sniproxy.service.options import ServiceOptions
+
+# What is timed for the status socket: from accept until both ends are joined.
+LATENCIES: Final = ("setup",)
 
 # Seconds in which a refusal has to be delivered; half of them are for the client to end, too.
 _ANSWER_SECONDS = 2.0
@@ -82,6 +90,7 @@ class Sessions:
         self.stories = Stories(loop, nursery, log.bug)
         relay.last_words.is_place_wanted = limit.is_place_wanted
         self.served = self.refused = 0
+        self.figures: Figures | None = None  # of each host, if that is wanted
         self.is_cut = False  # whoever is left is reset
         self.silent: dict[Session, None] = {}
         self.unfinished: dict[Session, float] = {}
@@ -142,6 +151,19 @@ class Sessions:
             nursery.start_soon(self.stories.run)
             nursery.start_soon(self.relay.run)
 
+    def count_in(self, figures: Figures) -> None:
+        """Count there, from now on, what happens to the connections of each host."""
+        self.figures = figures
+
+    def moved(self) -> Iterator[tuple[HostFigures, int, int]]:
+        """Yield the figures of each open connection's host, and its bytes there and back so far."""
+        for on_end, up, down in self.relay.moved():
+            session = getattr(on_end, "__self__", None)
+            if isinstance(session, Session) and session.figures is not None:
+                if session.is_tls_client:  # the relay counts from the plain end
+                    up, down = down, up
+                yield session.figures, up, down
+
     def counts(self) -> Counts:
         """Return how many there are, and were."""
         return Counts(self.limit.open, self.served, self.refused)
@@ -155,6 +177,7 @@ class Session(ABC):
         began: When it was accepted, on trio's clock.
         blamed: Who is to blame if the time is over.
         far: What is to be closed as well, if the ends are not joined.
+        figures: Of the host, once it is served and counted.
     """
 
     is_tls_client = False
@@ -167,6 +190,7 @@ class Session(ABC):
         self.story = Story(shared.stories)
         self.blamed: StrEnum = SessionReason.CLIENT_SILENT
         self.far: socket | None = None
+        self.figures: HostFigures | None = None
         self._is_joined = False
 
     @abstractmethod
@@ -188,6 +212,23 @@ class Session(ABC):
     @abstractmethod
     def fields(self) -> dict[str, object]:
         """Return what the line of a connection says beside the client."""
+
+    def host(self, refusal: Refusal | None = None) -> tuple[str, StrPath | None] | None:
+        """Return what the connection is counted for; None if it is for nothing that is known here.
+
+        Args:
+            refusal: how it has ended, if it is not served.
+
+        Returns:
+            A name, and the path whose owner may hear of it; None if only the administrator may.
+        """
+        return None
+
+    def note(self, refusal: Refusal) -> None:
+        """Keep for whoever asks that a connection has failed that was served."""
+        if self.figures is not None and self._shared.figures is not None:
+            words = self.show_client(), refusal.reason, str(refusal)
+            self._shared.figures.note(self.figures, *words)
 
     def has_ended(self, heard: int, ending: StrEnum) -> None:  # noqa: B027 - most have nothing to do
         """Do what is to be done when the connection that was relayed has ended.
@@ -269,11 +310,23 @@ class Session(ABC):
         """Note that both sockets belong to a relay from now on, which calls `left` at the end."""
         self._is_joined = True
         self._shared.served += 1
+        figures = self._shared.figures
+        if figures is not None:
+            figures.latencies["setup"].add(trio.current_time() - self.began)
+            if (found := self.host()) is not None:
+                name, path = found
+                self.figures = figures.served(name, _owner(path))
 
     async def _end(self, refusal: Refusal) -> None:
         self._shared.refused += 1
         # First, so that whoever has heard the answer finds the line.
         self.report(refusal)
+        if (figures := self._shared.figures) is not None:
+            figures.refused(refusal.reason)
+            if (found := self.host(refusal)) is not None:
+                name, path = found
+                words = refusal.reason, self.show_client(), str(refusal)
+                figures.refused_at(name, _owner(path), *words)
         if refusal.reason is SessionReason.CAPACITY:
             return  # an answer would take up the place
         self._leave()
@@ -310,11 +363,25 @@ class Session(ABC):
                 **self.fields(),
                 up=up,
                 down=down,
-                seconds=f"{trio.current_time() - self.began:.3f}",
+                seconds=Seconds(trio.current_time() - self.began),
                 ending=ending,
             )
+        if self.figures is not None:
+            self.figures.left(up, down, ending)
+        elif shared.figures is not None:
+            shared.figures.left(up, down, ending)
         shared.limit.remove()
 
     def show_client(self) -> str:
         """Return its address as people write it; whoever comes by a Unix socket has none."""
         return show_address(self.source) if self.source else "unix"
+
+
+def _owner(path: StrPath | None) -> int | None:
+    """Return the uid of whom an entry belongs to; None if nobody can say."""
+    if path is None:
+        return None
+    try:
+        return os.stat(path).st_uid
+    except OSError:
+        return None

@@ -111,19 +111,14 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
     with attempt("enter the sandbox (--no-sandbox does without)"):
         forbidden = sandbox.enter() if config.sandbox else ["nothing"]
     log.event("sandbox", forbids=",".join(forbidden))
-
-    def stop_listening() -> None:
-        listening.close()
-        if status is not None:
-            status.close()
-
     try:
         run_service(
             config,
             log,
             notifier,
             partial(serve, listening, hosts, config, share, log, status=status),
-            stop_listening,
+            listening.close,
+            status=status,
         )
     finally:
         notifier.close()

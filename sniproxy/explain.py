@@ -217,7 +217,12 @@ def _find_missing(way: Way) -> tuple[Cause, Entry | None, str]:
         return Cause.NOT_A_DIRECTORY, last, f"{way}: {last} is no directory"
     if isinstance(way.error, FileNotFoundError):
         if way.links:
-            return Cause.DANGLING, last, f"{way}: there is no {way.missing}"
+            is_said = way.missing == way.links[-1][1]
+            return (
+                Cause.DANGLING,
+                last,
+                f"{way}: there is no {'such entry' if is_said else way.missing}",
+            )
         return Cause.MISSING, last, f"there is no {way.missing}"
     words = "too many links" if way.error is None else way.error.strerror
     return Cause.OTHER, last, f"{way}: {words}"
@@ -230,6 +235,8 @@ def _reached(way: Way) -> str:
         return str(way)
     if not way.links:
         return str(way.last)
+    if way.last.path == way.links[-1][1]:
+        return f"{way} ({show_status(way.last.status)})"
     return f"{way}: {way.last}"
 
 

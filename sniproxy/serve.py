@@ -49,8 +49,7 @@ async def serve(
     limit = ConnectionLimit(share.connections)
 
     def make_sessions(nursery: trio.Nursery) -> Sessions:
-        figures = None if status is None else status.figures
-        return Sessions(config, loop, relay, hosts, log, limit, nursery, figures)
+        return Sessions(config, loop, relay, hosts, log, limit, nursery)
 
     # One line for all workers.
     tasks = [partial(watch_hosts, hosts, log)] if log.worker in (None, 1) else []

@@ -12,7 +12,7 @@ from sniproxy.engine.listener import Address, Listener
 from sniproxy.engine.loop import EventLoop
 from sniproxy.service.drain import drain
 from sniproxy.service.eventlog import EventLog, show_address
-from sniproxy.service.figures import HostFigures
+from sniproxy.service.figures import Figures, HostFigures
 from sniproxy.service.notify import Counts, Notifier
 from sniproxy.service.signals import Signals
 from sniproxy.service.status import StatusSocket
@@ -34,6 +34,9 @@ class Sessions(Protocol):
 
     def counts(self) -> Counts:
         """Return how many there are, and were."""
+
+    def count_in(self, figures: Figures) -> None:
+        """Count there, from now on, what happens to the connections of each host."""
 
     def moved(self) -> Iterator[tuple[HostFigures, int, int]]:
         """Yield the figures of each open connection's host, and its bytes there and back so far."""
@@ -109,6 +112,7 @@ async def serve_until_drained(
             for task in tasks:
                 service.start_soon(task)
             if status is not None:
+                sessions.count_in(status.figures)
                 service.start_soon(status.run, sessions, log.bug, log.worker)
             notifier.ready()
             orders.on_status = lambda: log.status(sessions.counts())

@@ -32,7 +32,7 @@ from sniproxy.explain import explain
 from sniproxy.hello_wait import HelloWait, peek
 from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
 from sniproxy.log import Log
-from sniproxy.service.eventlog import show_address
+from sniproxy.service.eventlog import Seconds, show_address
 from sniproxy.service.figures import Figures, HostFigures
 from sniproxy.service.notify import Counts
 from sniproxy.wire import (
@@ -112,7 +112,6 @@ class Sessions:
 
     Args:
         nursery: where the few sessions that take time have their tasks.
-        figures: what is counted for each host; None if nobody asked for that.
     """
 
     def __init__(
@@ -124,7 +123,6 @@ class Sessions:
         log: Log,
         limit: ConnectionLimit,
         nursery: trio.Nursery,
-        figures: Figures | None = None,
     ) -> None:
         self.config = config
         self.loop = loop
@@ -133,9 +131,7 @@ class Sessions:
         self.log = log
         self.limit = limit
         self.nursery = nursery
-        self.figures = figures
-        if figures is not None:
-            figures.on_left = self.left
+        self.figures: Figures | None = None
         # Clients whose hello has not come whole, and those who are hearing an alert.
         self.waiting: Deadlines[HelloWait] = Deadlines(config.hello_seconds, log.bug)
         self.alerted: Deadlines[Linger] = Deadlines(config.alert_seconds, log.bug)
@@ -197,6 +193,11 @@ class Sessions:
     def counts(self) -> Counts:
         """Return how many there are, and were."""
         return Counts(self.limit.open, self.served, self.refused)
+
+    def count_in(self, figures: Figures) -> None:
+        """Count there, from now on, what happens to the connections of each host."""
+        figures.on_left = self.left
+        self.figures = figures
 
     def moved(self) -> Iterator[tuple[HostFigures, int, int]]:
         """Yield the figures of each open connection's host, and its bytes there and back so far."""
@@ -358,7 +359,7 @@ class Session:
         """Say so if the backend seems to have disliked the header; end as all do."""
         # A server of TLS says something to any hello, if only an alert. One that has closed for the
         # client's sake has said something before.
-        if up and not down and ending in _BACKEND_CLOSED:
+        if not down and ending in _BACKEND_CLOSED:
             assert self.name is not None
             client = show_address(self.address)
             self.shared.log.proxy_header_unanswered(client, self.name, _UNANSWERED_DETAIL)
@@ -376,7 +377,7 @@ class Session:
                 name=self.name,
                 up=up,
                 down=down,
-                seconds=f"{trio.current_time() - self.began:.3f}",
+                seconds=Seconds(trio.current_time() - self.began),
                 ending=_ENDINGS[ending],
             )
         left = shared.left if self.figures is None else self.figures.left

@@ -11,13 +11,19 @@ from functools import partial
 from pathlib import Path
 
 from mutual_tls.identity import Identities
+from mutual_tls.session import LATENCIES
 from mutual_tls.start import enter_sandbox, give_up_privileges
 from sniproxy.inherited import open_listening_sockets, take_listening_sockets
 from sniproxy.service import bind, standard
 from sniproxy.service.fatal import attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
-from sniproxy.service.start import run_program, run_service, share_descriptors
+from sniproxy.service.start import (
+    open_status_socket,
+    run_program,
+    run_service,
+    share_descriptors,
+)
 from sniproxy.service.syslogd import Syslog
 from tls_bridge.config import Config
 from tls_bridge.ingress import Ingress, ServerNameIngress
@@ -196,6 +202,8 @@ def _run(
     with attempt("start"):
         standard.replace_copies_of_input()
         log = Log(program, syslogd)
+        log.is_json = config.log_json
+    status = open_status_socket(config, program, LATENCIES)
     share = share_descriptors(config, _NO_PIPES, log)
     notifier = Notifier()
     give_up_privileges(config)
@@ -225,8 +233,9 @@ def _run(
             config,
             log,
             notifier,
-            partial(serve, program, listening, identities, config, share, log),
+            partial(serve, program, listening, identities, config, share, log, status=status),
             stop_listening,
+            status=status,
         )
     finally:
         notifier.close()

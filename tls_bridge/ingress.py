@@ -37,6 +37,8 @@ from tls_bridge.session import Session, Sessions
 class ToPeer(Session):
     """A story that leads to a peer."""
 
+    directories = "hosts"
+
     def __init__(
         self, shared: Sessions, client: socket, address: Address, *, routes: Routes
     ) -> None:

@@ -31,6 +31,7 @@ class PeerSide(Session):
     """An ingress has connected; it says CONNECT inside mutual TLS."""
 
     is_tls_client = True
+    directories = "allow"
     end: TLSEnd | None = None
     asked: Asked | None = None
 

@@ -14,6 +14,7 @@ from sniproxy.engine.loop import EventLoop
 from sniproxy.service.descriptors import Share
 from sniproxy.service.notify import Notifier
 from sniproxy.service.signals import Signals
+from sniproxy.service.status import StatusSocket
 from sniproxy.service.workers import Worker
 from sniproxy.serving import serve_until_drained
 from tls_bridge.config import Config
@@ -33,6 +34,7 @@ async def serve(
     log: Log,
     orders: Signals | Worker,
     notifier: Notifier | Worker,
+    status: StatusSocket | None = None,
 ) -> None:
     """Serve as `program` what the sockets accept, until an order to end.
 
@@ -59,4 +61,5 @@ async def serve(
         orders,
         notifier,
         config.drain_seconds,
+        status=status,
     )

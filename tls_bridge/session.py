@@ -13,6 +13,7 @@ from mutual_tls.dial import Endpoint
 from mutual_tls.identity import Identities
 from mutual_tls.refusal import Refusal
 from mutual_tls.relay import TLSRelay
+from mutual_tls.settings import StrPath
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
@@ -58,7 +59,13 @@ class Sessions(session.Sessions):
 
 
 class Session(session.Session):
-    """One connection: what it asks for, and who carries it."""
+    """One connection: what it asks for, and who carries it.
+
+    Attributes:
+        directories: Where each host has one.
+    """
+
+    directories: str
 
     def __init__(self, shared: Sessions, client: socket, address: Address) -> None:
         super().__init__(shared, client, address)
@@ -95,6 +102,14 @@ class Session(session.Session):
             status = ANSWERS[refusal.reason].status
         target = str(self.target) if self.target else None
         self.shared.log.refusal(refusal, status, self.show_client(), target, self.peer)
+
+    def host(self, refusal: Refusal | None = None) -> tuple[str, StrPath | None] | None:
+        """Return what it asks for, and its directory, unless nothing is said of that."""
+        if self.target is None:
+            return None
+        if refusal is not None and refusal.reason is BridgeReason.NO_ROUTE:
+            return None
+        return str(self.target), f"{self.directories}/{self.target.host}"
 
     def fields(self) -> dict[str, object]:
         """Return what the line of a connection says beside the client."""

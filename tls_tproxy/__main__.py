@@ -18,12 +18,18 @@ from mutual_tls.netfilter.command import Cgroup
 from mutual_tls.netfilter.memory import NO_MEMORY
 from mutual_tls.netfilter.table import Nft, NftError
 from mutual_tls.redirected import LOOPBACK, listen, marking_capabilities, open_nft, port_option
+from mutual_tls.session import LATENCIES
 from mutual_tls.start import enter_sandbox, give_up_privileges
 from sniproxy.service import standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
-from sniproxy.service.start import run_program, run_service, share_descriptors
+from sniproxy.service.start import (
+    open_status_socket,
+    run_program,
+    run_service,
+    share_descriptors,
+)
 from sniproxy.service.syslogd import Syslog
 from tls_tproxy.checkers import Checkers, UnknownCheckerError
 from tls_tproxy.config import Config
@@ -195,6 +201,7 @@ def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
         standard.open_missing()
         standard.replace_copies_of_input()
         log = Log(syslogd)
+        log.is_json = config.log_json
     with ExitStack() as ends:
         nft = open_nft(config)
         ends.callback(nft.close)
@@ -212,6 +219,7 @@ def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
     for sock in listening:
         ends.callback(sock.close)
     port: int = listening[0].getsockname()[1]
+    status = open_status_socket(config, _PROGRAM, LATENCIES)
     share = share_descriptors(config, _NO_PIPES, log)
     with attempt("watch DNS answers (it takes CAP_NET_RAW)"):
         packets = [ends.enter_context(open_packet_socket()) for _ in range(config.workers)]
@@ -264,9 +272,10 @@ def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
         config,
         log,
         notifier,
-        partial(serve, listening, wrap, names, watch.stop, config, share, log),
+        partial(serve, listening, wrap, names, watch.stop, config, share, log, status=status),
         stop_listening,
         watch.look,
+        status,
     )
 
 

@@ -13,6 +13,7 @@ from sniproxy.engine.loop import EventLoop
 from sniproxy.service.descriptors import Share
 from sniproxy.service.notify import Notifier
 from sniproxy.service.signals import Signals
+from sniproxy.service.status import StatusSocket
 from sniproxy.service.workers import Worker
 from sniproxy.serving import serve_until_drained
 from tls_tproxy.config import Config
@@ -33,6 +34,7 @@ async def serve(
     log: Log,
     orders: Signals | Worker,
     notifier: Notifier | Worker,
+    status: StatusSocket | None = None,
 ) -> None:
     """Serve what is redirected to the sockets, until an order to end.
 
@@ -62,6 +64,7 @@ async def serve(
         orders,
         notifier,
         config.drain_seconds,
+        status=status,
         on_drain=stop_redirecting if log.worker is None else lambda: None,
     )
     own.close()

@@ -23,6 +23,7 @@ from mutual_tls.netfilter.original import NotRedirectedError, original_destinati
 from mutual_tls.outward import Outward, Server
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.relay import TLSRelay
+from mutual_tls.settings import StrPath
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
@@ -216,6 +217,14 @@ class Session(session.Session):
         """Write the line of a refusal."""
         destination = str(self.destination) if self.destination else None
         self.shared.log.refusal(refusal, self.show_client(), destination, self.name)
+
+    def host(self, refusal: Refusal | None = None) -> tuple[str, StrPath | None] | None:
+        """Return the name that it is for; the owner of that name's directory may know."""
+        # Several are known by one address, and nobody knows whom it was for.
+        if self.name is None or "," in self.name:
+            return None
+        directory = self.shared.wrap.directory(self.name)
+        return None if directory is None else (self.name, directory)
 
     def fields(self) -> dict[str, object]:
         """Return what the line of a connection says beside the client."""

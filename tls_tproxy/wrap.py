@@ -198,6 +198,13 @@ class Wrap:
         except UnknownCheckerError as error:
             raise Refusal(WrapReason.UNKNOWN_CHECKER, str(error)) from None
 
+    def directory(self, name: str) -> str | None:
+        """Return the path of the directory that counts for a name; None if none does."""
+        try:
+            return self._place(Hostname(name.encode())).path
+        except (Refusal, SettingsError, InvalidHostname):
+            return None
+
     def accepts_cname(self, name: Hostname) -> bool:
         """Tell whether targets of a name's CNAMEs count as names for it; no, if nobody can say."""
         try:

@@ -24,13 +24,19 @@ from mutual_tls.redirected import (
     open_nft,
     port_option,
 )
+from mutual_tls.session import LATENCIES
 from mutual_tls.start import enter_sandbox, give_up_privileges
 from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.service import standard
 from sniproxy.service.fatal import FatalError, attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
-from sniproxy.service.start import run_program, run_service, share_descriptors
+from sniproxy.service.start import (
+    open_status_socket,
+    run_program,
+    run_service,
+    share_descriptors,
+)
 from sniproxy.service.syslogd import Syslog
 from tproxy_pod.config import Config
 from tproxy_pod.intercept import Interception, stop_refusing
@@ -180,6 +186,7 @@ def _run(argv: Sequence[str] | None, syslogd: Syslog | None) -> None:
         standard.open_missing()
         standard.replace_copies_of_input()
         log = Log(syslogd)
+        log.is_json = config.log_json
     with ExitStack() as ends:
         nft = open_nft(config)
         ends.callback(nft.close)
@@ -203,6 +210,7 @@ def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
         ready,
     )
     ends.callback(listening.close)
+    status = open_status_socket(config, _PROGRAM, LATENCIES)
     share = share_descriptors(config, MOST_PIPES, log)
     notifier = Notifier()
     ends.callback(notifier.close)
@@ -233,9 +241,10 @@ def _serve(config: Config, log: Log, nft: Nft, ends: ExitStack) -> None:
         config,
         log,
         notifier,
-        partial(serve, listening, pod, config, share, log),
+        partial(serve, listening, pod, config, share, log, status=status),
         stop_listening,
         watch.look,
+        status,
     )
 
 

@@ -18,6 +18,7 @@ from sniproxy.service.descriptors import Share
 from sniproxy.service.fatal import FatalError
 from sniproxy.service.notify import Notifier
 from sniproxy.service.signals import Signals
+from sniproxy.service.status import StatusSocket
 from sniproxy.service.workers import Worker
 from sniproxy.serving import serve_until_drained
 from tproxy_pod.config import Config
@@ -48,6 +49,7 @@ async def serve(
     log: Log,
     orders: Signals | Worker,
     notifier: Notifier | Worker,
+    status: StatusSocket | None = None,
 ) -> None:
     """Serve what is led to the sockets, until an order to end.
 
@@ -75,6 +77,7 @@ async def serve(
         orders,
         notifier,
         config.drain_seconds,
+        status=status,
     )
     pipes.close()
 

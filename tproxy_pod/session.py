@@ -9,7 +9,7 @@ import errno
 import ipaddress
 import ssl
 from _socket import MSG_DONTWAIT, MSG_PEEK, socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Final
 
@@ -26,6 +26,7 @@ from mutual_tls.outward import Outward, Server
 from mutual_tls.proxy import proxy_header
 from mutual_tls.refusal import Refusal, SessionReason
 from mutual_tls.relay import TLSRelay
+from mutual_tls.settings import StrPath
 from mutual_tls.verify import Certificate, CertificateError, matches
 from sniproxy.engine.ending import Ending
 from sniproxy.engine.limit import ConnectionLimit
@@ -33,6 +34,7 @@ from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.relay import Relay
 from sniproxy.engine.story import Story, Timer
+from sniproxy.service.figures import HostFigures
 from tproxy_pod.config import Config
 from tproxy_pod.log import Direction, Log
 from tproxy_pod.peers import Peers
@@ -120,6 +122,14 @@ class Sessions(session.Sessions):
         self.plain.abort_all()
         return left
 
+    def moved(self) -> Iterator[tuple[HostFigures, int, int]]:
+        """Yield the figures of each open connection's host, and its bytes there and back so far."""
+        yield from super().moved()
+        for on_end, up, down in self.plain.moved():
+            session = getattr(on_end, "__self__", None)
+            if isinstance(session, Session) and session.figures is not None:
+                yield session.figures, up, down
+
     async def run(self) -> None:
         """Look at limits of time, until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -165,6 +175,12 @@ class Session(session.Session):
         """Write the line of a refusal."""
         destination = str(self.destination) if self.destination else None
         self.shared.log.refusal(refusal, self.direction, self.show_client(), destination, self.peer)
+
+    def host(self, refusal: Refusal | None = None) -> tuple[str, StrPath | None] | None:
+        """Return which way and where it goes. The pod has one owner."""
+        if self.destination is None:
+            return None
+        return f"{self.direction} {self.destination}", None
 
     def fields(self) -> dict[str, object]:
         """Return what the line of a connection says beside the client."""

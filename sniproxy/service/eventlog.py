@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from typing import Self
 
 import trio
 
@@ -31,6 +32,18 @@ _LONGEST_LINE = select.PIPE_BUF - 10
 
 # Seconds between two counts of the lines that were not written.
 _COUNT_EVERY = 10.0
+
+
+class Seconds(float):
+    """A time that is shown in milliseconds."""
+
+    def __new__(cls, seconds: float) -> Self:
+        """Round it: JSON shows all digits."""
+        return super().__new__(cls, round(seconds, 3))
+
+    def __str__(self) -> str:
+        """Return it with three digits behind the point."""
+        return f"{self:.3f}"
 
 
 class EventLog:

@@ -128,6 +128,7 @@ def run_service(
     serve: Callable[[Signals | Worker, Notifier | Worker], Awaitable[None]],
     stop_listening: Callable[[], None],
     on_check: Callable[[], None] | None = None,
+    status: StatusSocket | None = None,
 ) -> None:
     """Serve, in this process or in several, until asked to end.
 
@@ -140,10 +141,17 @@ def run_service(
         stop_listening: closes the listening sockets of the first process among several.
         on_check: called once a second in the first process. It may raise a FatalError, which ends
             the program.
+        status: closed likewise.
 
     Raises:
         FatalError: serving ended with an error, which has been logged; or as above.
     """
+
+    def on_drain() -> None:
+        stop_listening()
+        if status is not None:
+            status.close()
+
     # What is here now stays: the collector need not look at it again.
     gc.freeze()
     orders: Signals | Worker = Signals()
@@ -151,8 +159,10 @@ def run_service(
     if options.workers > 1:
         with attempt("start the workers"):
             workers = Workers(options.workers, notifier, log.worker_died, log.status)
-            worker = workers.run(stop_listening, on_check or (lambda: None))
+            worker = workers.run(on_drain, on_check or (lambda: None))
         if worker is None:
+            if status is not None:
+                status.end()
             return
         log.worker = worker.number
         orders = supervisor = worker
@@ -165,6 +175,9 @@ def run_service(
         # A bug, or no descriptors are left by now.
         log.bug(error)
         raise FatalError("unable to serve: the lines before this one say why") from None
+    finally:
+        if status is not None:
+            status.end()
 
 
 async def _serve(serve: Callable[[], Awaitable[None]], on_check: Callable[[], None] | None) -> None:

@@ -111,6 +111,13 @@ class StatusSocket:
             self._accepting.cancel()
         self._listening.close()
 
+    def end(self) -> None:
+        """Close all that there is."""
+        self._listening.close()
+        for way in self._ways:
+            for end in way:
+                end.close()
+
     async def run(
         self, telling: Telling, on_fault: Callable[[Exception], None], worker: int | None
     ) -> None:
