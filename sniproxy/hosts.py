@@ -93,6 +93,7 @@ class HostError(Exception):
         step: Where the lookup ended.
         exists: Whether the hosts directory has an entry of that name.
         owner: The uid of the directory that was reached; None if none was.
+        listener: The uid of who listens, if that is what is wrong.
     """
 
     def __init__(
@@ -103,12 +104,14 @@ class HostError(Exception):
         *,
         exists: bool = True,
         owner: int | None = None,
+        listener: int | None = None,
     ) -> None:
         super().__init__(detail)
         self.reason = reason
         self.step = step
         self.exists = exists
         self.owner = owner
+        self.listener = listener
 
 
 class HostsDirectory:
@@ -269,6 +272,7 @@ class HostsDirectory:
             f"the directory belongs to uid {owner}, the listener to uid {listener}",
             Step.OWNER,
             owner=owner,
+            listener=listener,
         )
 
 

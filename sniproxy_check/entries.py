@@ -1,0 +1,144 @@
+"""What names say by themselves: those of hosts' directories, and those of what is in them."""
+
+import difflib
+import os
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from sniproxy_check.finding import CheckReason, Finding
+from sniproxy_hostname import Hostname, InvalidHostname
+from sniproxy_hostname._unicode import from_unicode
+
+# What the daemon looks for in the directory of a host.
+ENTRIES: Final = ("tls-socket", "send-proxy-v1")
+
+# What other versions, and other programs, have in its place.
+_OF_OTHERS: Final = ("send-proxy", "send-proxy-v2")
+
+# How alike two names are, from 0 to 1, of which one is meant by the other: tls_socket and tls-sock
+# are .9, tls.key and tls-cert below .6.
+_ALIKE: Final = 0.75
+
+_HASH: Final = re.compile("[0-9a-f]{64}")
+_LIKE_A_HASH: Final = re.compile("[0-9a-fA-F]{40,}")
+
+
+def host_of(entry: str) -> Hostname | None:
+    """Return the hostname that a directory of that name is for; None if it is for none."""
+    try:
+        name = Hostname(entry.encode())
+    except (InvalidHostname, UnicodeEncodeError):
+        return None
+    return name if name == entry else None
+
+
+def check_name(
+    entry: str, directory_name: Callable[[Hostname], str], *, hashed: bool
+) -> Finding | None:
+    """Say what is wrong with the name of a directory of hosts; None if nothing is.
+
+    Args:
+        entry: the name.
+        directory_name: what the directory of a host is called.
+        hashed: whether directories are named by hashes.
+    """
+    if hashed:
+        if _HASH.fullmatch(entry):
+            return None
+    elif host_of(entry) is not None:
+        return None
+    if _LIKE_A_HASH.fullmatch(entry):
+        return _like_a_hash(entry, hashed=hashed)
+    try:
+        wanted = directory_name(from_unicode(entry))
+    except InvalidHostname as error:
+        detail = f"{entry!a} is no hostname: {error}"
+        return Finding(CheckReason.NEVER_MATCHES, detail, _move(entry, "NAME"))
+    if hashed:
+        detail = f"{entry!a} is a plain name, and the daemon is started with --hashed"
+        return Finding(CheckReason.NEVER_MATCHES, detail, _move(entry, wanted))
+    detail = f"clients' names are never written {entry!a}: it should be {wanted}"
+    return Finding(CheckReason.NOT_CANONICAL, detail, _move(entry, wanted))
+
+
+def is_meant_for(entry: str, name: Hostname) -> bool:
+    """Tell whether somebody has meant an entry of the hosts directory for a host."""
+    try:
+        return from_unicode(entry) == name
+    except InvalidHostname:
+        return False
+
+
+def _like_a_hash(entry: str, *, hashed: bool) -> Finding:
+    if not hashed:
+        detail = f"{entry} looks like a hash, and the daemon is started without --hashed"
+        return Finding(CheckReason.NEVER_MATCHES, detail, _move(entry, "NAME"))
+    lower = entry.lower()
+    if _HASH.fullmatch(lower):
+        detail = f"a hash is written in small letters, not as {entry}"
+        return Finding(CheckReason.NEVER_MATCHES, detail, _move(entry, lower))
+    detail = f"a hash has 64 hexadecimal digits, and {entry} has {len(entry)}"
+    mend = f'mv -- {shlex.quote(entry)} "$(sniproxy-hostname --hashed NAME)"'
+    return Finding(CheckReason.NEVER_MATCHES, detail, mend)
+
+
+def check_files(place: str, files: Sequence[str], sockets: Sequence[str]) -> list[Finding]:
+    """Say which entries of a host's directory are not what somebody takes them for.
+
+    Args:
+        place: the directory.
+        files: the names in it.
+        sockets: those of sockets among them.
+    """
+    findings = []
+    for name in files:
+        path = f"{place}/{name}"
+        if name in ENTRIES:
+            continue
+        if name in _OF_OTHERS:
+            detail = f"this version knows no {name}, so {path} does nothing"
+            mend = _move(path, f"{place}/send-proxy-v1")
+            findings.append(Finding(CheckReason.UNKNOWN_FILE, detail, mend))
+        elif (meant := _meant(name, files, sockets)) is not None:
+            detail = f"{path} does nothing: it has to be called {meant}"
+            findings.append(Finding(CheckReason.MISSPELT, detail, _move(path, f"{place}/{meant}")))
+    return findings
+
+
+def _meant(name: str, files: Sequence[str], sockets: Sequence[str]) -> str | None:
+    """Return what an entry was to be called, if that is not there and nothing else is as likely."""
+    missing = [each for each in ENTRIES if each not in files]
+    alike = difflib.get_close_matches(name.lower(), missing, n=1, cutoff=_ALIKE)
+    if alike:
+        return alike[0]
+    # Whatever it is called: there is no other socket for a backend.
+    if sockets == [name] and "tls-socket" in missing:
+        return "tls-socket"
+    return None
+
+
+def list_files(place: str) -> tuple[list[str], list[str]]:
+    """Return the names in a directory, and those of sockets among them; none if nobody may look."""
+    try:
+        with os.scandir(place) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        return [], []
+    # Not is_socket(): there is no such thing. A link is not followed: the walk does that.
+    sockets = [each.name for each in found if _is_socket(each)]
+    return [each.name for each in found], sockets
+
+
+def _is_socket(entry: os.DirEntry[str]) -> bool:
+    if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
+        return False
+    try:
+        return (entry.stat(follow_symlinks=False).st_mode & 0o170000) == 0o140000
+    except OSError:
+        return False
+
+
+def _move(source: str, target: str) -> str:
+    return f"mv -- {shlex.quote(source)} {shlex.quote(target)}"

@@ -1,0 +1,305 @@
+"""The walk: each host is looked up as the daemon does it, by the daemon's own code.
+
+What failed is explained, and given a command that mends it. What was reached can be asked for a
+handshake. Nothing is changed anywhere.
+"""
+
+import os
+import shlex
+import socket
+import stat
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from sniproxy.explain import Cause, Entry, Fault, Way, explain, go
+from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
+from sniproxy.service.fatal import FatalError
+from sniproxy.service.privileges import Identity
+from sniproxy_check import entries, view
+from sniproxy_check.finding import CheckReason, Finding, Result
+from sniproxy_check.handshake import Answer, probe
+from sniproxy_hostname import Hostname
+
+_UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid; unix(7)
+
+# Looks at a full backlog, and the seconds between them: whoever accepts at all does in that time.
+_TRIES: Final = 20
+_PAUSE: Final = 0.05
+
+# What is to be done about answers. The directory is filled in.
+_MEND_ANSWER: Final = {
+    Answer.CLOSES_AT_ONCE: "# look into the log of the backend",
+    Answer.SPEAKS_PLAIN_HTTP: "# have the backend speak TLS there (nginx: listen unix:... ssl)",
+    Answer.NOT_TLS: "# have a backend listen there that speaks TLS",
+    Answer.SILENT: "# look whether the backend hangs, or waits for another protocol",
+    Answer.HANDSHAKE_FAILED: "# look into the log of the backend",
+    Answer.WANTS_PROXY_HEADER: "touch {place}/send-proxy-v1",
+    Answer.REFUSES_PROXY_HEADER: "rm {place}/send-proxy-v1",
+    Answer.CERTIFICATE_FOR_OTHERS: "# give the backend a certificate for {name}",
+    Answer.CERTIFICATE_EXPIRED: "# renew the certificate for {name}, and reload the backend",
+    Answer.CERTIFICATE_NOT_YET_VALID: "# set the clock, or wait; else renew the certificate",
+    Answer.CERTIFICATE_EXPIRES_SOON: "# renew the certificate for {name}, and reload the backend",
+}
+
+
+class Walk:
+    """Looks hosts up, in the working directory.
+
+    Args:
+        directory_name: what the directory of a host is called.
+        hashed: whether that is a hash.
+        check_owner: whether listeners have to belong to the owner of the directory.
+        identity: the user of the daemon, if we are somebody else and could not become that one.
+        user: whom rights are to be given to, for the commands that mend.
+        chroot: whether absolute links lead elsewhere for the daemon, and we are not in its root.
+        seconds: how long a handshake may take.
+    """
+
+    def __init__(
+        self,
+        directory_name: Callable[[Hostname], str],
+        *,
+        hashed: bool,
+        check_owner: bool,
+        identity: Identity | None,
+        user: str,
+        chroot: bool,
+        seconds: float,
+    ) -> None:
+        self._directory_name = directory_name
+        self._hashed = hashed
+        self._identity = identity
+        self._user = user
+        self._chroot = chroot
+        self._seconds = seconds
+        # The entries themselves are looked up, so that hashes can be, too.
+        self._hosts = HostsDirectory(str, check_owner=check_owner)
+
+    def all_entries(self) -> list[str]:
+        """Return the entries of the hosts directory that are, or seem to be meant as, hosts.
+
+        Raises:
+            FatalError: it can't be listed.
+        """
+        try:
+            with os.scandir(".") as found:
+                return sorted(each.name for each in found if self._seems_a_host(each))
+        except OSError as error:
+            raise FatalError.of("list the hosts directory; name your hosts", error) from None
+
+    def _seems_a_host(self, entry: os.DirEntry[str]) -> bool:
+        if entry.name.startswith("."):
+            return False  # no client's name begins that way: somebody has put it aside
+        # A README is no mistake.
+        return not entry.is_file(follow_symlinks=False)
+
+    def look_named(self, name: Hostname) -> Result:
+        """Look at a host that was named, and shake hands with its backend."""
+        entry = self._directory_name(name)
+        if not os.path.lexists(entry) and (other := self._find_other_spelling(name)) is not None:
+            return self.look(other, name=str(name), handshake=True)
+        return self.look(entry, name=str(name), handshake=True)
+
+    def _find_other_spelling(self, name: Hostname) -> str | None:
+        """Return the entry that was meant for a host, and is not what the daemon opens for it."""
+        try:
+            found = os.listdir(".")
+        except OSError:
+            return None
+        return next((entry for entry in found if entries.is_meant_for(entry, name)), None)
+
+    def look(self, entry: str, *, name: str | None = None, handshake: bool) -> Result:
+        """Look at an entry of the hosts directory.
+
+        Args:
+            entry: its name.
+            name: that of the host, if it is known; it is where names are not hashed.
+            handshake: whether the backend is to be asked for one.
+        """
+        wrong = entries.check_name(entry, self._directory_name, hashed=self._hashed)
+        if wrong is not None:
+            return Result(entry, name, findings=(wrong,))
+        if name is None and not self._hashed:
+            name = entry
+        findings = entries.check_files(entry, *entries.list_files(entry))
+        links = self._find_absolute_links(entry)
+        try:
+            backend, send_proxy_v1, owner = self._connect(entry)
+        except HostError as error:
+            fault = explain(self._hosts, _as_host(entry), error)
+            failed = self._show(entry, fault, error)
+            # A name that is wrong comes before what that name keeps from being found.
+            is_missing = fault.step is Step.SOCKET and fault.cause is Cause.MISSING
+            found = [*findings, failed] if is_missing else [failed, *findings]
+            return Result(entry, name, fault.owner, findings=(*links, *found))
+        with backend:
+            pid, uid, _ = _UCRED.unpack(
+                backend.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            )
+        findings = [*links, *self._find_barred(entry), *findings]
+        if not handshake or name is None:
+            return Result(entry, name, owner, (pid, uid), findings=tuple(findings))
+        asked, expires = self._shake_hands(entry, name, send_proxy_v1=send_proxy_v1)
+        findings += asked
+        fixed = entry, name, owner, (pid, uid)
+        return Result(*fixed, is_asked=True, expires=expires, findings=tuple(findings))
+
+    def _connect(self, entry: str) -> tuple[socket.socket, bool, int]:
+        """Connect as the daemon does; wait for a place in a backlog that is full.
+
+        Raises:
+            HostError: there is no backend to be had.
+        """
+        for left in reversed(range(_TRIES)):
+            try:
+                backend, send_proxy_v1, owner = self._hosts.connect(_as_host(entry))
+            except HostError as error:
+                if error.reason is not HostReason.BACKEND_BUSY or not left:
+                    raise
+                time.sleep(_PAUSE)
+            else:
+                return socket.socket(fileno=backend.detach()), send_proxy_v1, owner
+        raise AssertionError("the last look ends in one way or the other")
+
+    def _shake_hands(
+        self, entry: str, name: str, *, send_proxy_v1: bool
+    ) -> tuple[list[Finding], float | None]:
+        def connect() -> socket.socket:
+            return self._connect(entry)[0]
+
+        try:
+            said = probe(connect, name, send_proxy_v1=send_proxy_v1, seconds=self._seconds)
+        except HostError as error:
+            fault = explain(self._hosts, _as_host(entry), error)
+            return [self._show(entry, fault, error)], None
+        except OSError as error:
+            detail = f"the connection to {entry}/tls-socket failed: {error.strerror}"
+            mend = _MEND_ANSWER[Answer.CLOSES_AT_ONCE]
+            return [Finding(HostReason.BACKEND_FAILED, detail, mend)], None
+        if said.answer is Answer.SPEAKS_TLS:
+            return [], said.expires
+        mend = _MEND_ANSWER[said.answer].format(place=shlex.quote(entry), name=name)
+        return [Finding(said.answer, said.detail, mend)], said.expires
+
+    # What somebody else may not do.
+
+    def _find_absolute_links(self, entry: str) -> list[Finding]:
+        """Say which links lead elsewhere in the daemon's root directory, if that is not ours."""
+        if not self._chroot:
+            return []
+        return [
+            Finding(
+                CheckReason.ABSOLUTE_IN_CHROOT,
+                f"{path} -> {target}: with --chroot that is {target} in the hosts directory",
+                f"ln -sfn RELATIVE_PATH {shlex.quote(path)}",
+            )
+            for path, target in go(f"{entry}/tls-socket").links
+            if target.startswith("/")
+        ]
+
+    def _find_barred(self, entry: str) -> list[Finding]:
+        """Say what bars the daemon's user, as far as modes tell, from where we have been."""
+        if self._identity is None:
+            return []
+        way = go(f"{entry}/tls-socket")
+        for each in way.directories:
+            if not view.may(self._identity, each.path, each.status, view.SEARCH):
+                return [self._barred(way, each, "searched")]
+        last = way.last
+        if last is not None and not view.may(self._identity, last.path, last.status, view.WRITE):
+            return [self._barred(way, last, "written")]
+        return []
+
+    def _barred(self, way: Way, barred: Entry, done: str) -> Finding:
+        detail = f"socket: {way}: {barred} may not be {done} by {self._user}, by its mode"
+        return Finding(HostReason.PERMISSION_DENIED, detail, self._grant(barred))
+
+    # What is to be done.
+
+    def _grant(self, entry: Entry) -> str:
+        right = "x" if stat.S_ISDIR(entry.status.st_mode) else "rw"
+        return f"setfacl --modify user:{self._user}:{right} {shlex.quote(entry.path)}"
+
+    def _show(self, entry: str, fault: Fault, error: HostError) -> Finding:
+        """Return a fault with what mends it."""
+        missing = None
+        if fault.way is not None and fault.way.missing is not None:
+            is_missing = isinstance(fault.way.error, FileNotFoundError)
+            missing = fault.way.missing if is_missing else None
+        is_absolute = missing is not None and missing.startswith("/")
+        mend = self._mend(entry, fault, error)
+        return Finding(fault.reason, fault.detail, mend, missing if is_absolute else None)
+
+    def _mend(self, entry: str, fault: Fault, error: HostError) -> str:
+        place = shlex.quote(entry)
+        path = f"{place}/tls-socket"
+        culprit = fault.culprit
+        there = shlex.quote(culprit.path) if culprit is not None else place
+        match fault.cause:
+            case Cause.MISSING if fault.step is Step.HOST:
+                return f"mkdir {place} && ln -s SOCKET {path}"
+            case Cause.MISSING:
+                return f"ln -s SOCKET {path}  # or have the backend listen there"
+            case Cause.NOT_SEARCHABLE if culprit is not None and fault.step is not Step.HOSTS:
+                return self._grant(culprit)
+            case Cause.NOT_SEARCHABLE:
+                return f"setfacl --modify user:{self._user}:x ."
+            case Cause.NOT_WRITABLE if culprit is not None:
+                return self._grant(culprit)
+            case Cause.DANGLING | Cause.LINK_LOOP | Cause.TOO_LONG:
+                links = fault.way.links if fault.way is not None else []
+                link = shlex.quote(links[-1][0]) if links else there
+                what = "DIRECTORY" if fault.step is Step.HOST else "SOCKET"
+                return f"ln -sfn {what} {link}"
+            case Cause.NOT_A_DIRECTORY:
+                return f"rm {there} && mkdir {there}"
+            case Cause.NOT_A_SOCKET | Cause.NOT_A_STREAM_SOCKET:
+                return f"rm -r {there} && ln -s SOCKET {there}"
+            case Cause.NOBODY_LISTENS:
+                return f"rm {there}  # and start the backend, which makes it anew"
+            case Cause.WRITABLE_BY_OTHERS:
+                return f"chmod go-w {there}"
+            case Cause.OTHER_OWNER:
+                return (
+                    f"chown {error.listener} {there}  # or have uid {fault.owner} run the backend"
+                )
+        if fault.reason is HostReason.BACKEND_BUSY:
+            return "# look whether the backend hangs: it accepts no connection"
+        return "# look into the log of the backend, and of the kernel"
+
+    def close(self) -> None:
+        """Close the hosts directory."""
+        self._hosts.close()
+
+
+def find_shared(results: Sequence[Result]) -> dict[str, Finding]:
+    """Say which hosts share a process with hosts of other owners: entries, and what is wrong.
+
+    A browser reuses a connection for another name that its certificate has (RFC 9113 §9.1.1), and
+    then the process alone keeps the two tenants apart.
+    """
+    of_process: dict[int, list[Result]] = {}
+    for each in results:
+        # The first process listens for others, as systemd does; 0 is one that can't be seen.
+        if each.listener is not None and each.listener[0] > 1 and each.owner is not None:
+            of_process.setdefault(each.listener[0], []).append(each)
+    found = {}
+    for process, same in of_process.items():
+        if len({each.owner for each in same}) < 2:
+            continue
+        for each in same:
+            other = next(other for other in same if other.owner != each.owner)
+            detail = (
+                f"the process {process} listens for {each.entry} (uid {each.owner}) and for "
+                f"{other.entry} (uid {other.owner}): visitors of one may reach the other's site"
+            )
+            mend = "# run a process for each owner, or give no certificate both names"
+            found[each.entry] = Finding(CheckReason.SHARED_PROCESS, detail, mend)
+    return found
+
+
+def _as_host(entry: str) -> Hostname:
+    """Return an entry as what the lookup takes; it is one component of a path, and no more."""
+    return str.__new__(Hostname, entry)

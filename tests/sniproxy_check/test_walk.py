@@ -1,0 +1,478 @@
+"""Each finding is provoked, named, and mended by the command that comes with it."""
+
+import os
+import shlex
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from sniproxy.hosts import HostReason
+from sniproxy.service.fatal import FatalError
+from sniproxy.service.privileges import Identity
+from sniproxy_check.finding import CheckReason, Finding, Result
+from sniproxy_check.walk import Walk, find_shared
+from sniproxy_hostname import Hostname, directory_namer
+from tests.support.backends import TlsBackend, host_directory, listen_unix
+from tests.support.certificates import Certificates
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as several users")
+
+NAME = "two.example"
+NOBODY, TENANT, OTHER = 4000, 4001, 4002
+
+
+@pytest.fixture(autouse=True)
+def _in_hosts_directory(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for parent in hosts.parents:
+        if parent.stat().st_mode & 0o011 != 0o011:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    monkeypatch.chdir(hosts)
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> Iterator[Path]:
+    """Where somebody listens."""
+    path = tmp_path / "backend"
+    with listen_unix(path):
+        path.chmod(0o666)
+        yield path
+
+
+def walk(
+    *,
+    hashed: bool = False,
+    check_owner: bool = True,
+    identity: Identity | None = None,
+    chroot: bool = False,
+) -> Walk:
+    return Walk(
+        directory_namer(hashed),
+        hashed=hashed,
+        check_owner=check_owner,
+        identity=identity,
+        user="4000",
+        chroot=chroot,
+        seconds=5.0,
+    )
+
+
+def look(entry: str = NAME, uid: int | None = None, *, hashed: bool = False) -> Result:
+    """Look at an entry, as a user."""
+    before = os.geteuid()
+    here = walk(hashed=hashed)
+    if uid is not None:
+        os.seteuid(uid)
+    try:
+        return here.look(entry, handshake=False)
+    finally:
+        os.seteuid(before)
+        here.close()
+
+
+def mend(finding: Finding, backend: Path, name: str = NAME) -> None:
+    """Do what is said to mend it, with what is in capitals filled in."""
+    command = finding.mend.replace("SOCKET", str(backend)).replace("RELATIVE_PATH", "../../backend")
+    command = command.replace("DIRECTORY", str(backend.parent / "site")).replace("NAME", name)
+    subprocess.run(["sh", "-euc", command], check=True)
+
+
+class Mistake(NamedTuple):
+    """Something that somebody did, and what it is called."""
+
+    make: Callable[[Path, Path], object]
+    word: str
+    says: str
+    entry: str = NAME
+
+
+def _link(place: Path, target: Path | str, name: str = "tls-socket") -> None:
+    place.mkdir(exist_ok=True)
+    place.chmod(0o755)
+    (place / name).symlink_to(target)
+
+
+def _stale(hosts: Path, _: Path) -> None:
+    listen_unix(host_directory(hosts, NAME) / "tls-socket").close()
+
+
+def _site(hosts: Path, backend: Path) -> Path:
+    """Return a directory elsewhere that is fit to be a host's."""
+    site = backend.parent / "site"
+    _link(site, backend)
+    return site
+
+
+HASH = "0123456789abcdef" * 4
+
+# What is mended by one command.
+MISTAKES = {
+    "no host": Mistake(lambda hosts, backend: None, "no_such_host", "No such file"),
+    "a host that is a file": Mistake(
+        lambda hosts, backend: (hosts / NAME).touch(), "no_such_host", "is no directory"
+    ),
+    "a host that leads to nothing": Mistake(
+        lambda hosts, backend: (
+            _site(hosts, backend),
+            (hosts / NAME).symlink_to("/nowhere/site"),
+        ),
+        "no_such_host",
+        "two.example -> /nowhere/site: there is no /nowhere",
+    ),
+    "a loop": Mistake(
+        lambda hosts, backend: (_site(hosts, backend), (hosts / NAME).symlink_to(NAME)),
+        "link_loop",
+        "two.example -> two.example",
+    ),
+    "no socket": Mistake(
+        lambda hosts, backend: host_directory(hosts, NAME),
+        "no_socket",
+        "there is no two.example/tls-socket",
+    ),
+    "a socket that leads to nothing": Mistake(
+        lambda hosts, backend: _link(hosts / NAME, "../nowhere"), "no_socket", "../nowhere"
+    ),
+    "a file": Mistake(
+        lambda hosts, backend: (host_directory(hosts, NAME) / "tls-socket").touch(),
+        "not_listening",
+        "(regular file, ",
+    ),
+    "a directory": Mistake(
+        lambda hosts, backend: (host_directory(hosts, NAME) / "tls-socket").mkdir(),
+        "not_listening",
+        "(directory, ",
+    ),
+    "a FIFO": Mistake(
+        lambda hosts, backend: os.mkfifo(host_directory(hosts, NAME) / "tls-socket"),
+        "not_listening",
+        "(FIFO, ",
+    ),
+    "an underscore": Mistake(
+        lambda hosts, backend: _link(hosts / NAME, backend, "tls_socket"),
+        "misspelt",
+        "has to be called tls-socket",
+    ),
+    "capitals in the file": Mistake(
+        lambda hosts, backend: _link(hosts / NAME, backend, "TLS-Socket"),
+        "misspelt",
+        "has to be called tls-socket",
+    ),
+    "capitals": Mistake(
+        lambda hosts, backend: _link(hosts / "Two.Example", backend),
+        "not_canonical",
+        "it should be two.example",
+        "Two.Example",
+    ),
+    "a dot at the end": Mistake(
+        lambda hosts, backend: _link(hosts / "two.example.", backend),
+        "not_canonical",
+        "it should be two.example",
+        "two.example.",
+    ),
+    "a hash that nobody asks for": Mistake(
+        lambda hosts, backend: _link(hosts / HASH, backend),
+        "never_matches",
+        "without --hashed",
+        HASH,
+    ),
+    "no hostname": Mistake(
+        lambda hosts, backend: _link(hosts / "two example", backend),
+        "never_matches",
+        "is no hostname",
+        "two example",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named_and_mended(mistake: Mistake, hosts: Path, backend: Path) -> None:
+    mistake.make(hosts, backend)
+    first, *_ = look(mistake.entry).findings
+    assert first.word == mistake.word
+    assert mistake.says in first.detail
+    mend(first, backend)
+    # A directory that is made in the place of a file has yet to be filled.
+    for finding in look().findings:
+        mend(finding, backend)
+    assert look().findings == ()
+    assert look().listener == (os.getpid(), os.geteuid())
+
+
+def test_a_datagram_socket(hosts: Path, backend: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(host_directory(hosts, NAME) / "tls-socket"))
+        [finding] = look().findings
+    assert finding.word == "not_a_stream_socket"
+    assert finding.detail.endswith("is no stream socket")
+    mend(finding, backend)
+    assert look().findings == ()
+
+
+def test_nobody_listens(hosts: Path, backend: Path) -> None:
+    _stale(hosts, backend)
+    [finding] = look().findings
+    assert finding.word == "not_listening"
+    assert finding.detail.endswith("nobody listens")
+    mend(finding, backend)
+    with listen_unix(hosts / NAME / "tls-socket"):
+        assert look().findings == ()
+
+
+def test_a_name_in_unicode(hosts: Path, backend: Path) -> None:
+    _link(hosts / "zwei.例え", backend)
+    [finding] = look("zwei.例え").findings
+    assert finding.word is CheckReason.NOT_CANONICAL
+    mend(finding, backend)
+    assert look("zwei.xn--r8jz45g").findings == ()
+
+
+@pytest.mark.parametrize("plain", [NAME, "Two.Example"])
+def test_a_plain_name_where_names_are_hashed(hosts: Path, backend: Path, plain: str) -> None:
+    _link(hosts / plain, backend)
+    [finding] = look(plain, hashed=True).findings
+    assert finding.word is CheckReason.NEVER_MATCHES
+    assert "--hashed" in finding.detail
+    mend(finding, backend)
+    entry = directory_namer(True)(Hostname(NAME.encode()))
+    assert look(entry, hashed=True).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [(str.upper, "small letters"), (lambda entry: entry[:63], "has 63")]
+)
+def test_a_hash_that_is_none(
+    hosts: Path, backend: Path, change: Callable[[str], str], says: str
+) -> None:
+    entry = directory_namer(True)(Hostname(NAME.encode()))
+    _link(hosts / change(entry), backend)
+    [finding] = look(change(entry), hashed=True).findings
+    assert finding.word is CheckReason.NEVER_MATCHES
+    assert says in finding.detail
+    mend(finding, backend)
+    assert look(entry, hashed=True).findings == ()
+
+
+def test_a_file_that_another_version_knows(hosts: Path, backend: Path) -> None:
+    _link(hosts / NAME, backend)
+    (hosts / NAME / "send-proxy").touch()
+    [finding] = look().findings
+    assert finding.word is CheckReason.UNKNOWN_FILE
+    mend(finding, backend)
+    assert look().findings == ()
+    assert (hosts / NAME / "send-proxy-v1").exists()
+
+
+@pytest.mark.parametrize("name", ["tls.key", "tls-socket.old", "index.html", "send-mail", "sock"])
+def test_other_files_are_nobody_s_business(hosts: Path, backend: Path, name: str) -> None:
+    _link(hosts / NAME, backend)
+    (hosts / NAME / name).touch()
+    assert look().findings == ()
+
+
+def test_whatever_the_only_socket_is_called_it_is_meant(hosts: Path) -> None:
+    with listen_unix(host_directory(hosts, NAME) / "https.sock"):
+        first, second = look().findings
+        assert (first.word, second.word) == (CheckReason.MISSPELT, HostReason.NO_SOCKET)
+        mend(first, Path())
+        assert look().findings == ()
+
+
+def test_what_was_put_aside_and_files_are_no_hosts(hosts: Path, backend: Path) -> None:
+    for name in NAME, ".old":
+        _link(hosts / name, backend)
+    (hosts / "README").touch()
+    here = walk()
+    assert here.all_entries() == [NAME]
+    here.close()
+
+
+def test_who_is_named_is_found_by_what_was_meant(hosts: Path, backend: Path) -> None:
+    _link(hosts / "Two.Example", backend)
+    here = walk()
+    [finding] = here.look_named(Hostname(NAME.encode())).findings
+    here.close()
+    assert finding.word is CheckReason.NOT_CANONICAL
+
+
+def test_an_absolute_link_where_the_root_directory_is_another(hosts: Path, backend: Path) -> None:
+    _link(hosts / NAME, backend)
+    here = walk(chroot=True)
+    [finding] = here.look(NAME, handshake=False).findings
+    assert finding.word is CheckReason.ABSOLUTE_IN_CHROOT
+    mend(finding, backend)
+    assert here.look(NAME, handshake=False).findings == ()
+    here.close()
+
+
+@needs_root
+class TestPermissions:
+    """What a user may do, tried by that user, or worked out by another."""
+
+    @pytest.fixture(params=["tried", "worked out"])
+    def look(self, request: pytest.FixtureRequest) -> Callable[[], Result]:
+        if request.param == "tried":
+            return lambda: look(uid=NOBODY)
+
+        def work_out() -> Result:
+            here = walk(identity=Identity(NOBODY, NOBODY, [NOBODY]))
+            try:
+                return here.look(NAME, handshake=False)
+            finally:
+                here.close()
+
+        return work_out
+
+    def test_a_home_that_is_closed(
+        self, look: Callable[[], Result], hosts: Path, tmp_path: Path, backend: Path
+    ) -> None:
+        home = tmp_path / "home"
+        home.mkdir()
+        _link(home / "site", backend)
+        os.chown(home, TENANT, TENANT)
+        home.chmod(0o700)
+        (hosts / NAME).symlink_to(home / "site")
+        [finding] = look().findings
+        assert finding.word is HostReason.PERMISSION_DENIED
+        assert f"{home} (directory, mode 0700, uid {TENANT}, " in finding.detail
+        assert "may not be searched" in finding.detail
+        mend(finding, backend)
+        assert look().findings == ()
+
+    def test_a_socket_that_is_closed(
+        self, look: Callable[[], Result], hosts: Path, backend: Path
+    ) -> None:
+        _link(hosts / NAME, backend)
+        backend.chmod(0o600)
+        [finding] = look().findings
+        assert finding.word is HostReason.PERMISSION_DENIED
+        assert "may not be written" in finding.detail
+        mend(finding, backend)
+        assert look().findings == ()
+
+    def test_groups_count(self, hosts: Path, backend: Path) -> None:
+        _link(hosts / NAME, backend)
+        os.chown(backend, 0, OTHER)
+        backend.chmod(0o660)
+        for groups, is_barred in ([OTHER], False), ([], True):
+            here = walk(identity=Identity(NOBODY, NOBODY, groups))
+            assert bool(here.look(NAME, handshake=False).findings) is is_barred
+            here.close()
+
+    def test_a_hosts_directory_that_is_closed(self, hosts: Path, backend: Path) -> None:
+        _link(hosts / NAME, backend)
+        hosts.chmod(0o700)
+        here = walk()
+        os.seteuid(NOBODY)
+        try:
+            [finding] = here.look(NAME, handshake=False).findings
+        finally:
+            os.seteuid(0)
+            here.close()
+        assert finding.word is HostReason.HOSTS_NOT_SEARCHABLE
+        mend(finding, backend)
+        assert look(uid=NOBODY).findings == ()
+
+    def test_a_listener_of_somebody_else(self, hosts: Path, tmp_path: Path) -> None:
+        os.chown(host_directory(hosts, NAME), TENANT, TENANT)
+        with listen_unix(hosts / NAME / "tls-socket", uid=OTHER):
+            [finding] = look().findings
+            assert finding.word is HostReason.WRONG_OWNER
+            assert f"uid {TENANT}, the listener to uid {OTHER}" in finding.detail
+            mend(finding, Path())
+            assert look().findings == ()
+
+    def test_a_directory_of_root_that_others_may_write_in(self, hosts: Path, backend: Path) -> None:
+        _link(hosts / NAME, backend)
+        (hosts / NAME).chmod(0o777)
+        [finding] = look().findings
+        assert finding.word is HostReason.WRITABLE_BY_OTHERS
+        mend(finding, backend)
+        assert look().findings == ()
+
+    def test_a_directory_that_can_t_be_listed(self, hosts: Path, backend: Path) -> None:
+        _link(hosts / NAME, backend)
+        hosts.chmod(0o711)
+        here = walk()
+        os.seteuid(NOBODY)
+        try:
+            with pytest.raises(FatalError, match="name your hosts"):
+                here.all_entries()
+            assert here.look(NAME, handshake=False).findings == ()
+        finally:
+            os.seteuid(0)
+            here.close()
+
+
+def test_one_process_for_hosts_of_two_owners() -> None:
+    results = [
+        Result("one.example", "one.example", 1000, (77, 0)),
+        Result("two.example", "two.example", 2000, (77, 0)),
+        Result("three.example", "three.example", 1000, (78, 0)),
+        Result("four.example", "four.example", 1000, (78, 0)),
+        # systemd listens for others.
+        Result("five.example", "five.example", 1000, (1, 0)),
+        Result("six.example", "six.example", 2000, (1, 0)),
+    ]
+    found = find_shared(results)
+    assert set(found) == {"one.example", "two.example"}
+    assert found["one.example"].word is CheckReason.SHARED_PROCESS
+    assert "two.example (uid 2000)" in found["one.example"].detail
+
+
+def test_a_full_backlog_is_looked_at_again(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    with listen_unix(host_directory(hosts, NAME) / "tls-socket", backlog=0) as listening:
+        filling = socket.socket(socket.AF_UNIX)
+        filling.connect(str(hosts / NAME / "tls-socket"))
+
+        def wait(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 3:
+                listening.accept()[0].close()
+
+        monkeypatch.setattr("sniproxy_check.walk.time.sleep", wait)
+        assert look().findings == ()
+        assert len(pauses) == 3
+        filling.close()
+        result = look()  # whose own connection, the last one, is still in the queue
+    [finding] = result.findings
+    assert finding.word is HostReason.BACKEND_BUSY
+
+
+def test_what_is_to_be_done_is_quoted(hosts: Path) -> None:
+    entry = "a b;touch pwned"
+    (hosts / entry).mkdir()
+    [finding] = look(entry).findings
+    assert shlex.quote(entry) in finding.mend
+
+
+def test_certificates_are_seen(hosts: Path, certificates: Certificates, tmp_path: Path) -> None:
+    path = host_directory(hosts, NAME) / "tls-socket"
+    here = walk()
+    with TlsBackend(path, certificates.server_context(NAME)):
+        result = here.look(NAME, handshake=True)
+        assert result.findings == ()
+        assert result.is_asked
+        assert result.expires is not None
+    path.unlink(missing_ok=True)
+    with TlsBackend(path, certificates.server_context("other.example")):
+        [finding] = here.look(NAME, handshake=True).findings
+        assert finding.word == "certificate_for_others"
+    here.close()
+
+
+@pytest.mark.parametrize("wants", [False, True])
+def test_the_proxy_header_is_mended(hosts: Path, certificates: Certificates, wants: bool) -> None:
+    path = host_directory(hosts, NAME) / "tls-socket"
+    if not wants:
+        (hosts / NAME / "send-proxy-v1").touch()
+    here = walk()
+    with TlsBackend(path, certificates.server_context(NAME), proxy=wants):
+        [finding] = here.look(NAME, handshake=True).findings
+        assert finding.word == ("wants_proxy_header" if wants else "refuses_proxy_header")
+        mend(finding, Path())
+        assert here.look(NAME, handshake=True).findings == ()
+    here.close()
