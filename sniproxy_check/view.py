@@ -111,8 +111,9 @@ def may(identity: privileges.Identity, path: str, status: os.stat_result, right:
     if identity.uid == status.st_uid:
         return bool(mode >> 6 & right)
     groups = {identity.gid, *identity.groups}
-    entries = _access_control_list(path)
-    if entries:
+    # Where the mask, which stands in the place of the group's bits, has nothing, the kernel does not
+    # look at the list.
+    if mode & stat.S_IRWXG and (entries := _access_control_list(path)):
         return _acl_lets(entries, identity.uid, groups, status.st_gid, right)
     if status.st_gid in groups:
         return bool(mode >> 3 & right)

@@ -321,7 +321,7 @@ def events_in(
 
 
 def test_every_event_is_there_with_its_fields(capfd: pytest.CaptureFixture[str]) -> None:
-    Log().refusal("why", "192.0.2.1:1", b"a.example", Alert.UNRECOGNIZED_NAME, "more", is_host=True)
+    Log().refusal("why", "192.0.2.1:1", b"a.example", Alert.UNRECOGNIZED_NAME, "more")
     refused = re.findall(r"(\w+)=", capfd.readouterr().err)
     # A traceback has no fields, and is no event in the source.
     events = {"bug": ["text"]}

@@ -467,20 +467,6 @@ def running(*command: str | Path, path: Path) -> Iterator[Callable[[], socket.so
         server.communicate()
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
-def test_openssl(tmp_path: Path) -> None:
-    self_signed(tmp_path, x509.DNSName(NAME))
-    path = tmp_path / "socket"
-    pem = tmp_path / "self-signed.pem"
-    # It would end with a connection without a handshake if it were not a web server.
-    command: list[str | Path] = ["openssl", "s_server", "-www", "-unix", path, "-cert", pem]
-    with running(*command, "-key", pem, path=path) as connect:
-        plain = probe(connect, NAME, send_proxy_v1=False, seconds=PATIENT)
-        header = probe(connect, NAME, send_proxy_v1=True, seconds=PATIENT)
-    assert plain[:2] == (Answer.SPEAKS_TLS, "TLSv1.3")
-    assert header.answer is Answer.REFUSES_PROXY_HEADER
-
-
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
 def test_haproxy(tmp_path: Path) -> None:
     self_signed(tmp_path, x509.DNSName(NAME))

@@ -99,11 +99,10 @@ def _stale(hosts: Path, _: Path) -> None:
     listen_unix(host_directory(hosts, NAME) / "tls-socket").close()
 
 
-def _site(hosts: Path, backend: Path) -> Path:
-    """Return a directory elsewhere that is fit to be a host's."""
-    site = backend.parent / "site"
-    _link(site, backend)
-    return site
+def _lead(hosts: Path, backend: Path, target: str) -> None:
+    """Have the host lead somewhere, and make a directory elsewhere that is fit to be a host's."""
+    _link(backend.parent / "site", backend)
+    (hosts / NAME).symlink_to(target)
 
 
 HASH = "0123456789abcdef" * 4
@@ -115,15 +114,12 @@ MISTAKES = {
         lambda hosts, backend: (hosts / NAME).touch(), "no_such_host", "is no directory"
     ),
     "a host that leads to nothing": Mistake(
-        lambda hosts, backend: (
-            _site(hosts, backend),
-            (hosts / NAME).symlink_to("/nowhere/site"),
-        ),
+        lambda hosts, backend: _lead(hosts, backend, "/nowhere/site"),
         "no_such_host",
         "two.example -> /nowhere/site: there is no /nowhere",
     ),
     "a loop": Mistake(
-        lambda hosts, backend: (_site(hosts, backend), (hosts / NAME).symlink_to(NAME)),
+        lambda hosts, backend: _lead(hosts, backend, NAME),
         "link_loop",
         "two.example -> two.example",
     ),
