@@ -76,9 +76,14 @@ class Log(EventLog):
 
     def proxy_header_unanswered(self, client: str, name: bytes, detail: str) -> None:
         """Say that a backend has closed without a byte, after a PROXY header."""
-        word = "proxy_header_unanswered"
-        if self.admits(word, client, name, is_host=True):
-            self.event(word, syslog.LOG_WARNING, client=client, name=name, detail=detail)
+        if self.admits("proxy_header_unanswered", client, name, is_host=True):
+            self.event(
+                "proxy_header_unanswered",
+                syslog.LOG_WARNING,
+                client=client,
+                name=name,
+                detail=detail,
+            )
 
 
 def _network(client: str) -> bytes | str:

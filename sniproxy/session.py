@@ -62,6 +62,12 @@ class SessionReason(StrEnum):
     URGENT_DATA = "urgent_data"  # TLS has none: the hello would not be what it seems to be
 
 
+class SessionWarning(StrEnum):
+    """What may be wrong although a client was served."""
+
+    PROXY_HEADER_UNANSWERED = "proxy_header_unanswered"
+
+
 # How a connection ended: words for the log. The client is the near end.
 _ENDINGS = {
     Ending.FINISHED: "finished",
@@ -101,7 +107,6 @@ ALERTS: dict[HostReason, Alert] = {
 # What is timed for the status socket: the way to a socket, and connect(2).
 LATENCIES = ("lookup", "connect")
 
-_UNANSWERED = "proxy_header_unanswered"
 _UNANSWERED_DETAIL = (
     "the backend has closed without a byte, and send-proxy-v1 is there: it may not expect that"
 )
@@ -364,7 +369,8 @@ class Session:
             client = show_address(self.address)
             self.shared.log.proxy_header_unanswered(client, self.name, _UNANSWERED_DETAIL)
             if self.shared.figures is not None and self.figures is not None:
-                self.shared.figures.note(self.figures, client, _UNANSWERED, _UNANSWERED_DETAIL)
+                word = SessionWarning.PROXY_HEADER_UNANSWERED
+                self.shared.figures.note(self.figures, client, word, _UNANSWERED_DETAIL)
         self._end(up, down, ending)
 
     def _end(self, up: int, down: int, ending: Ending) -> None:

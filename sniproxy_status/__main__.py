@@ -25,7 +25,7 @@ _HOME, _ERASE_LINE, _ERASE_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 _CLEAR: Final = "\x1b[2J"
 
 _DESCRIPTION = """\
-Show what a service has counted that was started with --status-socket PATH.
+Show what a service has counted, which tells that at its status socket, PATH.
 Root and the user of the service see all hosts, others those that they own, with
 the last refusals of each. With HOST, only these, and their last refusals.
 """

@@ -1,4 +1,4 @@
-"""What stood in the way of a lookup, in words: the step, the path, the mode, the owner, the link."""
+"""What stood in the way of a lookup, in words: step, path, mode, owner, and where links lead."""
 
 import os
 import socket

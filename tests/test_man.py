@@ -50,8 +50,10 @@ PAGES = {path.name: path.read_text() for path in sorted(MAN.iterdir())}
 # that speak of one.
 PROGRAMS = {
     "sniproxy.8": "sniproxy",
+    "sniproxy-check.1": "sniproxy_check",
     "sniproxy-hostname.1": "sniproxy_hostname",
     "sniproxy-listen.8": "sniproxy.listen",
+    "sniproxy-status.1": "sniproxy_status",
     "tls-bridge.8": "tls_bridge",
     "tls-bridge-peer.8": "tls_bridge.peer",
     "tls-tproxy.8": "tls_tproxy",
@@ -77,7 +79,17 @@ OF_PROGRAMS = {"OPTIONS", "SIGNALS", "ENVIRONMENT", "EXIT STATUS"}
 # Manuals of others that are referred to: Debian's manpages, manpages-dev, systemd, libsystemd-dev,
 # openbsd-inetd, acl, b3sum, nftables and util-linux have them.
 OTHERS = {
-    *["b3sum 1", "setpriv 1", "accept 2", "getrlimit 2", "listen 2", "prctl 2", "seccomp 2"],
+    *[
+        "b3sum 1",
+        "setpriv 1",
+        "accept 2",
+        "connect 2",
+        "cron 8",
+        "getrlimit 2",
+        "listen 2",
+        "prctl 2",
+        "seccomp 2",
+    ],
     *["sd_listen_fds 3", "sd_notify 3", "syslog 3"],
     *["acl 5", "group 5", "nsswitch.conf 5", "passwd 5", "systemd.exec 5", "systemd.socket 5"],
     *["ip 7", "ipv6 7", "landlock 7", "packet 7", "path_resolution 7", "symlink 7", "tcp 7"],
@@ -93,7 +105,7 @@ OF_THE_MACHINE = re.compile(
 
 # b3sum's, in an example.
 OPTIONS_OF_OTHERS = {"--no-names"}
-OPTION = re.compile(r"(?<![\w-])--?[a-z][a-zA-Z-]*")
+OPTION = re.compile(r"(?<![\w-])(?:--?[a-z][a-zA-Z-]*|-C\b)")
 
 every_page = pytest.mark.parametrize("page", PAGES)
 every_program = pytest.mark.parametrize("page", PROGRAMS)
@@ -208,7 +220,7 @@ def test_every_option_is_there_and_no_other(page: str) -> None:
     assert described - {"-h"} == told - {"-h"}
     assert run(page, "-h") == run(page, "--help")
     # By the alphabet: it is a page to look things up in.
-    names = [max(each, key=len) for each in heads]
+    names = [max(each, key=len).lstrip("-").lower() for each in heads]
     assert names == sorted(names)
 
 
@@ -420,10 +432,9 @@ def test_the_answers_are_for_all_reasons_of_the_bridge() -> None:
     assert {reason for each in lists for reason in each} == ANSWERS.keys()
 
 
-# Those that only the other programs of TLS have. A client of tls-tproxy need not say anything, and
-# it resolves no name: it has an address, which the kernel knows.
+# Those that only the other programs of TLS have. tls-tproxy resolves no name: it has an address,
+# which the kernel knows.
 NOT_OF_THE_WRAPPER = {
-    mutual_tls.refusal.SessionReason.CLIENT_SILENT,
     DialReason.UNRESOLVED,
     DialReason.FORBIDDEN,
 }

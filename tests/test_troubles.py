@@ -21,6 +21,8 @@ from mutual_tls.end import TLSReason
 from sniproxy.hosts import HostReason, HostsState
 from sniproxy.session import _ENDINGS as ENDINGS
 from sniproxy.wire import Reason
+from sniproxy_check.finding import CheckReason
+from sniproxy_check.handshake import Answer
 from tls_bridge.refusal import BridgeReason
 from tls_tproxy.refusal import WrapReason
 from tproxy_pod.refusal import PodReason
@@ -35,21 +37,8 @@ FINDINGS = "What sniproxy-check says"
 
 # --- The words, and who has them
 
-# Words of sniproxy's that are about to be in its enums: a reason, and a warning, which refuses
-# nobody. Take the first one out when HostReason has it, the second one when an enum has it.
-COMING_REASONS: Final = frozenset({"hosts_not_searchable"})
-COMING_EVENTS: Final = frozenset({"proxy_header_unanswered"})
-
-# What sniproxy-check finds, but for reasons of the daemon's. Take the enum when it is there.
-CHECK_FINDINGS: Final = frozenset(
-    {
-        *("not_canonical", "never_matches", "misspelt", "unknown_file", "hidden"),
-        *("absolute_in_chroot", "closes_at_once", "speaks_plain_http", "not_tls", "silent"),
-        *("handshake_failed", "wants_proxy_header", "refuses_proxy_header"),
-        *("certificate_for_others", "certificate_expired", "certificate_not_yet_valid"),
-        *("certificate_expires_soon", "shared_process"),
-    }
-)
+# What sniproxy-check finds, but for reasons of the daemon's.
+CHECK_FINDINGS: Final = {*CheckReason, *Answer} - {Answer.SPEAKS_TLS}
 
 _OF_TLS: Final = {*mutual_tls.refusal.SessionReason, *DialReason, *TLSReason}
 
@@ -73,8 +62,7 @@ REASONS_OF: Final[dict[str, AbstractSet[str]]] = {
         *HostReason,
         *Reason,
         *sniproxy.session.SessionReason,
-        *COMING_REASONS,
-        *COMING_EVENTS,
+        *sniproxy.session.SessionWarning,
     },
     "tls-bridge": {*BridgeReason, *_OF_TLS} - _NOT_OF_THE_BRIDGE,
     "tls-bridge-peer": {*BridgeReason, *_OF_TLS} - _NOT_OF_THE_PEER,
@@ -285,18 +273,17 @@ COMMANDS: Final = frozenset(
     }
 )
 
-# Ours, and the pages that have their options; None where the page is still to come.
+# Ours, and the pages that have their options.
 OURS: Final = {
     "sniproxy": "sniproxy.8",
-    "sniproxy-check": None,
+    "sniproxy-check": "sniproxy-check.1",
     "sniproxy-hostname": "sniproxy-hostname.1",
-    "sniproxy-status": None,
+    "sniproxy-status": "sniproxy-status.1",
     "tls-bridge": "tls-bridge.8",
     "tls-bridge-peer": "tls-bridge-peer.8",
     "tls-tproxy": "tls-tproxy.8",
     "tproxy-pod": "tproxy-pod.8",
 }
-COMING_OPTIONS: Final = frozenset({"--status-socket"})
 
 # Files of the directories that the programs look into, from their pages of chapter 5.
 FILES: Final = re.compile(
@@ -305,15 +292,13 @@ FILES: Final = re.compile(
 )
 
 
-def options_of(page: str | None) -> set[str]:
+def options_of(page: str) -> set[str]:
     """Return the options that a manual describes, as they are typed."""
-    if page is None:
-        return set()
     source = (ROOT / "man" / page).read_text()
     return {f"--{each}" for each in re.findall(r"\bFl Fl ([a-zA-Z-]+)", source)}
 
 
-ALL_OPTIONS: Final = COMING_OPTIONS.union(*map(options_of, OURS.values()))
+ALL_OPTIONS: Final = set[str]().union(*map(options_of, OURS.values()))
 
 
 def helps(span: str) -> bool:
