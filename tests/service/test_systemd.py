@@ -1,5 +1,6 @@
 """systemd with the units that we ship, in a machine with tenants."""
 
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -456,6 +457,64 @@ def test_two_commands_do_not_end_a_service_that_runs(machine: Machine) -> None:
     finally:
         machine.run("rm", drop_in)
         machine.run("systemctl", "daemon-reload")
+
+
+# --- What is wrong, and what was counted -----------------------------------------------------------
+
+WITH_STATUS = (
+    "ExecStart=",
+    "ExecStart=/opt/sniproxy/bin/sniproxy --status-socket /run/%N/status",
+    "RuntimeDirectory=%N",
+)
+
+
+def test_a_tenant_sees_why_their_host_is_refused(machine: Machine) -> None:
+    status = ("/opt/sniproxy/bin/sniproxy-status", "/run/sniproxy/status")
+    for tenant in "five", "six":
+        machine.run("useradd", "--create-home", tenant)
+        # A home that the daemon may not search: most systems make it so.
+        machine.run("chmod", "0700", f"/home/{tenant}")
+        machine.run("ln", "--symbolic", f"/home/{tenant}/site", f"/srv/hosts/{tenant}.example")
+    with changed(machine, *WITH_STATUS, "BindReadOnlyPaths=/home"):
+        fetch(machine)
+        for tenant in "five", "six":
+            assert try_to_fetch(machine, tenant).returncode == 35
+        root = machine.run(*status).stdout
+        assert "3 open" not in root
+        assert "1 served, 2 refused" in root
+        told = machine.run("runuser", "--user", "five", "--", *status).stdout
+        assert "six" not in told
+        assert "one.example" not in told
+        assert "served" not in told.splitlines()[0]
+        assert "permission_denied" in told
+        assert "/home/five (directory, mode 0700, uid " in told
+        # Its copies have sockets of their own.
+        machine.run("mkdir", "--parents", f"{SYSTEM}/sniproxy@.service.d")
+        link = f"{SYSTEM}/sniproxy@.service.d/override.conf"
+        machine.run("ln", "--symbolic", "../sniproxy.service.d/override.conf", link)
+        machine.run("systemctl", "daemon-reload")
+        try:
+            machine.run("systemctl", "start", COPY)
+            copy = machine.run(status[0], f"/run/{COPY.removesuffix('.service')}/status").stdout
+            assert "0 served" in copy
+        finally:
+            machine.run("systemctl", "stop", COPY)
+            machine.run("rm", link)
+
+
+def test_what_the_unit_hides_is_found(machine: Machine) -> None:
+    machine.run("mkdir", "--parents", "/srv/hosts/hidden.example", "/run/backends")
+    machine.run("ln", "--symbolic", "/run/backends/socket", "/srv/hosts/hidden.example/tls-socket")
+    machine.run("touch", "/run/backends/socket")
+    fetch(machine)
+    check = ("/opt/sniproxy/bin/sniproxy-check", "--pid", str(main_pid(machine)))
+    found = machine.run(*check, "one.example", "hidden.example", check=False)
+    machine.run("rm", "-r", "/srv/hosts/hidden.example")
+    assert (found.returncode, found.stderr) == (1, "")
+    lines = found.stdout.splitlines()
+    assert re.match("one.example +served +certificate until ", lines[0])
+    assert re.match("hidden.example +hidden ", lines[1])
+    assert lines[2].endswith("# and add: BindReadOnlyPaths=/run/backends")
 
 
 # --- Confined ------------------------------------------------------------------------------------
