@@ -26,6 +26,10 @@ if name == "sniproxy-listen":
     from sniproxy.listen import main
 elif name == "sniproxy-hostname":
     from sniproxy_hostname.__main__ import main
+elif name == "sniproxy-check":
+    from sniproxy_check.__main__ import main
+elif name == "sniproxy-status":
+    from sniproxy_status.__main__ import main
 else:
     from sniproxy.__main__ import main
 

@@ -1,5 +1,6 @@
 """The event lines: always one line, always printable, whatever a client sent."""
 
+import json
 import os
 import re
 import select
@@ -14,10 +15,11 @@ import trio
 from trio.testing import MockClock, trio_test
 
 from sniproxy.log import Log
-from sniproxy.service.eventlog import show_address
+from sniproxy.service.eventlog import Seconds, show_address
 from sniproxy.service.linelimit import PerKey
 from sniproxy.service.syslogd import Syslog
 from sniproxy.wire import Alert
+from tests.support.daemon import Daemon, eventually
 
 
 @pytest.mark.parametrize(
@@ -414,3 +416,95 @@ def test_the_journal_is_told_how_bad_it_is(
 def test_a_journal_that_is_not_standard_error_is_none(capfd: pytest.CaptureFixture[str]) -> None:
     Log(environment={"JOURNAL_STREAM": "1:2"}).event("word")
     assert capfd.readouterr().err == "sniproxy: word\n"
+
+
+# --- As JSON
+
+
+@pytest.fixture
+def json_log() -> Log:
+    log = Log(environment={})
+    log.is_json = True
+    return log
+
+
+def objects(capfd: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
+    return [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+
+
+def test_lines_are_objects_of_json(json_log: Log, capfd: pytest.CaptureFixture[str]) -> None:
+    json_log.worker = 2
+    json_log.refusal("why", "192.0.2.1:1", b"a.example", Alert.UNRECOGNIZED_NAME, "in more words")
+    json_log.event("connection", up=5, seconds=Seconds(1.23456), name=None)
+    first, second = objects(capfd)
+    assert list(first.items()) == [
+        ("program", "sniproxy"),
+        ("event", "refused"),
+        ("worker", 2),
+        ("client", "192.0.2.1:1"),
+        ("name", "a.example"),
+        ("reason", "why"),
+        ("alert", 112),
+        ("detail", "in more words"),
+    ]
+    assert second == {
+        "program": "sniproxy", "event": "connection", "worker": 2, "up": 5, "seconds": 1.235
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b'"},{"a":"', b"\n", b"\x1b[31m", b"\\", bytes(range(256)), b"\xff" * 5000, b"\0" * 5000],
+)
+def test_whatever_a_client_says_is_one_string_of_one_line(
+    json_log: Log, capfd: pytest.CaptureFixture[str], name: bytes
+) -> None:
+    json_log.refusal("why", "192.0.2.1:1", name, None, "x" * 5000)
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert err.isascii()
+    assert len(err) <= select.PIPE_BUF
+    [line] = err.splitlines()
+    found = json.loads(line)["name"]
+    assert found == name.decode("latin-1")[:300] + ("..." if len(name) > 300 else "")
+
+
+def test_values_too_many_for_a_line_leave_it_json(
+    json_log: Log, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fields = {f"field{number}": "\x00" * 300 for number in range(10)}
+    json_log.event("long", **fields)  # type: ignore[arg-type]
+    [line] = objects(capfd)
+    assert line["event"] == "long"
+    assert len(line) == 12
+
+
+def test_a_traceback_is_an_object_for_each_line(
+    json_log: Log, capfd: pytest.CaptureFixture[str]
+) -> None:
+    json_log.bug(ZeroDivisionError("why"))
+    found = objects(capfd)
+    assert [line["line"] for line in found] == list(range(1, len(found) + 1))
+    assert found[-1]["detail"] == "ZeroDivisionError: why"
+
+
+def test_the_journal_is_told_the_priority_of_json_too(capfd: pytest.CaptureFixture[str]) -> None:
+    status = os.fstat(2)
+    log = Log(environment={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"})
+    log.is_json = True
+    log.event("something")
+    assert capfd.readouterr().err.startswith('<6>{"program": "sniproxy", ')
+
+
+def test_the_daemon_writes_json(hosts: Path, tmp_path: Path) -> None:
+    with (
+        (tmp_path / "log").open("wb") as log,
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        Daemon(listening, hosts, ("--log-format", "json"), stderr=log.fileno()) as daemon,
+    ):
+        eventually(lambda: '"listening"' in (tmp_path / "log").read_text())
+        with daemon.connect() as client:
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert client.recv(1) == b"\x15"
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert {line["event"] for line in lines} >= {"listening", "refused", "drained"}

@@ -22,7 +22,10 @@ from tests.support.greeting import UNRECOGNIZED_NAME, ask
 
 ROOT = Path(__file__).parents[1]
 # The others need packages that are compiled.
-PROGRAMS = {"sniproxy", "sniproxy-hostname", "sniproxy-listen"}
+OWN_PACKAGES = {"sniproxy", "sniproxy_check", "sniproxy_hostname", "sniproxy_status"}
+PROGRAMS = {
+    *("sniproxy", "sniproxy-check", "sniproxy-hostname", "sniproxy-listen", "sniproxy-status")
+}
 NAME = "a.example"
 
 # Seconds: packages come over a network.
@@ -38,8 +41,9 @@ INSTEAD = (
 
 # What a hosts directory might hold to be imported in place of the real thing.
 EVIL = (
-    *("argparse", "blake3", "encodings", "idna", "os", "sdnotify", "sitecustomize", "sniproxy"),
-    *("sniproxy_hostname", "socket", "trio", "usercustomize", "zipimport", "zlib"),
+    *("argparse", "blake3", "encodings", "idna", "json", "os", "sdnotify", "sitecustomize", "ssl"),
+    *("socket", "trio", "usercustomize", "zipimport", "zlib"),
+    *OWN_PACKAGES,
 )
 
 
@@ -97,7 +101,7 @@ def installed(onefile: Path, tmp_path: Path) -> Path:
     place = tmp_path / "bin"
     place.mkdir()
     shutil.copy(onefile, place / "sniproxy")
-    for name in "sniproxy-listen", "sniproxy-hostname":
+    for name in sorted(PROGRAMS - {"sniproxy"}):
         (place / name).symlink_to("sniproxy")
     return place
 
@@ -233,6 +237,8 @@ def test_nothing_is_imported_from_the_hosts_directory(hosts: Path, installed: Pa
     for command in (
         ("sniproxy-hostname", NAME),
         ("sniproxy", "--help"),
+        ("sniproxy-check", "--help"),
+        ("sniproxy-status", "--help"),
         ("sniproxy-listen", "127.0.0.1:0", "sniproxy", "--version"),
     ):
         ran = run(*command, env=env, cwd=hosts)
@@ -272,9 +278,10 @@ def test_hashed_names_without_blake3(hosts: Path, installed: Path) -> None:
     for command in (
         ("sniproxy-listen", "127.0.0.1:0", "sniproxy", "--hashed"),
         ("sniproxy-hostname", "--hashed", NAME),
+        ("sniproxy-check", "--hashed", NAME),
     ):
         ran = run(*command, env=env, cwd=hosts)
-        program = "sniproxy-hostname" if command[0] == "sniproxy-hostname" else "sniproxy"
+        program = "sniproxy" if command[0] == "sniproxy-listen" else command[0]
         assert ran.stderr.startswith(f"{program}: fatal: unable to hash names: ")
         assert "blake3" in ran.stderr
         assert (ran.stderr.count("\n"), ran.stdout, ran.returncode) == (1, "", 100)
@@ -284,7 +291,7 @@ TOO_OLD = r"NAME: fatal: unable to run: Python 3\.11 or newer is needed, and .+ 
 
 
 @pytest.mark.parametrize("python", OLD_PYTHONS, ids=NAMES.get)
-@pytest.mark.parametrize("name", ["sniproxy", "sniproxy-listen", "sniproxy-hostname"])
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
 def test_an_old_python_says_that_it_is(installed: Path, python: Path, name: str) -> None:
     ran = run(name, "--version", env=path(installed, python))
     assert re.fullmatch(TOO_OLD.replace("NAME", name), ran.stderr)
@@ -311,7 +318,7 @@ def test_what_is_in_it(onefile: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".pyc", ".pyd"))]
     packages = {name.partition("/")[0] for name in names if name.endswith("/__init__.py")}
     needed = {"attrs", "idna", "outcome", "sdnotify", "sniffio", "sortedcontainers", "trio"}
-    assert packages == needed | {"attr", "sniproxy", "sniproxy_hostname"}
+    assert packages == needed | {"attr", *OWN_PACKAGES}
     licences = {re.match(r"(\w+)-[^/]+\.dist-info/(licenses/)?LICEN[CS]E", name) for name in names}
     assert {match[1] for match in licences if match} == needed | {"sniproxy"}
 

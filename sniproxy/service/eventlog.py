@@ -141,13 +141,14 @@ class EventLog:
 
     def _write_json(self, priority: int, word: str, fields: dict[str, object]) -> None:
         """Write one object of JSON, with the program and the event in front."""
-        shown = {key: _json_value(value) for key, value in fields.items()}
-        line = json.dumps({"program": self._program, "event": word} | shown)
-        if len(line) > _LONGEST_LINE:
-            # What is cut off is no JSON any more. Only several values of great length come here.
-            shown = {key: value for key, value in shown.items() if key != "detail"}
+        most = _LONGEST_VALUE
+        while True:
+            shown = {key: _json_value(value, most) for key, value in fields.items()}
             line = json.dumps({"program": self._program, "event": word} | shown)
-        self._write(priority, line)
+            if len(line) <= _LONGEST_LINE or not most:
+                return self._write(priority, line)
+            # A line that is cut off is no JSON any more, so values are.
+            most //= 2
 
     def _write(self, priority: int, line: str) -> None:
         if self._syslogd is not None:
@@ -163,12 +164,12 @@ class EventLog:
                 os.write(2, data[: select.PIPE_BUF - 1] + b"\n")
 
 
-def _json_value(value: object) -> object:
-    """Return what stands for `value` in JSON; no longer than a line of text would have it."""
+def _json_value(value: object, most: int) -> object:
+    """Return what stands for `value` in JSON, of so many characters at the most."""
     if isinstance(value, (bool, int, float)):
         return value
     text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
-    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def _device_and_inode(fd: int) -> str:

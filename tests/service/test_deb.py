@@ -18,6 +18,8 @@ from tests.support.machine import Machine
 
 ROOT = Path(__file__).parents[2]
 NAME = "one.example"
+OWN_PACKAGES = ("sniproxy", "sniproxy_check", "sniproxy_hostname", "sniproxy_status")
+PROGRAMS = ("sniproxy", "sniproxy-check", "sniproxy-hostname", "sniproxy-listen", "sniproxy-status")
 NEXT_VERSION = "99.9"
 
 # Seconds: packages come over a network.
@@ -223,7 +225,7 @@ def test_the_user_and_the_hosts_directory(installed: Machine) -> None:
 
 
 def test_the_programs(installed: Machine) -> None:
-    for name in "sniproxy", "sniproxy-listen", "sniproxy-hostname":
+    for name in PROGRAMS:
         assert installed.run(name, "--version").stdout == f"{name} {sniproxy.__version__}\n"
     assert installed.run("sniproxy-hostname", "🕸💍.ws").stdout == "xn--sr8hvo.ws\n"
     # BLAKE3's answer for "abc", as its own tests have it.
@@ -255,13 +257,13 @@ def is_compiled(machine: Machine, python: str) -> bool:
 
 
 def test_nothing_is_imported_from_elsewhere(installed: Machine) -> None:
-    modules = ("trio", "sniproxy", "sniproxy_hostname", "sitecustomize", "argparse", "encodings")
+    modules = ("trio", *OWN_PACKAGES, "sitecustomize", "argparse", "encodings")
     places = ("/run/hosts", "/usr/local/lib/python3.11/dist-packages")
     for place in places:
         for module in modules:
             installed.write(f"{place}/{module}/__init__.py", "import os; os._exit(66)")
     there = ("env", "--chdir=/run/hosts", "PYTHONPATH=/run/hosts", "PYTHONHOME=/run/hosts")
-    for name in "sniproxy", "sniproxy-listen", "sniproxy-hostname":
+    for name in PROGRAMS:
         installed.run(*there, name, "--help")
     installed.run("rm", "-r", *(f"{place}/{module}" for place in places for module in modules))
 

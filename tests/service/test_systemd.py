@@ -459,7 +459,7 @@ def test_two_commands_do_not_end_a_service_that_runs(machine: Machine) -> None:
         machine.run("systemctl", "daemon-reload")
 
 
-# --- What is wrong, and what was counted -----------------------------------------------------------
+# --- What is wrong, and what was counted ----------------------------------------------------------
 
 WITH_STATUS = (
     "ExecStart=",
