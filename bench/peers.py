@@ -277,6 +277,14 @@ TWO_WORKERS = Peer(
     "sniproxy --workers 2", lambda setup: _ours(setup, "--workers", "2"), OURS.version, ""
 )
 
+# Every connection is counted for its host, and nobody asks for the figures.
+COUNTING = Peer(
+    "sniproxy --status-socket",
+    lambda setup: _ours(setup, "--status-socket", str(setup.directory / "status")),
+    OURS.version,
+    "",
+)
+
 PEERS = [
     OURS,
     Peer(

@@ -12,6 +12,7 @@ the slices say one by one. Nothing here passes or fails: machines differ, ratios
 import argparse
 import random
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from load import BENCH, Load
-from peers import PEERS, TWO_WORKERS, Peer, Running, Setup
+from peers import COUNTING, OURS, PEERS, TWO_WORKERS, Peer, Running, Setup
 from report import ROUTING, Results
 
 sys.path.insert(0, str(BENCH.parent))
@@ -191,7 +192,7 @@ def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) 
         proxies = [direct, *start(peers)]
         # What is measured: a title, those who are, and how.
         works: list[tuple[str, list[Proxy], Callable[[str, Proxy], None]]] = [
-            ("connect", proxies + start([TWO_WORKERS]), bench.connect),
+            ("connect", proxies + start([TWO_WORKERS, COUNTING]), bench.connect),
             (
                 f"connect, {size.hosts:,} hosts",
                 start(peers, size.hosts),
@@ -264,6 +265,11 @@ def main() -> int:
         bench.values, ROUTING, versions, options.rounds, size.slices, size.connect_slices, size.idle
     )
     print(results.text())
+    cpu = bench.values["connect: CPU, µs"]
+    if cpu:
+        slices = zip(cpu[COUNTING.name], cpu[OURS.name], strict=True)
+        cost = statistics.median(counted / plain for counted, plain in slices)
+        print(f"Counting for the status socket: {cost:.3f} of the CPU time without it.")
     if options.save:
         results.keep()
     return 0

@@ -16,6 +16,10 @@ from sniproxy_hostname import Hostname
 # As many links as the kernel follows, path_resolution(7).
 _MOST_LINKS: Final = 40
 
+# Components of a path that are looked at. Each takes a microsecond or two, while no connection has
+# its turn; the longest way that means anything has some twenty.
+_MOST_STEPS: Final = 100
+
 # Links that are shown; who makes longer chains knows their end.
 _MOST_SHOWN: Final = 3
 
@@ -74,7 +78,8 @@ class Way(NamedTuple):
             it began.
         last: The last entry that is there; None if the first is not.
         missing: The path that is not there, or can't be looked at; None if all is there.
-        error: What the kernel said there.
+        error: What the kernel said there; None if it was not asked, since the way is too long.
+        in_link: Whether a link leads to what is missing.
     """
 
     path: str
@@ -83,6 +88,7 @@ class Way(NamedTuple):
     last: Entry | None
     missing: str | None
     error: OSError | None
+    in_link: bool
 
     def __str__(self) -> str:
         """Return the path, and where links on it lead."""
@@ -138,7 +144,11 @@ def explain(hosts: HostsDirectory, host: Hostname, error: HostError) -> Fault:
     # The words would let the owner look where only we may: whatever is behind a closed door that is
     # not their own is, for them, a closed door.
     reason, for_owner = error.reason, detail
-    if (closed := _closed_to(owner, way)) is not None:
+    if way.missing is not None and way.error is None:
+        # Nobody has looked what is farther on.
+        reason = HostReason.PERMISSION_DENIED
+        for_owner = f"{error.step}: {way.path} leads too far"
+    elif (closed := _closed_to(owner, way)) is not None:
         reason = HostReason.PERMISSION_DENIED
         for_owner = f"{error.step}: {way.path} leads through {closed.path}, which is closed to you"
     return Fault(error.reason, reason, error.step, cause, culprit, way, owner, detail, for_owner)
@@ -146,35 +156,42 @@ def explain(hosts: HostsDirectory, host: Hostname, error: HostError) -> Fault:
 
 def go(path: str) -> Way:
     """Follow `path` from the working directory as the kernel does, and note what is on the way."""
-    links: list[tuple[str, str]] = []
-    directories: list[Entry] = []
-    last: Entry | None = None
+    way = Way(path, [], [], None, None, None, in_link=False)
     here = ""
     rest = path.split("/")[::-1]
+    # For each link that leads to what is left, how much was left when it was met.
+    within: list[int] = []
+    steps = 0
     while rest:
         name = rest.pop()
-        if name in ("", "."):
+        while within and len(rest) < within[-1]:
+            within.pop()
+        steps += 1
+        if name in ("", ".") and steps <= _MOST_STEPS:
             continue
         there = f"{here}/{name}" if here and here != "/" else here + name
+        here_it_ends = way._replace(missing=there, in_link=bool(within))
+        if steps > _MOST_STEPS:
+            return here_it_ends
         try:
             status = os.lstat(there)
-            if stat.S_ISLNK(status.st_mode):
-                if len(links) == _MOST_LINKS:
-                    return Way(path, links, directories, last, there, None)
-                target = os.readlink(there)
-                links.append((there, target))
-                if target.startswith("/"):
-                    here = "/"
-                last = Entry(there, status)
-                rest += target.split("/")[::-1]
-                continue
+            target = os.readlink(there) if stat.S_ISLNK(status.st_mode) else None
         except OSError as error:
-            return Way(path, links, directories, last, there, error)
-        last = Entry(there, status)
-        here = there
-        if stat.S_ISDIR(status.st_mode):
-            directories.append(last)
-    return Way(path, links, directories, last, None, None)
+            return here_it_ends._replace(error=error)
+        way = way._replace(last=Entry(there, status))
+        if target is None:
+            here = there
+            if stat.S_ISDIR(status.st_mode):
+                way.directories.append(Entry(there, status))
+            continue
+        if len(way.links) == _MOST_LINKS:
+            return here_it_ends
+        way.links.append((there, target))
+        within.append(len(rest))
+        rest += target.split("/")[::-1]
+        if target.startswith("/"):
+            here = "/"
+    return way
 
 
 def _find_cause(error: HostError, way: Way) -> tuple[Cause, Entry | None, str]:
@@ -212,20 +229,18 @@ def _find_missing(way: Way) -> tuple[Cause, Entry | None, str]:
     last = way.last
     if isinstance(way.error, PermissionError):
         closed = way.directories[-1] if way.directories else None
-        return Cause.NOT_SEARCHABLE, closed, f"{way}: {closed or '/'} may not be searched"
+        if closed is None or closed.path != os.path.dirname(way.missing or ""):
+            return Cause.OTHER, last, f"{way}: {way.error.strerror}"
+        return Cause.NOT_SEARCHABLE, closed, f"{way}: {closed} may not be searched"
     if isinstance(way.error, NotADirectoryError):
         return Cause.NOT_A_DIRECTORY, last, f"{way}: {last} is no directory"
     if isinstance(way.error, FileNotFoundError):
-        if way.links:
-            is_said = way.missing == way.links[-1][1]
-            return (
-                Cause.DANGLING,
-                last,
-                f"{way}: there is no {'such entry' if is_said else way.missing}",
-            )
-        return Cause.MISSING, last, f"there is no {way.missing}"
-    words = "too many links" if way.error is None else way.error.strerror
-    return Cause.OTHER, last, f"{way}: {words}"
+        is_said = bool(way.links) and way.missing == way.links[-1][1]
+        words = f"there is no {'such entry' if is_said else way.missing}"
+        cause = Cause.DANGLING if way.in_link else Cause.MISSING
+        return cause, last, f"{way}: {words}" if way.links else words
+    why = "it leads too far" if way.error is None else way.error.strerror
+    return Cause.OTHER, last, f"{way}: {why}"
 
 
 def _reached(way: Way) -> str:

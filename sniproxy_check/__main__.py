@@ -16,6 +16,7 @@ from typing import IO, Any, Final
 from sniproxy import __version__
 from sniproxy.service import privileges
 from sniproxy.service.fatal import FatalError, UsageError, attempt, print_out
+from sniproxy_check.entries import Listing
 from sniproxy_check.finding import Finding, Result
 from sniproxy_check.report import find_hidden, name_users, show_json, show_table
 from sniproxy_check.view import View, view_of_process
@@ -261,7 +262,7 @@ def _work(pipe: IO[str], view: View, user: str, options: argparse.Namespace, nam
     """Look, and say what is found."""
     try:
         is_root = os.geteuid() == 0  # who can become whoever is to look
-        view.enter()
+        listing = view.enter(options.names)
         walk = Walk(
             namer,
             hashed=view.hashed,
@@ -270,9 +271,10 @@ def _work(pipe: IO[str], view: View, user: str, options: argparse.Namespace, nam
             user=user,
             chroot=view.chroot and not is_root,
             seconds=_HANDSHAKE_SECONDS,
+            listing=listing,
         )
         try:
-            for result in _results(pipe, walk, options):
+            for result in _results(pipe, walk, listing, options):
                 pipe.write(json.dumps(result.to_json()) + "\n")
         finally:
             walk.close()
@@ -284,12 +286,16 @@ def _is_us(identity: privileges.Identity | None) -> bool:
     return identity is not None and identity.uid == os.geteuid()
 
 
-def _results(pipe: IO[str], walk: Walk, options: argparse.Namespace) -> Iterator[Result]:
+def _results(
+    pipe: IO[str], walk: Walk, listing: Listing, options: argparse.Namespace
+) -> Iterator[Result]:
     if options.names:
         for name in options.names:
             yield _look_named(walk, name)
         return
-    found = walk.all_entries()
+    found = listing.hosts
+    if found is None:
+        raise FatalError(f"unable to list the hosts directory; name your hosts: {listing.error}")
     pipe.write(json.dumps({"total": len(found)}) + "\n")
     for entry in found:
         yield walk.look(entry, handshake=options.handshake)

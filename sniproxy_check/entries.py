@@ -5,7 +5,8 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from typing import Final
+from itertools import islice
+from typing import Final, NamedTuple
 
 from sniproxy_check.finding import CheckReason, Finding
 from sniproxy_hostname import Hostname, InvalidHostname
@@ -20,6 +21,9 @@ _OF_OTHERS: Final = ("send-proxy", "send-proxy-v2")
 # How alike two names are, from 0 to 1, of which one is meant by the other: tls_socket and tls-sock
 # are .9, tls.key and tls-cert below .6.
 _ALIKE: Final = 0.75
+
+# Entries of a host's directory that are looked at: a document root may have a million.
+_MOST_FILES: Final = 1000
 
 _HASH: Final = re.compile("[0-9a-f]{64}")
 _LIKE_A_HASH: Final = re.compile("[0-9a-fA-F]{40,}")
@@ -119,14 +123,52 @@ def _meant(name: str, files: Sequence[str], sockets: Sequence[str]) -> str | Non
     return None
 
 
+class Listing(NamedTuple):
+    """What is in the directory of hosts, and in those of hosts.
+
+    It is read by whoever has called us: the daemon needs no right to list anything, and has none.
+
+    Attributes:
+        hosts: The entries that are, or seem to be meant as, hosts; None if nobody may list them.
+        error: Why not.
+        files: For an entry, the names in it, and those of sockets among them.
+    """
+
+    hosts: list[str] | None
+    error: str | None
+    files: dict[str, tuple[list[str], list[str]]]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "Listing":
+        """List the working directory, and the directories of these; of all where there are none."""
+        hosts, error = None, None
+        try:
+            with os.scandir(".") as found:
+                hosts = sorted(each.name for each in found if _seems_a_host(each))
+        except OSError as failure:
+            error = failure.strerror or str(failure)
+        listed = names or hosts or ()
+        return cls(hosts, error, {entry: list_files(entry) for entry in listed})
+
+    def files_of(self, entry: str) -> tuple[list[str], list[str]]:
+        """Return the names in the directory of a host, and those of sockets among them."""
+        return self.files.get(entry) or list_files(entry)
+
+
+def _seems_a_host(entry: os.DirEntry[str]) -> bool:
+    if entry.name.startswith("."):
+        return False  # no client's name begins that way: somebody has put it aside
+    # A README is no mistake.
+    return not entry.is_file(follow_symlinks=False)
+
+
 def list_files(place: str) -> tuple[list[str], list[str]]:
     """Return the names in a directory, and those of sockets among them; none if nobody may look."""
     try:
         with os.scandir(place) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
+            found = sorted(islice(entries, _MOST_FILES), key=lambda entry: entry.name)
     except OSError:
         return [], []
-    # Not is_socket(): there is no such thing. A link is not followed: the walk does that.
     sockets = [each.name for each in found if _is_socket(each)]
     return [each.name for each in found], sockets
 

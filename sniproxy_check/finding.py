@@ -33,6 +33,11 @@ class Finding(NamedTuple):
     missing: str | None = None
 
 
+def one_line(text: str) -> str:
+    """Return `text` as it may stand behind a `#` of the shell: no line of it is another command."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 class Result(NamedTuple):
     """What is known of a host.
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from sniproxy_check.finding import CheckReason, Finding, Result
+from sniproxy_check.finding import CheckReason, Finding, Result, one_line
 from sniproxy_check.handshake import Answer
 
 # What does not keep a host from being served.
@@ -57,7 +57,8 @@ def _find_hidden(finding: Finding, *, chroot: bool) -> Finding:
         return Finding(CheckReason.ABSOLUTE_IN_CHROOT, detail, mend)
     detail = f"{finding.detail}; it is here, but the daemon's root directory does not have it"
     directory = missing if os.path.isdir(missing) else os.path.dirname(missing)
-    mend = f"systemctl edit sniproxy.service  # and add: BindReadOnlyPaths={directory}"
+    place = one_line(directory)
+    mend = f"systemctl edit sniproxy.service  # and add: BindReadOnlyPaths={place}"
     return Finding(CheckReason.HIDDEN, detail, mend)
 
 

@@ -9,11 +9,13 @@ import errno
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from sniproxy.service import privileges
 from sniproxy.service.fatal import FatalError, UsageError, attempt
+from sniproxy_check.entries import Listing
 
 # acl(5) as it is kept, linux/posix_acl_xattr.h: a version, and entries: tag, permissions, id.
 _ACL: Final = "system.posix_acl_access"
@@ -44,8 +46,14 @@ class View(NamedTuple):
     hashed: bool
     check_owner: bool
 
-    def enter(self) -> None:
+    def enter(self, names: Sequence[str] = ()) -> Listing:
         """Look that way from now on, with no way back.
+
+        Args:
+            names: the entries of the hosts directory that count; all where there are none.
+
+        Returns:
+            What is there, as far as whoever we have been may list it.
 
         Raises:
             FatalError: it can't be done; a UsageError if nobody may, or there is no such directory.
@@ -59,12 +67,14 @@ class View(NamedTuple):
         if self.chroot and is_root:
             with attempt("make the hosts directory the root directory"):
                 os.chroot(".")
+        listing = Listing.of(names)
         if self.identity is not None and is_root:
             with attempt("become another user"):
                 privileges.become(self.identity)
             privileges.drop_capabilities()
         with _usage("search the hosts directory (the working directory)"):
             os.stat("./.")
+        return listing
 
     def _enter_process(self, process: int) -> None:
         """Take the root and the working directory of a process."""
@@ -111,8 +121,8 @@ def may(identity: privileges.Identity, path: str, status: os.stat_result, right:
     if identity.uid == status.st_uid:
         return bool(mode >> 6 & right)
     groups = {identity.gid, *identity.groups}
-    # Where the mask, which stands in the place of the group's bits, has nothing, the kernel does not
-    # look at the list.
+    # Where the mask, which stands in the place of the group's bits, has nothing, the kernel does
+    # not look at the list.
     if mode & stat.S_IRWXG and (entries := _access_control_list(path)):
         return _acl_lets(entries, identity.uid, groups, status.st_gid, right)
     if status.st_gid in groups:

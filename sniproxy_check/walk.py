@@ -15,10 +15,9 @@ from typing import Final
 
 from sniproxy.explain import Cause, Entry, Fault, Way, explain, go
 from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
-from sniproxy.service.fatal import FatalError
 from sniproxy.service.privileges import Identity
 from sniproxy_check import entries, view
-from sniproxy_check.finding import CheckReason, Finding, Result
+from sniproxy_check.finding import CheckReason, Finding, Result, one_line
 from sniproxy_check.handshake import Answer, probe
 from sniproxy_hostname import Hostname
 
@@ -55,6 +54,7 @@ class Walk:
         user: whom rights are to be given to, for the commands that mend.
         chroot: whether absolute links lead elsewhere for the daemon, and we are not in its root.
         seconds: how long a handshake may take.
+        listing: what is in the directory of hosts, as far as somebody knows who may list it.
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class Walk:
         user: str,
         chroot: bool,
         seconds: float,
+        listing: entries.Listing,
     ) -> None:
+        self._listing = listing
         self._directory_name = directory_name
         self._hashed = hashed
         self._identity = identity
@@ -76,24 +78,6 @@ class Walk:
         self._seconds = seconds
         # The entries themselves are looked up, so that hashes can be, too.
         self._hosts = HostsDirectory(str, check_owner=check_owner)
-
-    def all_entries(self) -> list[str]:
-        """Return the entries of the hosts directory that are, or seem to be meant as, hosts.
-
-        Raises:
-            FatalError: it can't be listed.
-        """
-        try:
-            with os.scandir(".") as found:
-                return sorted(each.name for each in found if self._seems_a_host(each))
-        except OSError as error:
-            raise FatalError.of("list the hosts directory; name your hosts", error) from None
-
-    def _seems_a_host(self, entry: os.DirEntry[str]) -> bool:
-        if entry.name.startswith("."):
-            return False  # no client's name begins that way: somebody has put it aside
-        # A README is no mistake.
-        return not entry.is_file(follow_symlinks=False)
 
     def look_named(self, name: Hostname) -> Result:
         """Look at a host that was named, and shake hands with its backend."""
@@ -104,10 +88,7 @@ class Walk:
 
     def _find_other_spelling(self, name: Hostname) -> str | None:
         """Return the entry that was meant for a host, and is not what the daemon opens for it."""
-        try:
-            found = os.listdir(".")
-        except OSError:
-            return None
+        found = self._listing.hosts or ()
         return next((entry for entry in found if entries.is_meant_for(entry, name)), None)
 
     def look(self, entry: str, *, name: str | None = None, handshake: bool) -> Result:
@@ -123,7 +104,7 @@ class Walk:
             return Result(entry, name, findings=(wrong,))
         if name is None and not self._hashed:
             name = entry
-        findings = entries.check_files(entry, *entries.list_files(entry))
+        findings = entries.check_files(entry, *self._listing.files_of(entry))
         links = self._find_absolute_links(entry)
         try:
             backend, send_proxy_v1, owner = self._connect(entry)
@@ -138,7 +119,7 @@ class Walk:
             pid, uid, _ = _UCRED.unpack(
                 backend.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             )
-        findings = [*links, *self._find_barred(entry), *findings]
+        findings = [*links, *self._find_barred(entry, owner), *findings]
         if not handshake or name is None:
             return Result(entry, name, owner, (pid, uid), findings=tuple(findings))
         asked, expires = self._shake_hands(entry, name, send_proxy_v1=send_proxy_v1)
@@ -199,35 +180,40 @@ class Walk:
             if target.startswith("/")
         ]
 
-    def _find_barred(self, entry: str) -> list[Finding]:
+    def _find_barred(self, entry: str, owner: int) -> list[Finding]:
         """Say what bars the daemon's user, as far as modes tell, from where we have been."""
         if self._identity is None:
             return []
         way = go(f"{entry}/tls-socket")
         for each in way.directories:
             if not view.may(self._identity, each.path, each.status, view.SEARCH):
-                return [self._barred(way, each, "searched")]
+                return [self._barred(way, each, "searched", owner)]
         last = way.last
         if last is not None and not view.may(self._identity, last.path, last.status, view.WRITE):
-            return [self._barred(way, last, "written")]
+            return [self._barred(way, last, "written", owner)]
         return []
 
-    def _barred(self, way: Way, barred: Entry, done: str) -> Finding:
+    def _barred(self, way: Way, barred: Entry, done: str, owner: int) -> Finding:
         detail = f"socket: {way}: {barred} may not be {done} by {self._user}, by its mode"
-        return Finding(HostReason.PERMISSION_DENIED, detail, self._grant(barred))
+        return Finding(HostReason.PERMISSION_DENIED, detail, self._grant(barred, owner))
 
-    # What is to be done.
+    # What is to be done. Whoever runs it is root, perhaps, and the links and files are a tenant's:
+    # so no command changes anything but the host itself, or what its owner owns.
 
-    def _grant(self, entry: Entry) -> str:
+    def _grant(self, entry: Entry, owner: int | None) -> str:
+        """Return what gives the daemon's user the right that it lacks."""
         right = "x" if stat.S_ISDIR(entry.status.st_mode) else "rw"
-        return f"setfacl --modify user:{self._user}:{right} {shlex.quote(entry.path)}"
+        command = f"setfacl --modify user:{self._user}:{right} {shlex.quote(entry.path)}"
+        if entry.status.st_uid == owner:
+            return command
+        # A link may have led there that was not meant.
+        return f"# if uid {entry.status.st_uid} means that: {one_line(command)}"
 
     def _show(self, entry: str, fault: Fault, error: HostError) -> Finding:
         """Return a fault with what mends it."""
         missing = None
-        if fault.way is not None and fault.way.missing is not None:
-            is_missing = isinstance(fault.way.error, FileNotFoundError)
-            missing = fault.way.missing if is_missing else None
+        if fault.way is not None and isinstance(fault.way.error, FileNotFoundError):
+            missing = fault.way.missing
         is_absolute = missing is not None and missing.startswith("/")
         mend = self._mend(entry, fault, error)
         return Finding(fault.reason, fault.detail, mend, missing if is_absolute else None)
@@ -235,39 +221,43 @@ class Walk:
     def _mend(self, entry: str, fault: Fault, error: HostError) -> str:
         place = shlex.quote(entry)
         path = f"{place}/tls-socket"
-        culprit = fault.culprit
-        there = shlex.quote(culprit.path) if culprit is not None else place
-        match fault.cause:
-            case Cause.MISSING if fault.step is Step.HOST:
-                return f"mkdir {place} && ln -s SOCKET {path}"
-            case Cause.MISSING:
-                return f"ln -s SOCKET {path}  # or have the backend listen there"
-            case Cause.NOT_SEARCHABLE if culprit is not None and fault.step is not Step.HOSTS:
-                return self._grant(culprit)
-            case Cause.NOT_SEARCHABLE:
-                return f"setfacl --modify user:{self._user}:x ."
-            case Cause.NOT_WRITABLE if culprit is not None:
-                return self._grant(culprit)
-            case Cause.DANGLING | Cause.LINK_LOOP | Cause.TOO_LONG:
-                links = fault.way.links if fault.way is not None else []
-                link = shlex.quote(links[-1][0]) if links else there
-                what = "DIRECTORY" if fault.step is Step.HOST else "SOCKET"
-                return f"ln -sfn {what} {link}"
-            case Cause.NOT_A_DIRECTORY:
-                return f"rm {there} && mkdir {there}"
-            case Cause.NOT_A_SOCKET | Cause.NOT_A_STREAM_SOCKET:
-                return f"rm -r {there} && ln -s SOCKET {there}"
-            case Cause.NOBODY_LISTENS:
-                return f"rm {there}  # and start the backend, which makes it anew"
-            case Cause.WRITABLE_BY_OTHERS:
-                return f"chmod go-w {there}"
-            case Cause.OTHER_OWNER:
-                return (
-                    f"chown {error.listener} {there}  # or have uid {fault.owner} run the backend"
-                )
+        links = [link for link, _ in fault.way.links] if fault.way is not None else []
+        if fault.step is Step.HOSTS:
+            return f"setfacl --modify user:{self._user}:x ."
+        if fault.cause is Cause.NOT_SEARCHABLE or fault.cause is Cause.NOT_WRITABLE:
+            assert fault.culprit is not None
+            return self._grant(fault.culprit, fault.owner)
+        if fault.step is Step.OWNER:
+            return self._mend_owner(place, fault, error, is_link=bool(links))
         if fault.reason is HostReason.BACKEND_BUSY:
             return "# look whether the backend hangs: it accepts no connection"
-        return "# look into the log of the backend, and of the kernel"
+        if fault.reason is HostReason.BACKEND_FAILED:
+            return "# look into the log of the backend, and of the kernel"
+        if fault.step is Step.HOST:
+            if fault.cause is Cause.MISSING:
+                return f"mkdir {place} && ln -s SOCKET {path}"
+            if links:
+                return f"ln -sfn DIRECTORY {place}"
+            return f"rm {place} && mkdir {place}"
+        if f"{entry}/tls-socket" in links:
+            if fault.cause is Cause.NOBODY_LISTENS:
+                return "# start the backend, which is to listen there"
+            return f"ln -sfn SOCKET {path}"
+        if fault.cause is Cause.NOBODY_LISTENS:
+            return f"rm {path}  # and start the backend, which makes it anew"
+        if fault.cause is Cause.MISSING:
+            return f"ln -s SOCKET {path}  # or have the backend listen there"
+        return f"rm -r {path} && ln -s SOCKET {path}"
+
+    def _mend_owner(self, place: str, fault: Fault, error: HostError, *, is_link: bool) -> str:
+        if fault.cause is Cause.WRITABLE_BY_OTHERS:
+            return f"ln -sfn DIRECTORY {place}" if is_link else f"chmod go-w {place}"
+        command = f"chown {error.listener} {place}"
+        if is_link or os.path.islink(f"{place}/tls-socket"):
+            # It may lead to the socket of somebody who knows nothing of it.
+            who = f"# have uid {fault.owner} run the backend"
+            return f"{who}; if uid {error.listener} is meant: {command}"
+        return f"{command}  # or have uid {fault.owner} run the backend"
 
     def close(self) -> None:
         """Close the hosts directory."""

@@ -283,3 +283,44 @@ def test_no_more_links_are_followed_than_the_kernel_follows(
     way = go("0")
     assert len(way.links) == 40
     assert way.missing == "40"
+
+
+@pytest.mark.parametrize("target", ["a/../" * 800, "./" * 1900 + "a/../" * 19, "a/" * 2000])
+def test_a_way_that_means_nothing_is_not_gone_to_its_end(
+    directory: HostsDirectory, hosts: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant could have the daemon look at components for seconds, again and again."""
+    home = host_directory(hosts, NAME)
+    (home / "a").mkdir()
+    for number in range(30):
+        (home / f"{number}").symlink_to(f"{target}{number + 1}")
+    (home / "tls-socket").symlink_to("0")
+    looks = 0
+    look = os.lstat
+
+    def count(path: str) -> os.stat_result:
+        nonlocal looks
+        looks += 1
+        return look(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sniproxy.explain.os.lstat", count)
+        found = fault(directory)
+    assert looks <= 200
+    if looks > 99:
+        # What is farther on nobody has looked at.
+        assert found.reason_for_owner is HostReason.PERMISSION_DENIED
+        assert found.detail_for_owner == "socket: a.example/tls-socket leads too far"
+
+
+def test_what_is_missing_behind_a_link_is_missing_and_the_link_not_dangling(
+    directory: HostsDirectory, hosts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir(mode=0o755)
+    (hosts / NAME).symlink_to(tmp_path / "site")
+    found = fault(directory)
+    assert found.cause is Cause.MISSING
+    site = tmp_path / "site"
+    assert found.detail == (
+        f"socket: a.example/tls-socket, a.example -> {site}: there is no {site}/tls-socket"
+    )

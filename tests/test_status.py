@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
+from trio.testing import trio_test
 
+from sniproxy.service.figures import HostFigures
+from sniproxy.service.notify import Counts
+from sniproxy.service.status import StatusSocket
 from tests.support.backends import host_directory, listen_unix
 from tests.support.daemon import PATIENCE, Daemon, eventually, start_daemon
 from tests.support.hellos import handshake, hello_body, record
@@ -269,3 +274,61 @@ def test_too_many_at_a_time_hear_nothing(counting: Daemon, hosts: Path, path: Pa
 
 def test_without_the_option_nothing_is_there(daemon: Daemon, hosts: Path) -> None:
     assert list(hosts.iterdir()) == []
+
+
+class Nothing:
+    """Connections of a service that has none."""
+
+    def counts(self) -> Counts:
+        return Counts()
+
+    def moved(self) -> Iterator[tuple[HostFigures, int, int]]:
+        return iter(())
+
+
+@needs_root
+@trio_test
+async def test_many_who_do_not_listen_keep_nobody_out_but_each_other(path: Path) -> None:
+    users = range(4001, 4005)
+    status = StatusSocket(str(path), "sniproxy", ("lookup",), 1)
+    for parent in path.parents:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    for number in range(1500):
+        for uid in users:
+            # More than the buffers of a socket hold.
+            status.figures.served(f"{number}.{uid}.example" + "x" * 200, uid)
+    faults: list[Exception] = []
+    silent: list[socket.socket] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(status.run, Nothing(), faults.append, None)
+        for uid in users:
+            # The last one is one too many of this user.
+            silent += [connect_as(path, uid) for _ in range(5)]
+            assert await trio.to_thread.run_sync(silent[-1].recv, 1) == b""
+        with connect_as(path, 4005) as another:
+            assert await trio.to_thread.run_sync(another.recv, 1) == b""
+        lines = await trio.to_thread.run_sync(read_status, path)
+        assert len(hosts_in(lines)) == 6000
+        nursery.cancel_scope.cancel()
+    for each in silent:
+        each.close()
+    status.end()
+    assert not faults
+
+
+@trio_test
+async def test_a_fault_is_told_and_ends_one_answer(path: Path) -> None:
+    class Faulty(Nothing):
+        def counts(self) -> Counts:
+            raise ZeroDivisionError
+
+    status = StatusSocket(str(path), "sniproxy", (), 1)
+    faults: list[Exception] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(status.run, Faulty(), faults.append, None)
+        for _ in range(6):
+            with connect_as(path) as client:
+                assert await trio.to_thread.run_sync(client.recv, 1) == b""
+        nursery.cancel_scope.cancel()
+    status.end()
+    assert [type(each) for each in faults] == [ZeroDivisionError] * 6

@@ -41,9 +41,10 @@ _TOLD_AT_ONCE: Final = 100
 # end has a fifth of a processor at the most.
 _REST: Final = 4
 
-# Who ask at a time, all in all and of one user, and seconds that each may take to listen.
-_MOST_ASKING: Final = 16
+# Who ask at a time, of one user, and of all those who hear of their own hosts alone: they are not
+# to keep the administrator out. And seconds that each may take to listen.
 _MOST_OF_USER: Final = 4
+_MOST_OTHERS: Final = 16
 _PATIENCE: Final = 10.0
 
 # What is passed along with the connection.
@@ -104,6 +105,7 @@ class StatusSocket:
         self._ways = [_pair() for _ in range(workers)] if workers > 1 else []
         self._user = os.geteuid()
         self._asking: dict[int, int] = {}  # uid: how many
+        self._turn = trio.Lock()  # of whoever makes work, and rests
 
     def close(self) -> None:
         """Stop listening, so that another copy can; whoever is being told is told the rest."""
@@ -169,7 +171,9 @@ class StatusSocket:
 
     def _begin(self, nursery: trio.Nursery, tell: _Tell, asking: _Asking) -> None:
         same = self._asking.get(asking.uid, 0)
-        if same >= _MOST_OF_USER or sum(self._asking.values()) >= _MOST_ASKING:
+        others = sum(many for uid, many in self._asking.items() if not self._sees_all(uid))
+        is_full = others >= _MOST_OTHERS and not self._sees_all(asking.uid)
+        if same >= _MOST_OF_USER or is_full:
             asking.sock.close()
             return
         self._asking[asking.uid] = same + 1
@@ -202,10 +206,32 @@ class StatusSocket:
 
     async def _tell_all(self, asking: _Asking, telling: Telling, worker: int | None) -> None:
         """Tell what the user may hear."""
-        began = time.perf_counter()
-        sees_all = asking.uid in (0, self._user)
+        async with self._turn:
+            began = time.perf_counter()
+            shown, hosts, moved = self._look(asking.uid, telling, worker)
+            await trio.sleep(_REST * (time.perf_counter() - began))
+        await _send(asking.sock, [shown])
+        for first in range(0, len(hosts), _TOLD_AT_ONCE):
+            async with self._turn:
+                began = time.perf_counter()
+                batch = hosts[first : first + _TOLD_AT_ONCE]
+                data = _encode([_show_host(each, moved.get(each)) for each in batch])
+                await trio.sleep(_REST * (time.perf_counter() - began))
+            await _send_bytes(asking.sock, data)
+
+    def _sees_all(self, uid: int) -> bool:
+        return uid in (0, self._user)
+
+    def _look(
+        self, uid: int, telling: Telling, worker: int | None
+    ) -> tuple[dict[str, Any], list[HostFigures], dict[HostFigures, tuple[int, int]]]:
+        """Return what a user may hear of the process, and of which hosts, with bytes of these.
+
+        The bytes are those of hosts that have open connections.
+        """
+        sees_all = self._sees_all(uid)
         # Whoever stands for many owns nothing.
-        owner = None if asking.uid == _OVERFLOW_UID else asking.uid
+        owner = None if uid == _OVERFLOW_UID else uid
         # In one step, so that no byte is told of twice, or missed, and no figure ever falls.
         up, down = self.figures.up, self.figures.down
         moved: dict[HostFigures, tuple[int, int]] = {}
@@ -232,15 +258,7 @@ class StatusSocket:
             for each in self.figures.hosts.values()
             if sees_all or (each.owner == owner and owner is not None)
         ]
-        await trio.sleep(_REST * (time.perf_counter() - began))
-        await _send(asking.sock, [shown])
-        for first in range(0, len(hosts), _TOLD_AT_ONCE):
-            began = time.perf_counter()
-            batch = hosts[first : first + _TOLD_AT_ONCE]
-            data = _encode([_show_host(each, moved.get(each)) for each in batch])
-            rest = _REST * (time.perf_counter() - began)
-            await _send_bytes(asking.sock, data)
-            await trio.sleep(rest)
+        return shown, hosts, moved
 
     def _pass_on(self, asking: _Asking, worker: int) -> None:
         """Have the next process tell the rest.

@@ -169,6 +169,18 @@ class TestAs:
         assert "may not be written" in out
         assert f"setfacl --modify user:{TENANT}:rw two.example/tls-socket" in out
 
+    def test_what_the_daemon_may_not_list_is_listed_by_root(self, hosts: Path) -> None:
+        """The daemon needs no right to list anything."""
+        host_directory(hosts, "Three.Example")
+        (host_directory(hosts, NAME) / "tls_socket").touch()
+        for path in hosts, hosts / NAME:
+            path.chmod(0o711)
+        _, out, _ = run(hosts, "--as", f"{TENANT}:{TENANT}")
+        assert "two.example/tls_socket does nothing: it has to be called tls-socket" in out
+        assert "it should be three.example" in out
+        _, out, _ = run(hosts, "--as", f"{TENANT}:{TENANT}", "three.example")
+        assert "it should be three.example" in out
+
     def test_root_is_told_that_it_sees_more(self, hosts: Path) -> None:
         assert "looked as root" in run(hosts)[1]
         assert "looked as root" not in run(hosts, "--as", "nobody")[1]

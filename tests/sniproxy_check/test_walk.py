@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pytest
 
 from sniproxy.hosts import HostReason
-from sniproxy.service.fatal import FatalError
 from sniproxy.service.privileges import Identity
-from sniproxy_check.finding import CheckReason, Finding, Result
+from sniproxy_check.entries import Listing
+from sniproxy_check.finding import CheckReason, Finding, Result, one_line
 from sniproxy_check.walk import Walk, find_shared
 from sniproxy_hostname import Hostname, directory_namer
 from tests.support.backends import TlsBackend, host_directory, listen_unix
@@ -57,6 +57,7 @@ def walk(
         user="4000",
         chroot=chroot,
         seconds=5.0,
+        listing=Listing.of(()),
     )
 
 
@@ -280,9 +281,7 @@ def test_what_was_put_aside_and_files_are_no_hosts(hosts: Path, backend: Path) -
     for name in NAME, ".old":
         _link(hosts / name, backend)
     (hosts / "README").touch()
-    here = walk()
-    assert here.all_entries() == [NAME]
-    here.close()
+    assert Listing.of(()).hosts == [NAME]
 
 
 def test_who_is_named_is_found_by_what_was_meant(hosts: Path, backend: Path) -> None:
@@ -322,20 +321,37 @@ class TestPermissions:
         return work_out
 
     def test_a_home_that_is_closed(
-        self, look: Callable[[], Result], hosts: Path, tmp_path: Path, backend: Path
+        self, look: Callable[[], Result], hosts: Path, tmp_path: Path
     ) -> None:
         home = tmp_path / "home"
-        home.mkdir()
-        _link(home / "site", backend)
-        os.chown(home, TENANT, TENANT)
+        (home / "site").mkdir(parents=True)
+        for path in home, home / "site":
+            os.chown(path, TENANT, TENANT)
         home.chmod(0o700)
         (hosts / NAME).symlink_to(home / "site")
-        [finding] = look().findings
+        with listen_unix(home / "site" / "tls-socket", uid=TENANT):
+            (home / "site" / "tls-socket").chmod(0o666)
+            [finding] = look().findings
+            assert finding.word is HostReason.PERMISSION_DENIED
+            assert f"{home} (directory, mode 0700, uid {TENANT}, " in finding.detail
+            assert "may not be searched" in finding.detail
+            mend(finding, Path())
+            assert look().findings == ()
+
+    def test_a_home_of_somebody_else_is_not_to_be_opened(
+        self, look: Callable[[], Result], hosts: Path, tmp_path: Path
+    ) -> None:
+        """A tenant's link may have led there so that somebody opens it."""
+        home = tmp_path / "home"
+        home.mkdir(mode=0o700)
+        os.chown(home, OTHER, OTHER)
+        os.chown(host_directory(hosts, NAME), TENANT, TENANT)
+        with listen_unix(home / "socket", uid=TENANT):
+            (home / "socket").chmod(0o666)
+            (hosts / NAME / "tls-socket").symlink_to(home / "socket")
+            [finding] = look().findings
         assert finding.word is HostReason.PERMISSION_DENIED
-        assert f"{home} (directory, mode 0700, uid {TENANT}, " in finding.detail
-        assert "may not be searched" in finding.detail
-        mend(finding, backend)
-        assert look().findings == ()
+        assert finding.mend.startswith(f"# if uid {OTHER} means that: setfacl ")
 
     def test_a_socket_that_is_closed(
         self, look: Callable[[], Result], hosts: Path, backend: Path
@@ -388,19 +404,6 @@ class TestPermissions:
         mend(finding, backend)
         assert look().findings == ()
 
-    def test_a_directory_that_can_t_be_listed(self, hosts: Path, backend: Path) -> None:
-        _link(hosts / NAME, backend)
-        hosts.chmod(0o711)
-        here = walk()
-        os.seteuid(NOBODY)
-        try:
-            with pytest.raises(FatalError, match="name your hosts"):
-                here.all_entries()
-            assert here.look(NAME, handshake=False).findings == ()
-        finally:
-            os.seteuid(0)
-            here.close()
-
 
 def test_one_process_for_hosts_of_two_owners() -> None:
     results = [
@@ -436,6 +439,35 @@ def test_a_full_backlog_is_looked_at_again(hosts: Path, monkeypatch: pytest.Monk
         result = look()  # whose own connection, the last one, is still in the queue
     [finding] = result.findings
     assert finding.word is HostReason.BACKEND_BUSY
+
+
+@pytest.mark.parametrize("at_host", [False, True])
+@pytest.mark.parametrize("kind", ["file", "directory", "nothing", "stale", "open", "others"])
+def test_no_command_changes_what_a_link_leads_to(
+    hosts: Path, tmp_path: Path, backend: Path, kind: str, at_host: bool
+) -> None:
+    """The links are a tenant's, and whoever runs the command is root."""
+    precious = tmp_path / "precious"
+    if kind == "file":
+        precious.touch()
+    elif kind in ("directory", "open"):
+        precious.mkdir()
+        precious.chmod(0o777 if kind == "open" else 0o755)
+    elif kind == "stale":
+        listen_unix(precious).close()
+    elif kind == "others":
+        precious.mkdir(mode=0o755)
+        (precious / "tls-socket").symlink_to(backend)
+    if at_host:
+        (hosts / NAME).symlink_to(precious)
+    else:
+        _link(hosts / NAME, precious)
+    for finding in look().findings:
+        assert str(precious) not in finding.mend.partition("#")[0]
+
+
+def test_behind_a_comment_is_no_other_command(hosts: Path, tmp_path: Path) -> None:
+    assert "\n" not in one_line("# rm\nrm -r /\u2028x\x1b[")
 
 
 def test_what_is_to_be_done_is_quoted(hosts: Path) -> None:
