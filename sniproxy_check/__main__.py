@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except FatalError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return _SOMETHING_WRONG  # who has seen enough closes the pipe; nobody knows the rest
         print(f"sniproxy-check: fatal: {error}", file=sys.stderr)
         return error.code
 

@@ -1,11 +1,11 @@
 """The command `sniproxy-status`: what a service has counted, for whoever may know."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +16,9 @@ from sniproxy import __version__
 from sniproxy.service.fatal import FatalError, UsageError, print_out
 from sniproxy_status import prometheus, table
 from sniproxy_status.reading import Report, read
+
+# What shells say of a program that SIGINT has ended: what was written is not all.
+_INTERRUPTED: Final = 130
 
 # Seconds between two looks of --watch: as top has it, or less.
 _EVERY: Final = 1.0
@@ -43,15 +46,15 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Show the status with the arguments `argv`; return the exit code."""
-    # Who has seen enough closes the pipe, or presses ^C: that is no mistake.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         _run(argv)
     except FatalError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return 0  # who has seen enough closes the pipe
         print(f"sniproxy-status: fatal: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        return 0
+        return _INTERRUPTED
     return 0
 
 
@@ -103,7 +106,7 @@ def _run(argv: Sequence[str] | None) -> None:
     if options.path is None:
         parser.error("the PATH of a status socket is missing (see sniproxy-status --help)")
     if options.watch:
-        _watch(options.path, options.hosts)
+        return _watch(options.path, options.hosts)
     report = _read(options.path, options.hosts)
     if options.json:
         return print_out(json.dumps(_document(report), indent=1) + "\n")
@@ -117,6 +120,13 @@ def _run(argv: Sequence[str] | None) -> None:
             is_coloured=os.isatty(1) and "NO_COLOR" not in os.environ,
         )
     print_out("".join(f"{line}\n" for line in lines))
+    unknown = [host for host in options.hosts if _canonical(host) not in report.hosts]
+    for host in unknown if not options.prometheus else ():
+        print_out(f"nothing is known of {table.printable(host)}\n")
+
+
+def _canonical(host: str) -> str:
+    return host.lower().removesuffix(".")
 
 
 def _read(path: str, hosts: Sequence[str]) -> Report:
@@ -127,7 +137,7 @@ def _read(path: str, hosts: Sequence[str]) -> Report:
     """
     report = read(path)
     if hosts:
-        wanted = {host.lower().removesuffix(".") for host in hosts}
+        wanted = {_canonical(host) for host in hosts}
         report.hosts = {name: host for name, host in report.hosts.items() if name in wanted}
     return report
 
@@ -152,14 +162,23 @@ def _document(report: Report) -> dict[str, Any]:
     return document
 
 
-def _watch(path: str, hosts: Sequence[str]) -> NoReturn:
-    """Show it again and again, until somebody presses ^C."""
+def _watch(path: str, hosts: Sequence[str]) -> None:
+    """Show it again and again, until somebody presses ^C.
+
+    Raises:
+        UsageError: there is nobody who could see it.
+    """
     if not os.isatty(1):
         raise UsageError("unable to watch: standard output is no terminal")
     is_coloured = "NO_COLOR" not in os.environ
+    print_out(_CLEAR)
+    with contextlib.suppress(KeyboardInterrupt):
+        _watch_for_ever(path, hosts, is_coloured=is_coloured)
+
+
+def _watch_for_ever(path: str, hosts: Sequence[str], *, is_coloured: bool) -> NoReturn:
     before: Report | None = None
     seen_at = 0.0
-    print_out(_CLEAR)
     while True:
         size = shutil.get_terminal_size()
         try:

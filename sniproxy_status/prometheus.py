@@ -5,6 +5,7 @@ those with the most connections so far. There is no series for the others togeth
 fall whenever one of them comes among the most.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
@@ -32,7 +33,10 @@ def show(report: Report, path: str, most_hosts: int = MOST_HOSTS) -> Iterator[st
         path: of the socket; it tells apart the same program when it is started twice.
         most_hosts: how many hosts have series of their own.
     """
-    here = {"program": report.program, "socket": path}
+    here = {
+        "program": report.program,
+        "socket": os.fsencode(path).decode("utf-8", "backslashreplace"),
+    }
     yield from _metric("uptime_seconds", "gauge", "Since when it is counted.", [
         ("", here, report.uptime())
     ])  # fmt: skip

@@ -1,7 +1,15 @@
-"""What a service tells at its status socket: lines of JSON, read, checked and added up."""
+"""What a service tells at its status socket: lines of JSON, read, checked and added up.
+
+Root may be reading, and anybody may be at the other end: what is not as it should be is refused,
+and nothing is without a bound.
+"""
 
 import json
+import os
+import re
 import socket
+import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -12,8 +20,21 @@ from sniproxy.service.fatal import FatalError
 # and one of its processes that has died is replaced in another.
 _PATIENCE: Final = 10.0
 
-# Bytes of a line: 20 refusals of 400 are far less. What is longer is none of ours.
+# Seconds for all of it: 64 processes with as many hosts as each can have take half of that.
+_LONGEST: Final = 60.0
+
+# Bytes of a line: 20 refusals of 400 are far less. What is longer is none of ours. And of all.
 _LONGEST_LINE: Final = 1 << 20
+_MOST_BYTES: Final = 1 << 30
+
+# What counts and times can be: what fits into 63 bits, and times of this century and the next.
+_HIGHEST: Final = 1 << 63
+_LATEST: Final = 1 << 33
+_MOST_BUCKETS: Final = 64
+
+# What programs, versions and what is timed are called.
+_WORD: Final = re.compile(r"[A-Za-z0-9._+-]{1,64}")
+_KIND: Final = re.compile(r"[a-z_]{1,32}")
 
 # Refusals of a host that are kept when several processes tell of it: as many as each keeps.
 _MOST_LAST: Final = 20
@@ -35,10 +56,13 @@ class Latency:
 
     def add(self, told: dict[str, Any]) -> None:
         """Add what a process has told."""
-        self.count += int(told["count"])
-        self.seconds += float(told["sum"])
+        self.seconds += _seconds(told["sum"])
         for number, count in told["buckets"].items():
-            self.buckets[int(number)] = self.buckets.get(int(number), 0) + int(count)
+            bucket = int(number)
+            if not 0 <= bucket < _MOST_BUCKETS:
+                raise ValueError(f"there is no bucket {bucket}")
+            self.buckets[bucket] = self.buckets.get(bucket, 0) + _count(count)
+            self.count += _count(count)
 
     def below(self, share: float) -> float | None:
         """Return how many seconds so large a share took less than; None if there was nothing."""
@@ -69,13 +93,14 @@ class Counts:
 
     def add(self, told: dict[str, Any]) -> None:
         """Add what a process has told."""
-        self.open += int(told["open"])
-        self.served += int(told["served"])
-        self.refused += int(told["refused"])
-        self.up += int(told["up"])
-        self.down += int(told["down"])
+        self.open += _count(told["open"])
+        self.served += _count(told["served"])
+        self.refused += _count(told["refused"])
+        self.up += _count(told["up"])
+        self.down += _count(told["down"])
         for reason, count in told["reasons"].items():
-            self.reasons[str(reason)] = self.reasons.get(str(reason), 0) + int(count)
+            name = _text(reason)
+            self.reasons[name] = self.reasons.get(name, 0) + _count(count)
 
 
 @dataclass(slots=True)
@@ -105,12 +130,12 @@ class Host(Counts):
     def add(self, told: dict[str, Any]) -> None:
         """Add what a process has told."""
         Counts.add(self, told)
-        self.owner = told["owner"] if told["owner"] is not None else self.owner
+        if told["owner"] is not None:
+            self.owner = _count(told["owner"])
         for each in told["last"]:
-            detail = None if each["detail"] is None else str(each["detail"])
-            self.last.append(
-                Refusal(float(each["time"]), str(each["client"]), str(each["reason"]), detail)
-            )
+            detail = None if each["detail"] is None else _text(each["detail"])
+            words = _text(each["client"]), _text(each["reason"]), detail
+            self.last.append(Refusal(_seconds(each["time"]), *words))
         self.last.sort(key=lambda refusal: refusal.time)
         del self.last[:-_MOST_LAST]
 
@@ -157,21 +182,51 @@ class Report:
             case "process":
                 self._add_process(told)
             case "host":
-                name = str(told["host"])
+                name = _text(told["host"])
                 self.hosts.setdefault(name, Host(host=name)).add(told)
             case kind:
                 raise ValueError(f"unknown kind {kind!a}")
 
     def _add_process(self, told: dict[str, Any]) -> None:
-        self.program, self.version = str(told["program"]), str(told["version"])
-        worker = None if told["worker"] is None else int(told["worker"])
-        self.processes.append(Process(int(told["pid"]), worker, float(told["uptime"])))
+        self.program = _word(told["program"], _WORD)
+        self.version = _word(told["version"], _WORD)
+        worker = None if told["worker"] is None else _count(told["worker"])
+        self.processes.append(Process(_count(told["pid"]), worker, _seconds(told["uptime"])))
         if told["sees"] == "all":
             if self.total is None:
                 self.total = Counts()
             self.total.add(told)
             for kind, each in told["seconds"].items():
-                self.latencies.setdefault(str(kind), Latency()).add(each)
+                self.latencies.setdefault(_word(kind, _KIND), Latency()).add(each)
+
+
+def _count(value: object) -> int:
+    if isinstance(value, int) and 0 <= value < _HIGHEST:
+        return value
+    raise ValueError(f"{value!a:.40} is no count")
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, int | float) and 0 <= value < _LATEST:
+        return float(value)
+    raise ValueError(f"{value!a:.40} is no time")
+
+
+def _word(value: object, allowed: re.Pattern[str]) -> str:
+    if isinstance(value, str) and allowed.fullmatch(value):
+        return value
+    raise ValueError(f"{value!a:.40} is no word")
+
+
+def _text(value: object) -> str:
+    """Return a text that can be written in UTF-8: JSON can have halves of characters."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    raise ValueError(f"{value!a:.40} is no text")
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
 
 
 def read(path: str) -> Report:
@@ -182,25 +237,30 @@ def read(path: str) -> Report:
     """
     report = Report()
     is_whole = False
-    try:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(_PATIENCE)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(_PATIENCE)
+        try:
             sock.connect(path)
-            for line in _lines(sock, path):
-                told = json.loads(line)
+        except OSError as error:
+            raise FatalError(f"unable to connect to {path}: {_why(path, error)}") from None
+        try:
+            for line in _lines(sock):
+                told = json.loads(line, parse_constant=_refuse_constant)
                 if told["kind"] == "end":
                     is_whole = True
                     break
                 report.add(told)
-    except TimeoutError:
-        message = f"unable to read {path}: nothing was said for {_PATIENCE:g} seconds"
-        raise FatalError(message) from None
-    except OSError as error:
-        # A path that is too long has no errno.
-        raise FatalError(f"unable to connect to {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"unable to read {path}: it is no status socket ({type(error).__name__}: {error})"
-        raise FatalError(message) from None
+            if is_whole and not report.processes:
+                raise ValueError("no process has spoken")
+        except TimeoutError:
+            message = f"unable to read {path}: nothing was said for {_PATIENCE:g} seconds"
+            raise FatalError(message) from None
+        except OSError as error:
+            raise FatalError.of(f"read {path}", error) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            said = f"{type(error).__name__}: {error}".encode("ascii", "backslashreplace").decode()
+            message = f"unable to read {path}: it is no status socket ({said!a:.100})"
+            raise FatalError(message) from None
     if not is_whole:
         raise FatalError(
             f"unable to read {path}: it has closed before the end; it may be asked too often, or "
@@ -209,16 +269,34 @@ def read(path: str) -> Report:
     return report
 
 
-def _lines(sock: socket.socket, path: str) -> Iterator[bytes]:
+def _why(path: str, error: OSError) -> str:
+    """Say why nobody can connect to a path."""
+    try:
+        is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        is_socket = True
+    if not is_socket:
+        return "it is no socket"
+    return error.strerror or str(error)  # a path that is too long has no errno
+
+
+def _lines(sock: socket.socket) -> Iterator[bytes]:
     """Yield whole lines until the end.
 
     Raises:
-        ValueError: one is too long.
+        ValueError: one is too long, or there are too many, or it takes too long.
         OSError: of the socket.
     """
     rest = b""
+    size = 0
+    deadline = time.monotonic() + _LONGEST
     while chunk := sock.recv(1 << 16):
+        size += len(chunk)
         *lines, rest = (rest + chunk).split(b"\n")
         yield from lines
         if len(rest) > _LONGEST_LINE:
-            raise ValueError(f"a line of {path} has more than {_LONGEST_LINE} bytes")
+            raise ValueError(f"a line has more than {_LONGEST_LINE} bytes")
+        if size > _MOST_BYTES:
+            raise ValueError(f"it says more than {_MOST_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise ValueError(f"it has not ended after {_LONGEST:g} seconds")

@@ -133,6 +133,21 @@ def test_what_is_unknown_is_left_alone(tmp_path: Path) -> None:
         ([{"kind": "host"}], "no status socket"),
         ([process(open="many")], "no status socket"),
         ([b"x" * (1 << 20), b"x" * (1 << 17)], "no status socket"),
+        ([END], "no process has spoken"),
+        ([process(up=-1), END], "no count"),
+        ([process(up=1.5), END], "no count"),
+        ([process(up=1 << 63), END], "no count"),
+        ([process(uptime="x"), END], "no time"),
+        ([process(program="\x1b[2J"), END], "no word"),
+        ([process(version="1 2"), END], "no word"),
+        ([process(seconds={"A b": {"count": 0, "sum": 0, "buckets": {}}}), END], "no word"),
+        ([process(seconds={"a": {"count": 1, "sum": 0, "buckets": {"64": 1}}}), END], "no bucket"),
+        ([process(reasons={"a": None}), END], "no count"),
+        ([process(), host("a", last=[refusal(1e300)]), END], "no time"),
+        ([process(), host("a", owner="root"), END], "no count"),
+        ([process(), {**host("a"), "host": 5}, END], "no text"),
+        ([b'{"kind":"process","uptime":Infinity}\n'], "Infinity is no number"),
+        ([b"[" * 100_000 + b"\n"], "no status socket"),
     ],
 )
 def test_what_is_no_status_socket_is_said_to_be_none(
@@ -155,12 +170,36 @@ def test_where_nobody_listens_it_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name, says in [
         ("stale", "Connection refused"),
-        ("file", "Connection refused"),
+        ("file", "it is no socket"),
         ("none", "No such file"),
         ("x" * 200, "too long"),
     ]:
         with pytest.raises(FatalError, match=says):
             read(str(tmp_path / name))
+
+
+def test_who_drips_is_not_listened_to_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sniproxy_status.reading._LONGEST", 0.0)
+    lines = process(), b" " * 100
+    with service(tmp_path / "status", *lines) as path, pytest.raises(FatalError, match="not ended"):
+        read(path)
+
+
+def test_who_says_too_much_is_not_heard_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sniproxy_status.reading._MOST_BYTES", 1000)
+    lines = process(), host("a" * 1000)
+    with service(tmp_path / "status", *lines) as path, pytest.raises(FatalError, match="says more"):
+        read(path)
+
+
+def test_halves_of_characters_can_be_written(tmp_path: Path) -> None:
+    report = told(tmp_path, process(), host("\udc80.example", last=[refusal(1.0, "\ud800")]))
+    assert list(report.hosts) == ["\\udc80.example"]
+    assert "".join(prometheus.show(report, "/run/\udcff")).encode()
 
 
 def test_fifty_thousand_hosts_are_read(tmp_path: Path) -> None:
@@ -320,6 +359,28 @@ def test_hosts_that_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert code == 0
     assert "b.example" not in out
     assert "1970-01-01T00:00:01Z" in out
+
+
+def test_a_host_that_is_unknown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with service(tmp_path / "status", process(), host("a.example"), END) as path:
+        code, out, _ = run(capfd, path, "\x1b.example")
+    assert code == 0
+    assert out.endswith("nothing is known of \\x1b.example\n")
+
+
+def test_who_has_seen_enough_closes_the_pipe(tmp_path: Path) -> None:
+    hosts = [host(f"{number}.example") for number in range(2000)]
+    with service(tmp_path / "status", process(), *hosts, END) as path:
+        piped = f"{sys.executable} -m sniproxy_status {path} | head -n 1; echo ${{PIPESTATUS[0]}}"
+        shown = subprocess.run(
+            ["bash", "-c", piped],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert shown.stderr == ""
+    assert shown.stdout.splitlines()[1] == "0"
 
 
 def test_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
