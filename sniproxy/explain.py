@@ -214,10 +214,11 @@ def _find_cause(error: HostError, way: Way) -> tuple[Cause, Entry | None, str]:
             return Cause.NOT_A_DIRECTORY, last, f"{reached} is no directory"
         if error.reason is HostReason.PERMISSION_DENIED:
             return Cause.NOT_SEARCHABLE, last, f"{reached} may not be searched"
+    elif not stat.S_ISSOCK(last.status.st_mode):
+        also = ", and may not be written" if error.reason is HostReason.PERMISSION_DENIED else ""
+        return Cause.NOT_A_SOCKET, last, f"{reached} is no socket{also}"
     elif error.reason is HostReason.PERMISSION_DENIED:
         return Cause.NOT_WRITABLE, last, f"{reached} may not be written"
-    elif not stat.S_ISSOCK(last.status.st_mode):
-        return Cause.NOT_A_SOCKET, last, f"{reached} is no socket"
     elif error.reason is HostReason.NOT_LISTENING:
         return Cause.NOBODY_LISTENS, last, f"{reached}: nobody listens"
     elif error.reason is HostReason.NOT_A_STREAM_SOCKET:

@@ -188,6 +188,21 @@ def test_what_is_no_socket(
     assert found.detail == f"socket: a.example/tls-socket ({what}, {described(path)}) is no socket"
 
 
+@needs_root
+def test_what_is_no_socket_and_may_not_be_written_either(
+    directory: HostsDirectory, hosts: Path
+) -> None:
+    """The kernel looks at the mode first, and says no more."""
+    path = host_directory(hosts, NAME) / "tls-socket"
+    path.touch(0o644)
+    found = fault(directory, NOBODY)
+    assert (found.reason, found.cause) == (HostReason.PERMISSION_DENIED, Cause.NOT_A_SOCKET)
+    assert found.detail == (
+        f"socket: a.example/tls-socket (regular file, {described(path)}) is no socket, "
+        "and may not be written"
+    )
+
+
 def test_nobody_listens(directory: HostsDirectory, hosts: Path, tmp_path: Path) -> None:
     listen_unix(tmp_path / "stale").close()
     path = host_directory(hosts, NAME) / "tls-socket"
