@@ -178,6 +178,9 @@ def go(path: str) -> Way:
             target = os.readlink(there) if stat.S_ISLNK(status.st_mode) else None
         except OSError as error:
             return here_it_ends._replace(error=error)
+        if target is not None and status.st_size != len(os.fsencode(target)):
+            # One of procfs, which shows what only we may read, and where no path need lead.
+            return here_it_ends
         way = way._replace(last=Entry(there, status))
         if target is None:
             here = there

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
+from sniproxy.explain import go
 from sniproxy_check.finding import CheckReason, Finding
 from sniproxy_hostname import Hostname, InvalidHostname
 from sniproxy_hostname._unicode import from_unicode
@@ -147,12 +148,21 @@ class Listing(NamedTuple):
                 hosts = sorted(each.name for each in found if _seems_a_host(each))
         except OSError as failure:
             error = failure.strerror or str(failure)
-        listed = names or hosts or ()
+        listed = [name for name in names or hosts or () if _is_administrators(name)]
         return cls(hosts, error, {entry: list_files(entry) for entry in listed})
 
     def files_of(self, entry: str) -> tuple[list[str], list[str]]:
         """Return the names in the directory of a host, and those of sockets among them."""
-        return self.files.get(entry) or list_files(entry)
+        return self.files.get(entry, ([], []))
+
+
+def _is_administrators(entry: str) -> bool:
+    """Tell whether an entry leads where the administrator says: tenants' links lead anywhere."""
+    try:
+        trusted = {0, os.stat(".").st_uid, os.geteuid()}
+        return all(os.lstat(link).st_uid in trusted for link, _ in go(entry).links)
+    except OSError:
+        return False
 
 
 def _seems_a_host(entry: os.DirEntry[str]) -> bool:

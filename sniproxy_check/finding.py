@@ -33,6 +33,14 @@ class Finding(NamedTuple):
     missing: str | None = None
 
 
+def typed(mend: str) -> str:
+    """Return a command as it may be shown: one with what can't be shown would be another one.
+
+    A tenant could have made the name that the command has when it is typed.
+    """
+    return mend if mend.isprintable() else f"# {one_line(mend)} (with names that can't be typed)"
+
+
 def one_line(text: str) -> str:
     """Return `text` as it may stand behind a `#` of the shell: no line of it is another command."""
     return "".join(char if char.isprintable() else "?" for char in text)
@@ -61,7 +69,8 @@ class Result(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` makes the same of."""
-        return self._asdict() | {"findings": [each._asdict() for each in self.findings]}
+        findings = [each._replace(mend=typed(each.mend)) for each in self.findings]
+        return self._asdict() | {"findings": [each._asdict() for each in findings]}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Result":

@@ -34,7 +34,8 @@ _MEND_ANSWER: Final = {
     Answer.NOT_TLS: "# have a backend listen there that speaks TLS",
     Answer.SILENT: "# look whether the backend hangs, or waits for another protocol",
     Answer.HANDSHAKE_FAILED: "# look into the log of the backend",
-    Answer.WANTS_PROXY_HEADER: "touch {place}/send-proxy-v1",
+    # Not by touch(1), which follows links: whatever there is of that name counts.
+    Answer.WANTS_PROXY_HEADER: "mkdir {place}/send-proxy-v1",
     Answer.REFUSES_PROXY_HEADER: "rm {place}/send-proxy-v1",
     Answer.CERTIFICATE_FOR_OTHERS: "# give the backend a certificate for {name}",
     Answer.CERTIFICATE_EXPIRED: "# renew the certificate for {name}, and reload the backend",
@@ -113,6 +114,8 @@ class Walk:
             failed = self._show(entry, fault, error)
             # A name that is wrong comes before what that name keeps from being found.
             is_missing = fault.step is Step.SOCKET and fault.cause is Cause.MISSING
+            if is_missing and findings:
+                failed = failed._replace(mend="# the command above mends this, too")
             found = [*findings, failed] if is_missing else [failed, *findings]
             return Result(entry, name, fault.owner, findings=(*links, *found))
         with backend:
@@ -195,16 +198,22 @@ class Walk:
 
     def _barred(self, way: Way, barred: Entry, done: str, owner: int) -> Finding:
         detail = f"socket: {way}: {barred} may not be {done} by {self._user}, by its mode"
-        return Finding(HostReason.PERMISSION_DENIED, detail, self._grant(barred, owner))
+        is_meant = barred.status.st_uid == owner
+        return Finding(HostReason.PERMISSION_DENIED, detail, self._grant(barred, is_meant=is_meant))
 
     # What is to be done. Whoever runs it is root, perhaps, and the links and files are a tenant's:
     # so no command changes anything but the host itself, or what its owner owns.
 
-    def _grant(self, entry: Entry, owner: int | None) -> str:
-        """Return what gives the daemon's user the right that it lacks."""
+    def _grant(self, entry: Entry, *, is_meant: bool) -> str:
+        """Return what gives the daemon's user the right that it lacks.
+
+        Args:
+            entry: what may not be used.
+            is_meant: whether it is known that its owner means that.
+        """
         right = "x" if stat.S_ISDIR(entry.status.st_mode) else "rw"
         command = f"setfacl --modify user:{self._user}:{right} {shlex.quote(entry.path)}"
-        if entry.status.st_uid == owner:
+        if is_meant:
             return command
         # A link may have led there that was not meant.
         return f"# if uid {entry.status.st_uid} means that: {one_line(command)}"
@@ -226,7 +235,12 @@ class Walk:
             return f"setfacl --modify user:{self._user}:x ."
         if fault.cause is Cause.NOT_SEARCHABLE or fault.cause is Cause.NOT_WRITABLE:
             assert fault.culprit is not None
-            return self._grant(fault.culprit, fault.owner)
+            assert fault.way is not None
+            if error.owner is not None:  # a directory was reached, and it is somebody's
+                is_meant = fault.culprit.status.st_uid == error.owner
+            else:
+                is_meant = self._is_administrators(fault.way)
+            return self._grant(fault.culprit, is_meant=is_meant)
         if fault.step is Step.OWNER:
             return self._mend_owner(place, fault, error, is_link=bool(links))
         if fault.reason is HostReason.BACKEND_BUSY:
@@ -239,7 +253,7 @@ class Walk:
             if links:
                 return f"ln -sfn DIRECTORY {place}"
             return f"rm {place} && mkdir {place}"
-        if f"{entry}/tls-socket" in links:
+        if os.path.islink(f"{entry}/tls-socket"):
             if fault.cause is Cause.NOBODY_LISTENS:
                 return "# start the backend, which is to listen there"
             return f"ln -sfn SOCKET {path}"
@@ -252,12 +266,17 @@ class Walk:
     def _mend_owner(self, place: str, fault: Fault, error: HostError, *, is_link: bool) -> str:
         if fault.cause is Cause.WRITABLE_BY_OTHERS:
             return f"ln -sfn DIRECTORY {place}" if is_link else f"chmod go-w {place}"
-        command = f"chown {error.listener} {place}"
-        if is_link or os.path.islink(f"{place}/tls-socket"):
-            # It may lead to the socket of somebody who knows nothing of it.
-            who = f"# have uid {fault.owner} run the backend"
-            return f"{who}; if uid {error.listener} is meant: {command}"
-        return f"{command}  # or have uid {fault.owner} run the backend"
+        # It may lead to the socket of somebody who knows nothing of it.
+        who = f"# have uid {fault.owner} run the backend"
+        return f"{who}; if uid {error.listener} is meant: chown {error.listener} {place}"
+
+    def _is_administrators(self, way: Way) -> bool:
+        """Tell whether all links on a way are root's, or the owner's of the hosts directory."""
+        try:
+            trusted = {0, os.stat(".").st_uid}
+            return all(os.lstat(link).st_uid in trusted for link, _ in way.links)
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close the hosts directory."""

@@ -27,6 +27,10 @@ _LONGEST: Final = 60.0
 _LONGEST_LINE: Final = 1 << 20
 _MOST_BYTES: Final = 1 << 30
 
+# Hosts, twice as many as a process keeps, and reasons, of which there are some fifty.
+_MOST_HOSTS: Final = 1 << 17
+_MOST_REASONS: Final = 1000
+
 # What counts and times can be: what fits into 63 bits, and times of this century and the next.
 _HIGHEST: Final = 1 << 63
 _LATEST: Final = 1 << 33
@@ -100,6 +104,8 @@ class Counts:
         self.down += _count(told["down"])
         for reason, count in told["reasons"].items():
             name = _text(reason)
+            if len(self.reasons) >= _MOST_REASONS:
+                raise ValueError(f"there are more than {_MOST_REASONS} reasons")
             self.reasons[name] = self.reasons.get(name, 0) + _count(count)
 
 
@@ -183,6 +189,8 @@ class Report:
                 self._add_process(told)
             case "host":
                 name = _text(told["host"])
+                if len(self.hosts) >= _MOST_HOSTS:
+                    raise ValueError(f"there are more than {_MOST_HOSTS} hosts")
                 self.hosts.setdefault(name, Host(host=name)).add(told)
             case kind:
                 raise ValueError(f"unknown kind {kind!a}")

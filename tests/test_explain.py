@@ -339,3 +339,14 @@ def test_what_is_missing_behind_a_link_is_missing_and_the_link_not_dangling(
     assert found.detail == (
         f"socket: a.example/tls-socket, a.example -> {site}: there is no {site}/tls-socket"
     )
+
+
+@pytest.mark.parametrize("target", ["/proc/self/cwd/x", "/proc/self/exe", "/proc/self/fd/0"])
+def test_what_procfs_shows_of_us_is_not_told(
+    directory: HostsDirectory, hosts: Path, target: str
+) -> None:
+    (host_directory(hosts, NAME) / "tls-socket").symlink_to(target)
+    found = fault(directory)
+    assert found.reason_for_owner is HostReason.PERMISSION_DENIED
+    assert found.detail_for_owner == "socket: a.example/tls-socket leads too far"
+    assert str(hosts) not in found.detail

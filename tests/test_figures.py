@@ -92,3 +92,11 @@ def test_a_latency_is_in_the_bucket_of_its_power_of_two(seconds: float, bucket: 
     latency = Latency()
     latency.add(seconds)
     assert latency.show() == {"count": 1, "sum": round(seconds, 9), "buckets": {str(bucket): 1}}
+
+
+def test_nothing_is_noted_for_an_owner_of_before(counted: Figures) -> None:
+    before = counted.served("a.example", 1000)
+    counted.served("a.example", 2000)
+    counted.note(before, "192.0.2.1:1", "why", "detail")
+    assert before.last is None
+    assert counted.hosts["a.example"].last is None

@@ -186,6 +186,8 @@ class Figures:
 
     def note(self, figures: HostFigures, client: str, reason: str, detail: str) -> None:
         """Keep something that went wrong with a connection that was served."""
+        if self.hosts.get(figures.host) is not figures:
+            return  # it has another owner since, or was forgotten
         self._keep(figures, Event(time.time(), client, reason, detail))
 
     def left(self, up: int, down: int, ending: Any) -> None:

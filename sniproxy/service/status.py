@@ -42,7 +42,7 @@ _TOLD_AT_ONCE: Final = 100
 _REST: Final = 4
 
 # Who ask at a time, of one user, and of all those who hear of their own hosts alone: they are not
-# to keep the administrator out. And seconds that each may take to listen.
+# to keep the administrator out. And seconds that each may go without reading.
 _MOST_OF_USER: Final = 4
 _MOST_OTHERS: Final = 16
 _PATIENCE: Final = 10.0
@@ -105,7 +105,8 @@ class StatusSocket:
         self._ways = [_pair() for _ in range(workers)] if workers > 1 else []
         self._user = os.geteuid()
         self._asking: dict[int, int] = {}  # uid: how many
-        self._turn = trio.Lock()  # of whoever makes work, and rests
+        # Of whoever makes work, and rests; those who hear all do not wait for the others.
+        self._turns = {False: trio.Lock(), True: trio.Lock()}
 
     def close(self) -> None:
         """Stop listening, so that another copy can; whoever is being told is told the rest."""
@@ -187,14 +188,13 @@ class StatusSocket:
         asking: _Asking,
     ) -> None:
         try:
-            with trio.move_on_after(_PATIENCE):
-                await self._tell_all(asking, telling, worker)
-                if asking.left > 1:
-                    assert worker is not None
-                    self._pass_on(asking, worker)
-                else:
-                    await _send(asking.sock, [{"kind": "end"}])
-        except OSError:
+            await self._tell_all(asking, telling, worker)
+            if asking.left > 1:
+                assert worker is not None
+                self._pass_on(asking, worker)
+            else:
+                await _send(asking.sock, [{"kind": "end"}])
+        except (OSError, trio.TooSlowError):
             pass  # it has gone; or the next process takes nothing: the reader sees no end
         except Exception as error:  # noqa: BLE001 - connections are not to suffer from it
             on_fault(error)
@@ -206,13 +206,14 @@ class StatusSocket:
 
     async def _tell_all(self, asking: _Asking, telling: Telling, worker: int | None) -> None:
         """Tell what the user may hear."""
-        async with self._turn:
+        turn = self._turns[self._sees_all(asking.uid)]
+        async with turn:
             began = time.perf_counter()
             shown, hosts, moved = self._look(asking.uid, telling, worker)
             await trio.sleep(_REST * (time.perf_counter() - began))
         await _send(asking.sock, [shown])
         for first in range(0, len(hosts), _TOLD_AT_ONCE):
-            async with self._turn:
+            async with turn:
                 began = time.perf_counter()
                 batch = hosts[first : first + _TOLD_AT_ONCE]
                 data = _encode([_show_host(each, moved.get(each)) for each in batch])
@@ -220,7 +221,8 @@ class StatusSocket:
             await _send_bytes(asking.sock, data)
 
     def _sees_all(self, uid: int) -> bool:
-        return uid in (0, self._user)
+        # Not even the user that we are, if many look like that one.
+        return uid in (0, self._user) and uid != _OVERFLOW_UID
 
     def _look(
         self, uid: int, telling: Telling, worker: int | None
@@ -301,13 +303,15 @@ async def _send_bytes(sock: std.socket, data: bytes) -> None:
 
     Raises:
         OSError: nobody listens any more.
+        TooSlowError: somebody does not read.
     """
     left = memoryview(data)
     while left:
         try:
             left = left[sock.send(left, std.MSG_NOSIGNAL) :]
         except BlockingIOError:
-            await trio.lowlevel.wait_writable(sock)
+            with trio.fail_after(_PATIENCE):
+                await trio.lowlevel.wait_writable(sock)
 
 
 def _pair() -> tuple[std.socket, std.socket]:

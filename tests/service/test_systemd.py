@@ -284,7 +284,7 @@ def test_a_tenant_does_not_get_the_socket_of_another(machine: Machine) -> None:
     assert "unrecognized name" in try_to_fetch(machine, "thief").stderr
     thief, one = (machine.run("id", "--user", name).stdout.strip() for name in ("thief", "one"))
     # In a user namespace both would be the same.
-    refused = f'detail="the directory belongs to uid {thief}, the listener to uid {one}"'
+    refused = f': the directory belongs to uid {thief}, the listener to uid {one}"'
     assert refused in wait_for_log(machine, "reason=wrong_owner")[1]
 
 

@@ -1,6 +1,7 @@
 """Each finding is provoked, named, and mended by the command that comes with it."""
 
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -76,7 +77,11 @@ def look(entry: str = NAME, uid: int | None = None, *, hashed: bool = False) -> 
 
 def mend(finding: Finding, backend: Path, name: str = NAME) -> None:
     """Do what is said to mend it, with what is in capitals filled in."""
-    command = finding.mend.replace("SOCKET", str(backend)).replace("RELATIVE_PATH", "../../backend")
+    command = (
+        re.sub("^# .* is meant: ", "", finding.mend)
+        .replace("SOCKET", str(backend))
+        .replace("RELATIVE_PATH", "../../backend")
+    )
     command = command.replace("DIRECTORY", str(backend.parent / "site")).replace("NAME", name)
     subprocess.run(["sh", "-euc", command], check=True)
 
@@ -196,6 +201,19 @@ def test_a_mistake_is_named_and_mended(mistake: Mistake, hosts: Path, backend: P
         mend(finding, backend)
     assert look().findings == ()
     assert look().listener == (os.getpid(), os.geteuid())
+
+
+def mended(finding: Finding) -> str:
+    """Return the command as it is shown."""
+    [shown] = Result(NAME, NAME, findings=(finding,)).to_json()["findings"]
+    return str(shown["mend"])
+
+
+def test_a_name_that_cannot_be_shown_is_in_no_command() -> None:
+    """Escaped it would be another name, which a tenant could have made, too."""
+    assert mended(Finding("x", "y", "rm 'a\nb'")) == "# rm 'a?b' (with names that can't be typed)"
+    assert mended(Finding("x", "y", "rm '\udcff'")).startswith("# ")
+    assert mended(Finding("x", "y", "rm a  # b")) == "rm a  # b"
 
 
 def test_a_datagram_socket(hosts: Path, backend: Path) -> None:
@@ -464,6 +482,45 @@ def test_no_command_changes_what_a_link_leads_to(
         _link(hosts / NAME, precious)
     for finding in look().findings:
         assert str(precious) not in finding.mend.partition("#")[0]
+
+
+@needs_root
+def test_what_a_tenant_s_link_leads_to_is_not_listed(hosts: Path, tmp_path: Path) -> None:
+    """Root would show what is in there, and move what is somebody else's."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    os.chown(home, OTHER, OTHER)
+    (tmp_path / "site").symlink_to(home)
+    os.lchown(tmp_path / "site", TENANT, TENANT)
+    (hosts / NAME).symlink_to(tmp_path / "site")
+    with listen_unix(home / "private.sock", uid=OTHER):
+        [finding] = look().findings
+    assert finding.word is HostReason.NO_SOCKET
+
+
+@needs_root
+def test_a_directory_that_a_tenant_s_link_leads_to_is_not_to_be_opened(
+    hosts: Path, tmp_path: Path
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o700)
+    (tmp_path / "site").symlink_to(closed / "inside")
+    (hosts / NAME).symlink_to(tmp_path / "site")
+    [finding] = look(uid=NOBODY).findings
+    assert finding.mend.startswith("setfacl ")  # the administrator's own links
+    os.lchown(tmp_path / "site", TENANT, TENANT)
+    [finding] = look(uid=NOBODY).findings
+    assert finding.mend.startswith("# if uid 0 means that: setfacl ")
+
+
+def test_a_link_to_a_backend_that_is_down_is_left_alone(hosts: Path, tmp_path: Path) -> None:
+    """Wherever the directory of the host is."""
+    listen_unix(tmp_path / "backend").close()
+    _link(tmp_path / "site", tmp_path / "backend")
+    (hosts / NAME).symlink_to(tmp_path / "site")
+    [finding] = look().findings
+    assert finding.mend == "# start the backend, which is to listen there"
 
 
 def test_behind_a_comment_is_no_other_command(hosts: Path, tmp_path: Path) -> None:

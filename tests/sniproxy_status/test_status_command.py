@@ -196,6 +196,16 @@ def test_who_says_too_much_is_not_heard_out(
         read(path)
 
 
+@pytest.mark.parametrize("bound", ["_MOST_HOSTS", "_MOST_REASONS"])
+def test_who_names_too_many_is_not_heard_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    monkeypatch.setattr(f"sniproxy_status.reading.{bound}", 1)
+    lines = process(), host("a.example"), host("b.example"), END
+    with service(tmp_path / "status", *lines) as path, pytest.raises(FatalError, match="more than"):
+        read(path)
+
+
 def test_halves_of_characters_can_be_written(tmp_path: Path) -> None:
     report = told(tmp_path, process(), host("\udc80.example", last=[refusal(1.0, "\ud800")]))
     assert list(report.hosts) == ["\\udc80.example"]

@@ -100,7 +100,7 @@ _TRIES: dict[str, Callable[[], object]] = {
 }
 
 
-async def _intrude(*arguments: Any) -> None:
+async def _intrude(*arguments: Any, **options: Any) -> None:
     came: dict[str, str] = {}
     for name, attempt in _TRIES.items():
         came[name] = "done"
@@ -111,9 +111,9 @@ async def _intrude(*arguments: Any) -> None:
     line = " ".join(f"{name}={what}" for name, what in came.items())
     with contextlib.suppress(OSError):
         os.write(2, f"sniproxy: intruder {line}\n".encode())
-    await serve(*arguments)
+    await serve(*arguments, **options)
 
 
 if __name__ == "__main__":
-    sniproxy.__main__.serve = _intrude  # type: ignore[assignment, attr-defined]
+    sniproxy.__main__.serve = _intrude  # type: ignore[attr-defined]
     sys.exit(sniproxy.__main__.main())
