@@ -369,7 +369,7 @@ class Session(ABC):
         if self.figures is not None:
             self.figures.left(up, down, ending)
         elif shared.figures is not None:
-            shared.figures.left(up, down, ending)
+            shared.figures.left(up, down)
         shared.limit.remove()
 
     def show_client(self) -> str:

@@ -33,7 +33,7 @@ from sniproxy.hello_wait import HelloWait, peek
 from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
 from sniproxy.log import Log
 from sniproxy.service.eventlog import Seconds, show_address
-from sniproxy.service.figures import Figures, HostFigures
+from sniproxy.service.figures import TIMED, Figures, HostFigures
 from sniproxy.service.notify import Counts
 from sniproxy.wire import (
     MAX_WIRE,
@@ -201,7 +201,7 @@ class Sessions:
 
     def count_in(self, figures: Figures) -> None:
         """Count there, from now on, what happens to the connections of each host."""
-        figures.on_left = self.left
+        figures.on_left = self.limit.remove
         self.figures = figures
 
     def moved(self) -> Iterator[tuple[HostFigures, int, int]]:
@@ -300,7 +300,9 @@ class Session:
     def _connect(self, host: Hostname) -> bool:
         """Join the client to the backend of `host`, or refuse it; False if that must wait."""
         shared = self.shared
-        began = time.perf_counter()
+        figures = shared.figures
+        is_timed = figures is not None and shared.served % TIMED == 0
+        began = time.perf_counter() if is_timed else 0.0
         try:
             backend, send_proxy_v1, owner = shared.hosts.connect(host)
         except HostError as error:
@@ -310,10 +312,19 @@ class Session:
             return True
         header = b""
         on_end: OnEnd = shared.left
-        if shared.figures is not None:
-            self._count(shared.figures, host, owner, began)
-            assert self.figures is not None
-            on_end = self.figures.left
+        if figures is not None:
+            if is_timed:
+                connecting_at = shared.hosts.connecting_at
+                figures.latencies["lookup"].add(connecting_at - began)
+                figures.latencies["connect"].add(time.perf_counter() - connecting_at)
+            # As `served` does, which is called for those that are new.
+            counted = figures.hosts.get(host)
+            if counted is None or counted.owner != owner:
+                counted = figures.served(host, owner)
+            else:
+                counted.served += 1
+            self.figures = counted
+            on_end = counted.left
         if send_proxy_v1:
             header = self._proxy_header()
             on_end = self._end_after_header
@@ -352,13 +363,6 @@ class Session:
         except OSError:
             destination = None
         return proxy_v1_header(self.address[:2], destination)
-
-    def _count(self, figures: Figures, host: Hostname, owner: int, began: float) -> None:
-        """Count a connection that is served from now on."""
-        connecting_at = self.shared.hosts.connecting_at
-        figures.latencies["lookup"].add(connecting_at - began)
-        figures.latencies["connect"].add(time.perf_counter() - connecting_at)
-        self.figures = figures.served(host, owner)
 
     def _end_after_header(self, up: int, down: int, ending: Ending) -> None:
         """Say so if the backend seems to have disliked the header; end as all do."""

@@ -12,15 +12,17 @@ def counted() -> Figures:
 
 
 def test_a_connection_is_counted_in_and_out(counted: Figures) -> None:
-    left: list[tuple[int, int, str]] = []
-    counted.on_left = lambda up, down, ending: left.append((up, down, ending))
+    left: list[None] = []
+    counted.on_left = lambda: left.append(None)
     host = counted.served("a.example", 1000)
     assert counted.served("a.example", 1000) is host
-    assert (host.open, host.served) == (2, 2)
+    assert (host.served, host.ended) == (2, 0)
     host.left(10, 200, "finished")
-    assert (host.open, host.up, host.down) == (1, 10, 200)
-    assert (counted.up, counted.down) == (10, 200)
-    assert left == [(10, 200, "finished")]
+    assert (host.served, host.ended, host.up, host.down) == (2, 1, 10, 200)
+    assert counted.moved() == (10, 200)
+    assert len(left) == 1
+    counted.left(1, 1)  # of no host
+    assert counted.moved() == (11, 201)
 
 
 def test_the_last_twenty_refusals_of_a_host_are_kept(counted: Figures) -> None:
@@ -41,7 +43,7 @@ def test_another_owner_hears_nothing_of_the_one_before(counted: Figures) -> None
     assert (host.owner, host.served, host.up, host.refused) == (2000, 0, 0, 1)
     assert host.last is not None
     assert [event.client for event in host.last] == ["192.0.2.2:1"]
-    assert counted.up == 1  # in all
+    assert counted.moved() == (1, 1)  # in all
 
 
 def test_who_does_not_know_the_owner_leaves_it(counted: Figures) -> None:
@@ -70,7 +72,21 @@ def test_where_all_have_connections_another_host_is_counted_in_all_alone(
         counted.served(name, 1)
     counted.served("c.example", 1).left(5, 7, "finished")
     assert set(counted.hosts) == {"a.example", "b.example"}
-    assert (counted.up, counted.down) == (5, 7)
+    assert counted.moved() == (5, 7)
+    # However many they are.
+    monkeypatch.setattr(figures, "_MOST_OTHERS", 3)
+    for _ in range(10):
+        counted.served("c.example", 1).left(1, 1, "finished")
+    assert len(counted._others) <= 3
+    assert counted.moved() == (15, 17)
+
+
+def test_bytes_of_whom_another_owner_follows_are_counted_to_the_end(counted: Figures) -> None:
+    before = counted.served("a.example", 1000)
+    counted.served("a.example", 2000).left(1, 2, "finished")
+    assert counted.moved() == (1, 2)
+    before.left(10, 20, "finished")
+    assert counted.moved() == counted.moved() == (11, 22)
 
 
 def test_refusals_are_kept_of_so_many_hosts_the_latest(

@@ -19,6 +19,13 @@ _MOST_LAST: Final = 20
 # Hosts that are looked at for one to be forgotten: those that have connections stay.
 _MOST_LOOKS: Final = 100
 
+# Hosts without a place among these, after which those are let go that have no connection.
+_MOST_OTHERS: Final = 1000
+
+# Of so many connections one is timed, the first one to begin with: it takes longer than all the
+# rest of counting.
+TIMED: Final = 16
+
 # Bytes of a detail that are kept.
 _LONGEST_DETAIL: Final = 300
 
@@ -70,7 +77,7 @@ class HostFigures:
     Attributes:
         host: Its name.
         owner: The uid of whom it belongs to; None if that is not known.
-        open, served, refused: Connections.
+        served, ended, refused: Connections.
         up, down: Bytes from clients, and to them, of connections that have ended.
         reasons: How often each was refused for; none if it never was.
         last: The last things that went wrong.
@@ -78,10 +85,10 @@ class HostFigures:
 
     __slots__ = (
         "down",
+        "ended",
         "host",
         "last",
         "on_left",
-        "open",
         "owner",
         "reasons",
         "refused",
@@ -89,27 +96,25 @@ class HostFigures:
         "up",
     )
 
-    def __init__(
-        self, host: str, owner: int | None, on_left: Callable[[int, int, Any], None]
-    ) -> None:
+    def __init__(self, host: str, owner: int | None, on_left: Callable[[], None]) -> None:
         self.host = host
         self.owner = owner
-        self.open = self.served = self.refused = 0
+        self.served = self.ended = self.refused = 0
         self.up = self.down = 0
         self.reasons: dict[str, int] | None = None
         self.last: deque[Event] | None = None
         self.on_left = on_left
 
     def left(self, up: int, down: int, ending: Any) -> None:
-        """Count out a connection, and have it counted out in all."""
-        self.open -= 1
+        """Count out a connection, and say that it has ended."""
+        self.ended += 1
         self.up += up
         self.down += down
-        self.on_left(up, down, ending)
+        self.on_left()
 
     def is_idle(self) -> bool:
         """Tell whether it may be forgotten."""
-        return not self.open
+        return self.served == self.ended
 
 
 class Figures:
@@ -119,21 +124,22 @@ class Figures:
         kinds: what is timed.
 
     Attributes:
-        on_left: Called with the bytes there and back of each connection that has ended, and how.
+        on_left: Called when a connection has ended that was counted for a host.
         hosts: By name; the longest known first.
         reasons: How often clients were refused for each.
         latencies: By kind.
-        up, down: Bytes of connections that have ended.
     """
 
     def __init__(self, kinds: tuple[str, ...]) -> None:
-        self.on_left: Callable[[int, int, Any], None] = lambda up, down, ending: None
+        self.on_left: Callable[[], None] = lambda: None
         self._began = time.monotonic()
         self.hosts: dict[str, HostFigures] = {}
         self._refused: dict[str, None] = {}  # hosts of which refusals are kept, the latest last
         self.reasons: dict[str, int] = {}
         self.latencies = {kind: Latency() for kind in kinds}
-        self.up = self.down = 0
+        # Bytes of hosts that are not among these any more; and such as have connections still.
+        self._up = self._down = 0
+        self._others: list[HostFigures] = []
 
     def uptime(self) -> float:
         """Return how many seconds it has been counted for."""
@@ -155,9 +161,17 @@ class Figures:
         figures = self.hosts.get(host)
         if figures is None or (figures.owner != owner and owner is not None):
             figures = self._add(host, owner)
-        figures.open += 1
         figures.served += 1
         return figures
+
+    def moved(self) -> tuple[int, int]:
+        """Return the bytes there and back of all connections that have ended."""
+        self._fold()
+        up, down = self._up, self._down
+        for figures in (*self.hosts.values(), *self._others):
+            up += figures.up
+            down += figures.down
+        return up, down
 
     def refused(self, reason: str) -> None:
         """Count a client that was refused."""
@@ -190,11 +204,18 @@ class Figures:
             return  # it has another owner since, or was forgotten
         self._keep(figures, Event(time.time(), client, reason, detail))
 
-    def left(self, up: int, down: int, ending: Any) -> None:
-        """Count a connection that has ended."""
-        self.up += up
-        self.down += down
-        self.on_left(up, down, ending)
+    def left(self, up: int, down: int) -> None:
+        """Count a connection that has ended, and was counted for no host."""
+        self._up += up
+        self._down += down
+
+    def _fold(self) -> None:
+        """Let go of hosts that are not among ours, and have no connection any more."""
+        others = self._others
+        self._others = [figures for figures in others if not figures.is_idle()]
+        for figures in others:
+            if figures.is_idle():
+                self.left(figures.up, figures.down)
 
     def _keep(self, figures: HostFigures, event: Event) -> None:
         self._refused.pop(figures.host, None)
@@ -209,11 +230,17 @@ class Figures:
         figures.last.append(event)
 
     def _add(self, host: str, owner: int | None) -> HostFigures:
-        figures = HostFigures(host, owner, self.left)
+        figures = HostFigures(host, owner, self.on_left)
         self._refused.pop(host, None)
-        if host not in self.hosts and len(self.hosts) >= _MOST_HOSTS and not self._forget_one():
-            return figures  # its connections are counted in all alone
-        self.hosts[host] = figures
+        before = self.hosts.get(host)
+        is_full = before is None and len(self.hosts) >= _MOST_HOSTS and not self._forget_one()
+        if is_full or before is not None:
+            # Whose bytes are counted in all alone from now on.
+            if len(self._others) >= _MOST_OTHERS:
+                self._fold()
+            self._others.append(figures if before is None else before)
+        if not is_full:
+            self.hosts[host] = figures
         return figures
 
     def _forget_one(self) -> bool:
@@ -222,6 +249,7 @@ class Figures:
             host = next(iter(self.hosts))
             figures = self.hosts.pop(host)
             if figures.is_idle():
+                self.left(figures.up, figures.down)
                 self._refused.pop(host, None)
                 return True
             self.hosts[host] = figures

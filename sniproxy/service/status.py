@@ -235,7 +235,7 @@ class StatusSocket:
         # Whoever stands for many owns nothing.
         owner = None if uid == _OVERFLOW_UID else uid
         # In one step, so that no byte is told of twice, or missed, and no figure ever falls.
-        up, down = self.figures.up, self.figures.down
+        up, down = self.figures.moved()
         moved: dict[HostFigures, tuple[int, int]] = {}
         for each, more_up, more_down in telling.moved():
             up += more_up
@@ -280,7 +280,7 @@ def _show_host(figures: HostFigures, moved: tuple[int, int] | None) -> dict[str,
         "kind": "host",
         "host": figures.host,
         "owner": figures.owner,
-        "open": figures.open,
+        "open": figures.served - figures.ended,
         "served": figures.served,
         "refused": figures.refused,
         "up": up,
