@@ -6,6 +6,7 @@ import shlex
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -437,6 +438,23 @@ def test_one_process_for_hosts_of_two_owners() -> None:
     assert set(found) == {"one.example", "two.example"}
     assert found["one.example"].word is CheckReason.SHARED_PROCESS
     assert "two.example (uid 2000)" in found["one.example"].detail
+
+
+@needs_root
+def test_one_process_for_hosts_of_two_owners_is_seen(hosts: Path) -> None:
+    names = {NAME: TENANT, "three.example": OTHER}
+    with ExitStack() as stack:
+        for name, uid in names.items():
+            os.chown(host_directory(hosts, name), uid, uid)
+            stack.enter_context(listen_unix(hosts / name / "tls-socket"))
+        here = walk(check_owner=False)
+        results = [here.look(name, handshake=False) for name in names]
+        here.close()
+    found = find_shared(results)
+    assert {name: finding.word for name, finding in found.items()} == dict.fromkeys(
+        names, CheckReason.SHARED_PROCESS
+    )
+    assert f"the process {os.getpid()} listens for " in found[NAME].detail
 
 
 def test_a_full_backlog_is_looked_at_again(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
