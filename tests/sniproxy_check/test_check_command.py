@@ -20,12 +20,10 @@ from sniproxy_check.view import SEARCH, WRITE, may
 from tests.support.backends import TlsBackend, accepted, host_directory, listen_unix
 from tests.support.certificates import Certificates
 from tests.support.daemon import Daemon, start_daemon, unmeasured
+from tests.support.others import TENANT, needs_python_for_all
 
 ROOT = Path(__file__).parents[2]
 NAME = "two.example"
-
-# Nobody's, here and on most machines.
-TENANT = 4001
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as several users")
 
@@ -185,6 +183,7 @@ class TestAs:
         assert "looked as root" in run(hosts)[1]
         assert "looked as root" not in run(hosts, "--as", "nobody")[1]
 
+    @needs_python_for_all
     def test_a_tenant_is_told_what_the_daemon_may_do(
         self, hosts: Path, backend: socket.socket
     ) -> None:
@@ -197,6 +196,7 @@ class TestAs:
         code, out, _ = run(hosts, "--no-owner-check", uid=TENANT)
         assert "only root can see" in out
 
+    @needs_python_for_all
     def test_a_tenant_who_can_t_list_names_their_hosts(
         self, hosts: Path, backend: socket.socket
     ) -> None:
@@ -213,6 +213,7 @@ class TestAs:
             _, out, _ = run(hosts)
         assert f"uid {TENANT}, the listener to uid 65534 (nobody)" in out
 
+    @needs_python_for_all
     def test_as_a_running_daemon(self, hosts: Path, backend: socket.socket) -> None:
         (hosts / NAME / "tls-socket").chmod(0o600)
         with start_daemon(hosts, "--user", "nobody:nogroup", measured=False) as daemon:

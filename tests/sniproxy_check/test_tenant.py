@@ -20,12 +20,13 @@ from tests.support.backends import TlsBackend, accepted, host_directory, listen_
 from tests.support.certificates import Certificates
 from tests.support.daemon import PATIENCE, Daemon, start_daemon, unmeasured
 from tests.support.hellos import handshake, hello_body, record
+from tests.support.others import TENANT, needs_python_for_all
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as several users")
+pytestmark = needs_python_for_all
 
 ROOT: Final = Path(__file__).parents[2]
 NAME: Final = "two.example"
-TENANT, OTHER = 4001, 4002
+OTHER: Final = 4002
 
 
 class Machine(NamedTuple):
