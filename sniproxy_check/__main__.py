@@ -16,6 +16,7 @@ from typing import IO, Any, Final
 from sniproxy import __version__
 from sniproxy.service import privileges
 from sniproxy.service.fatal import FatalError, UsageError, attempt, print_out
+from sniproxy.service.options import OptionParser
 from sniproxy_check.entries import Listing
 from sniproxy_check.finding import Finding, Result
 from sniproxy_check.report import find_hidden, name_users, show_json, show_table
@@ -38,17 +39,11 @@ Look every host up as sniproxy does, and say for each whether it is served, or
 what is wrong and the command that mends it. The working directory is the hosts
 directory. Hosts that are named are asked for a TLS handshake, too.
 """
-_EPILOG = """\
+_EXIT_CODES = """\
 Exit codes: 0 all are served, 1 something is wrong, 100 called wrongly, 111 a
 system call failed. Commands that mend are to be run in the hosts directory.
-
-For example: sniproxy-check -C /srv/hosts --as sniproxy one.example
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(f"unable to understand the options: {message}")
+_EXAMPLE = "sniproxy-check -C /srv/hosts --as sniproxy one.example"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,15 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="sniproxy-check",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
+def _parser() -> OptionParser:
+    parser = OptionParser("sniproxy-check", _DESCRIPTION, _EXAMPLE)
+    parser.epilog = f"{_EXIT_CODES}\n{parser.epilog}"
     parser.add_argument("names", nargs="*", metavar="NAME", help="a host (default: all of them)")
     parser.add_argument("-C", dest="hosts", metavar="DIR", help="the hosts directory")
     parser.add_argument(

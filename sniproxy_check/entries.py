@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import shlex
+import stat
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
@@ -187,7 +188,7 @@ def _is_socket(entry: os.DirEntry[str]) -> bool:
     if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
         return False
     try:
-        return (entry.stat(follow_symlinks=False).st_mode & 0o170000) == 0o140000
+        return stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode)
     except OSError:
         return False
 

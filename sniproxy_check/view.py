@@ -155,11 +155,6 @@ def _access_control_list(path: str) -> list[tuple[int, int, int]]:
     return list(_ACL_ENTRY.iter_unpack(data[_ACL_VERSION.size :]))
 
 
-def is_directory(status: os.stat_result) -> bool:
-    """Tell whether it is one."""
-    return stat.S_ISDIR(status.st_mode)
-
-
 class _usage:  # noqa: N801 - used as a function
     """As `attempt`, but what is not there, or not allowed, is the caller's mistake."""
 

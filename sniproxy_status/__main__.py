@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn
 
 from sniproxy import __version__
 from sniproxy.service.fatal import FatalError, UsageError, print_out
+from sniproxy.service.options import OptionParser
 from sniproxy_status import prometheus, table
 from sniproxy_status.reading import Report, read
 
@@ -32,16 +33,10 @@ Show what a service has counted, which tells that at its status socket, PATH.
 Root and the user of the service see all hosts, others those that they own, with
 the last refusals of each. With HOST, only these, and their last refusals.
 """
-_EPILOG = """\
+_EXIT_CODES = """\
 Exit codes: 0 it was shown, 100 called wrongly, 111 nothing can be read there.
-
-For example: sniproxy-status /run/sniproxy/status one.example
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"unable to understand the options: {message}")
+_EXAMPLE = "sniproxy-status /run/sniproxy/status one.example"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,15 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="sniproxy-status",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
+def _parser() -> OptionParser:
+    parser = OptionParser("sniproxy-status", _DESCRIPTION, _EXAMPLE)
+    parser.epilog = f"{_EXIT_CODES}\n{parser.epilog}"
     parser.add_argument("path", nargs="?", metavar="PATH", help="the status socket")
     parser.add_argument("hosts", nargs="*", metavar="HOST", help="a host (default: all)")
     ways = parser.add_mutually_exclusive_group()

@@ -158,9 +158,7 @@ class Figures:
             owner: to whom that host belongs now; None if that is not known. What was counted for
                 another owner is forgotten: it is none of the new one's business.
         """
-        figures = self.hosts.get(host)
-        if figures is None or (figures.owner != owner and owner is not None):
-            figures = self._add(host, owner)
+        figures = self._find(host, owner)
         figures.served += 1
         return figures
 
@@ -189,9 +187,7 @@ class Figures:
             client: its address.
             detail: the reason in more words, likewise.
         """
-        figures = self.hosts.get(host)
-        if figures is None or (figures.owner != owner and owner is not None):
-            figures = self._add(host, owner)
+        figures = self._find(host, owner)
         figures.refused += 1
         if figures.reasons is None:
             figures.reasons = {}
@@ -228,6 +224,13 @@ class Figures:
                 if oldest in self.hosts:
                     self.hosts[oldest].last = None
         figures.last.append(event)
+
+    def _find(self, host: str, owner: int | None) -> HostFigures:
+        """Return the figures of a host that belongs to `owner`, new ones if there are none."""
+        figures = self.hosts.get(host)
+        if figures is None or (figures.owner != owner and owner is not None):
+            figures = self._add(host, owner)
+        return figures
 
     def _add(self, host: str, owner: int | None) -> HostFigures:
         figures = HostFigures(host, owner, self.on_left)
