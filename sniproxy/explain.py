@@ -11,7 +11,6 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
-from sniproxy_hostname import Hostname
 
 # As many links as the kernel follows, path_resolution(7).
 _MOST_LINKS: Final = 40
@@ -128,15 +127,14 @@ class Fault(NamedTuple):
     detail_for_owner: str
 
 
-def explain(hosts: HostsDirectory, host: Hostname, error: HostError) -> Fault:
-    """Say what stood in the way when `host` was looked up in `hosts`, and `error` came of it."""
+def explain(hosts: HostsDirectory, error: HostError) -> Fault:
+    """Say what stood in the way when `error` came of a lookup in `hosts`."""
     if error.step is Step.HOSTS or not error.exists or not hosts.is_here():
         detail = f"{error.step}: {error}"
         cause = Cause.MISSING if error.step is Step.HOST else Cause.NOT_SEARCHABLE
         fixed = error.reason, error.reason, error.step, cause
         return Fault(*fixed, None, None, error.owner, detail, detail)
-    directory = hosts.directory_name(host)
-    path = directory if error.step in (Step.HOST, Step.OWNER) else f"{directory}/tls-socket"
+    path = error.entry if error.step in (Step.HOST, Step.OWNER) else f"{error.entry}/tls-socket"
     way = go(path)
     cause, culprit, words = _find_cause(error, way)
     owner = error.owner if error.owner is not None else _nearest_owner(way)

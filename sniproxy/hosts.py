@@ -6,14 +6,19 @@ length of a path never matters (`sun_path` in unix(7) has 108 bytes, a hostname 
 and options come from the same directory even while a link to it is being swapped. Nothing is
 tested before it is used, and nothing is remembered: whatever the administrator did last is what
 the next connection finds.
+
+Names that no host has can have one all the same, if somebody has made it: `_.example.com` for those
+below example.com, `_unknown` for any, and `_no-name` for clients who ask for none. A hostname does
+not begin with an underscore, so no client can ask for these.
 """
 
+import contextlib
 import errno
 import os
 import stat
 import struct
 from _socket import AF_UNIX, SO_PEERCRED, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from enum import StrEnum
 from time import perf_counter
 
@@ -23,6 +28,12 @@ from sniproxy_hostname import Hostname
 _HERE = b"."
 _SOCKET = b"tls-socket"
 _SEND_PROXY_V1 = b"send-proxy-v1"
+_SEND_PROXY_V2 = b"send-proxy-v2"
+
+# For names that no host has, and for clients who ask for none; and what is before a suffix.
+UNKNOWN = "_unknown"
+NO_NAME = "_no-name"
+BELOW = "_."
 
 _STREAM = SOCK_STREAM | SOCK_NONBLOCK
 
@@ -91,7 +102,8 @@ class HostError(Exception):
     Attributes:
         reason: Why.
         step: Where the lookup ended.
-        exists: Whether the hosts directory has an entry of that name.
+        entry: What was looked for in the hosts directory.
+        exists: Whether that has an entry of that name.
         owner: The uid of the directory that was reached; None if none was.
         listener: The uid of who listens, if that is what is wrong.
     """
@@ -102,6 +114,7 @@ class HostError(Exception):
         detail: str,
         step: Step,
         *,
+        entry: str = "",
         exists: bool = True,
         owner: int | None = None,
         listener: int | None = None,
@@ -109,6 +122,7 @@ class HostError(Exception):
         super().__init__(detail)
         self.reason = reason
         self.step = step
+        self.entry = entry
         self.exists = exists
         self.owner = owner
         self.listener = listener
@@ -179,12 +193,12 @@ class HostsDirectory:
         """
         return not self._away
 
-    def connect(self, host: Hostname) -> tuple[socket, bool, int]:
-        """Connect to the backend of `host`.
+    def connect(self, host: Hostname | None) -> tuple[socket, int, int, str]:
+        """Connect to the backend of `host`; None is a client who asks for none.
 
         Returns:
-            The connected socket, non-blocking; whether the backend wants a PROXY header; and the
-            uid of the host's directory.
+            The connected socket, non-blocking; the version of the PROXY header that the backend
+            wants, or 0; the uid of the host's directory, and its name.
 
         Raises:
             HostError: there is no such host, or its backend can't be reached.
@@ -192,9 +206,69 @@ class HostsDirectory:
         if self._away:
             # The way back was barred the last time. From a tenant's directory nothing is looked up.
             self._return()
+        if host is None:
+            return self._connect_default(NO_NAME)
+        entry = self.directory_name(host)
+        try:
+            return self._connect(entry)
+        except HostError as error:
+            if error.exists or error.reason is not HostReason.NO_SUCH_HOST:
+                raise
+            unknown = error
+        # Nearest first. A hash says nothing of what its name is below.
+        for suffix in _suffixes(host) if entry == host else ():
+            if os.access(f"{BELOW}{suffix}", os.F_OK, follow_symlinks=False):
+                return self._connect_default(f"{BELOW}{suffix}")
+        if os.access(UNKNOWN, os.F_OK, follow_symlinks=False):
+            return self._connect_default(UNKNOWN)
+        raise unknown
+
+    def connect_entry(self, entry: str) -> tuple[socket, int, int, str]:
+        """Connect to the backend of an entry of the hosts directory, as `connect` does.
+
+        Raises:
+            HostError: as above.
+        """
+        return self._connect_default(entry) if entry.startswith("_") else self._connect(entry)
+
+    def _connect_default(self, entry: str) -> tuple[socket, int, int, str]:
+        """Connect to a backend that serves names without a host.
+
+        Whoever may add hosts is not to take names that are not theirs. So the entry, be it a link,
+        and the directory that it leads to have to be the administrator's; or, for names below that
+        of a host, its owner's.
+
+        Raises:
+            HostError: there is no such host, or it is somebody's who may not have it, or its
+                backend can't be reached.
+        """
+        try:
+            made_by = os.lstat(entry).st_uid
+        except PermissionError as error:
+            raise _not_searchable(error) from None
+        except OSError as error:
+            reason = HostReason.NO_SUCH_HOST
+            raise HostError(reason, _words(error), Step.HOST, entry=entry, exists=False) from None
+        allowed = {0, os.fstat(self._fd).st_uid}
+        if entry.startswith(BELOW):
+            with contextlib.suppress(OSError):
+                allowed.add(os.stat(entry.removeprefix(BELOW)).st_uid)
+        if made_by not in allowed:
+            raise _not_theirs(entry, made_by)
+        return self._connect(entry, allowed)
+
+    def _connect(
+        self, entry: str, allowed: Collection[int] | None = None
+    ) -> tuple[socket, int, int, str]:
+        """Connect to the backend of an entry, and come back.
+
+        Args:
+            entry: of the hosts directory.
+            allowed: whom its directory may belong to; None for anybody.
+        """
         self._away = True
         try:
-            found = self._connect_there(self.directory_name(host))
+            found = self._connect_there(entry, allowed)
         except BaseException:
             self._return()
             raise
@@ -213,7 +287,9 @@ class HostsDirectory:
             raise _not_searchable(error) from None
         self._away = False
 
-    def _connect_there(self, directory_name: str) -> tuple[socket, bool, int]:
+    def _connect_there(
+        self, directory_name: str, allowed: Collection[int] | None
+    ) -> tuple[socket, int, int, str]:
         """Enter the directory of the host, and connect."""
         try:
             os.chdir(directory_name)
@@ -224,24 +300,32 @@ class HostsDirectory:
             # Of the directory that was reached, whatever links led to it.
             directory = os.stat(_HERE)
             owner = directory.st_uid
+            if allowed is not None and owner not in allowed:
+                raise _not_theirs(directory_name, owner)
             # An entry of that name, whatever it is: a dangling link was put there on purpose, too.
-            send_proxy_v1 = os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False)
+            # Who wants both gets the one that says more.
+            if os.access(_SEND_PROXY_V2, os.F_OK, follow_symlinks=False):
+                proxy = 2
+            else:
+                proxy = int(os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False))
             # The last: it wakes the backend, which is to find the hello when it is awake.
             backend = socket(AF_UNIX, _STREAM)
             self.connecting_at = perf_counter()
             backend.connect(_SOCKET)
             if self._checks_owner:
-                self._check_owner(directory, backend)
+                self._check_owner(directory_name, directory, backend)
         except BaseException as error:
             if backend is not None:
                 backend.close()
             if isinstance(error, OSError):
                 reason = _NO_BACKEND.get(error.errno or 0, HostReason.BACKEND_FAILED)
-                raise HostError(reason, _words(error), Step.SOCKET, owner=owner) from None
+                raise HostError(
+                    reason, _words(error), Step.SOCKET, entry=directory_name, owner=owner
+                ) from None
             raise
-        return backend, send_proxy_v1, owner
+        return backend, proxy, owner, directory_name
 
-    def _check_owner(self, directory: os.stat_result, backend: socket) -> None:
+    def _check_owner(self, entry: str, directory: os.stat_result, backend: socket) -> None:
         """Make sure that the listener is one that the directory's owner may speak for.
 
         Links can lead anywhere, and whoever may write in a directory can put one there. So the
@@ -258,6 +342,7 @@ class HostsDirectory:
                     HostReason.WRITABLE_BY_OTHERS,
                     "the directory belongs to root and others may write in it",
                     Step.OWNER,
+                    entry=entry,
                     owner=owner,
                 )
             return
@@ -271,6 +356,7 @@ class HostsDirectory:
             HostReason.WRONG_OWNER,
             f"the directory belongs to uid {owner}, the listener to uid {listener}",
             Step.OWNER,
+            entry=entry,
             owner=owner,
             listener=listener,
         )
@@ -288,7 +374,19 @@ def _no_directory(directory_name: str, error: OSError) -> HostError:
     except OSError:
         exists = False
     reason = _NO_DIRECTORY.get(error.errno or 0, HostReason.BACKEND_FAILED)
-    return HostError(reason, _words(error), Step.HOST, exists=exists)
+    return HostError(reason, _words(error), Step.HOST, entry=directory_name, exists=exists)
+
+
+def _not_theirs(entry: str, owner: int) -> HostError:
+    detail = f"it belongs to uid {owner}, who may not serve these names"
+    return HostError(HostReason.WRONG_OWNER, detail, Step.OWNER, entry=entry, owner=owner)
+
+
+def _suffixes(host: Hostname) -> Iterator[str]:
+    """Yield what a name is below, the nearest first."""
+    suffix = str(host)
+    while suffix := suffix.partition(".")[2]:
+        yield suffix
 
 
 def _not_searchable(error: OSError) -> HostError:

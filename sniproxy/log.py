@@ -74,7 +74,7 @@ class Log(EventLog):
         fields = {"client": client, "name": name, "reason": reason, "alert": number}
         self.event("refused", priority, **fields, detail=detail)
 
-    def proxy_header_unanswered(self, client: str, name: bytes, detail: str) -> None:
+    def proxy_header_unanswered(self, client: str, name: bytes | None, detail: str) -> None:
         """Say that a backend has closed without a byte, after a PROXY header."""
         if self.admits("proxy_header_unanswered", client, name, is_host=True):
             self.event(

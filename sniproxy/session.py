@@ -43,7 +43,10 @@ from sniproxy.wire import (
     HelloReader,
     Reason,
     alert_record,
+    alpn_tlv,
+    authority_tlv,
     proxy_v1_header,
+    proxy_v2_header,
     read_at_once,
 )
 from sniproxy_hostname import Hostname, InvalidHostname
@@ -108,7 +111,7 @@ ALERTS: dict[HostReason, Alert] = {
 LATENCIES = ("lookup", "connect")
 
 _UNANSWERED_DETAIL = (
-    "the backend has closed without a byte, and send-proxy-v1 is there: it may not expect that"
+    "the backend has closed without a byte; it may not expect the PROXY header that it gets"
 )
 
 
@@ -233,6 +236,8 @@ class Session:
         "host",
         "is_over",
         "name",
+        "nameless",
+        "protocols",
         "shared",
         "size",
         "wait",
@@ -248,6 +253,8 @@ class Session:
         self.wait: HelloWait | None = None  # for the rest of a hello that did not come all at once
         self.name: bytes | None = None
         self.host: Hostname | None = None
+        self.nameless: HelloError | None = None  # the client has asked for no host
+        self.protocols = b""  # what it offers by ALPN
         self.figures: HostFigures | None = None  # of the host, when it is served and counted
         self.is_over = False
 
@@ -278,36 +285,39 @@ class Session:
         """Find out whom the client wants; connect in the next turn."""
         if self.wait is not None:
             self.shared.waiting.discard(self.wait)
+        self.protocols = hello.protocol_name_list
         try:
             self.name = hello.required_server_name()
             self.host = _hostname(self.name)
         except HelloError as error:
-            self._refuse(error.reason, error.alert, str(error))
+            self.nameless = error
         except InvalidHostname as error:
             # Not a name at all, so nobody here has it.
-            self._refuse(Reason.INVALID_NAME, Alert.UNRECOGNIZED_NAME, str(error))
-        else:
-            self.shared.loop.call_soon(self)
+            return self._refuse(Reason.INVALID_NAME, Alert.UNRECOGNIZED_NAME, str(error))
+        self.shared.loop.call_soon(self)
 
     def on_event(self, events: int) -> None:
         """Connect: those of this batch come one after the other."""
-        assert self.host is not None
         if self.shared.is_cut:
             self.abort()
-        elif not (self.is_over or self._connect(self.host)):
-            self.shared.nursery.start_soon(self._connect_later, self.host)
+        elif not (self.is_over or self._connect()):
+            self.shared.nursery.start_soon(self._connect_later)
 
-    def _connect(self, host: Hostname) -> bool:
-        """Join the client to the backend of `host`, or refuse it; False if that must wait."""
+    def _connect(self) -> bool:
+        """Join the client to its backend, or refuse it; False if that must wait."""
         shared = self.shared
         figures = shared.figures
         is_timed = figures is not None and shared.served % TIMED == 0
         began = time.perf_counter() if is_timed else 0.0
         try:
-            backend, send_proxy_v1, owner = shared.hosts.connect(host)
+            backend, proxy, owner, entry = shared.hosts.connect(self.host)
         except HostError as error:
             if error.reason is HostReason.BACKEND_BUSY:
                 return False
+            nameless = self.nameless
+            if nameless is not None and error.reason is HostReason.NO_SUCH_HOST:
+                self._refuse(nameless.reason, nameless.alert, str(nameless))
+                return True
             self._refuse(error.reason, ALERTS[error.reason], error)
             return True
         header = b""
@@ -317,16 +327,17 @@ class Session:
                 connecting_at = shared.hosts.connecting_at
                 figures.latencies["lookup"].add(connecting_at - began)
                 figures.latencies["connect"].add(time.perf_counter() - connecting_at)
+            name = self._host_name(entry)
             # As `served` does, which is called for those that are new.
-            counted = figures.hosts.get(host)
+            counted = figures.hosts.get(name)
             if counted is None or counted.owner != owner:
-                counted = figures.served(host, owner)
+                counted = figures.served(name, owner)
             else:
                 counted.served += 1
             self.figures = counted
             on_end = counted.left
-        if send_proxy_v1:
-            header = self._proxy_header()
+        if proxy:
+            header = self._proxy_header(proxy)
             on_end = self._end_after_header
         elif shared.config.log_connections:
             on_end = self._end
@@ -336,7 +347,7 @@ class Session:
         shared.relay.join(self.client, backend, on_end, events, header)
         return True
 
-    async def _connect_later(self, host: Hostname) -> None:
+    async def _connect_later(self) -> None:
         """Try again until the backend's backlog has room, or the deadline has passed."""
         config = self.shared.config
         pause = config.first_retry
@@ -344,12 +355,13 @@ class Session:
         try:
             while trio.current_time() + pause < deadline:
                 await trio.sleep(pause)
-                if self._connect(host):
+                if self._connect():
                     return
                 pause = min(2 * pause, config.last_retry)
             busy = HostReason.BACKEND_BUSY
             detail = "its backlog was full until the deadline"
-            self._refuse(busy, ALERTS[busy], HostError(busy, detail, Step.SOCKET))
+            entry = self._host_name("")
+            self._refuse(busy, ALERTS[busy], HostError(busy, detail, Step.SOCKET, entry=entry))
         except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
             self.shared.log.bug(error)
             self.abort()
@@ -357,19 +369,29 @@ class Session:
             self.abort()
             raise
 
-    def _proxy_header(self) -> bytes:
+    def _proxy_header(self, version: int) -> bytes:
         try:
             destination = self.client.getsockname()[:2]
         except OSError:
             destination = None
-        return proxy_v1_header(self.address[:2], destination)
+        if version == 1:
+            return proxy_v1_header(self.address[:2], destination)
+        tlvs = []
+        if self.name is not None:
+            tlvs.append(authority_tlv(self.name))
+        if self.protocols:
+            tlvs.append(alpn_tlv(self.protocols))
+        return proxy_v2_header(self.address[:2], destination, tlvs, is_checked=True)
+
+    def _host_name(self, entry: str) -> str:
+        """Return what the host is called that has that directory, which may be named by a hash."""
+        return entry if self.host is None or entry.startswith("_") else self.host
 
     def _end_after_header(self, up: int, down: int, ending: Ending) -> None:
         """Say so if the backend seems to have disliked the header; end as all do."""
         # A server of TLS says something to any hello, if only an alert. One that has closed for the
         # client's sake has said something before.
         if not down and ending in _BACKEND_CLOSED:
-            assert self.name is not None
             client = show_address(self.address)
             self.shared.log.proxy_header_unanswered(client, self.name, _UNANSWERED_DETAIL)
             if self.shared.figures is not None and self.figures is not None:
@@ -482,14 +504,14 @@ class Session:
         if shared.figures is not None:
             shared.figures.refused(reason)
         if isinstance(detail, HostError):
-            assert self.host is not None
             if not is_admitted and (shared.figures is None or not is_host):
                 return
-            fault = explain(shared.hosts, self.host, detail)
+            host = self._host_name(detail.entry)
+            fault = explain(shared.hosts, detail)
             detail = fault.detail
             if shared.figures is not None and is_host:
                 shared.figures.refused_at(
-                    self.host,
+                    host,
                     fault.owner,
                     fault.reason_for_owner,
                     client,

@@ -10,15 +10,16 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from sniproxy.explain import go
+from sniproxy.hosts import BELOW, NO_NAME, UNKNOWN
 from sniproxy_check.finding import CheckReason, Finding
 from sniproxy_hostname import Hostname, InvalidHostname
 from sniproxy_hostname._unicode import from_unicode
 
 # What the daemon looks for in the directory of a host.
-ENTRIES: Final = ("tls-socket", "send-proxy-v1")
+ENTRIES: Final = ("tls-socket", "send-proxy-v1", "send-proxy-v2")
 
-# What other versions, and other programs, have in its place.
-_OF_OTHERS: Final = ("send-proxy", "send-proxy-v2")
+# What other programs call the first version.
+_OF_OTHERS: Final = ("send-proxy",)
 
 # How alike two names are, from 0 to 1, of which one is meant by the other: tls_socket and tls-sock
 # are .9, tls.key and tls-cert below .6.
@@ -53,7 +54,9 @@ def check_name(
     if hashed:
         if _HASH.fullmatch(entry):
             return None
-    elif host_of(entry) is not None:
+    elif host_of(entry.removeprefix(BELOW)) is not None:
+        return None
+    if entry in (UNKNOWN, NO_NAME):
         return None
     if _LIKE_A_HASH.fullmatch(entry):
         return _like_a_hash(entry, hashed=hashed)
@@ -99,6 +102,10 @@ def check_files(place: str, files: Sequence[str], sockets: Sequence[str]) -> lis
         sockets: those of sockets among them.
     """
     findings = []
+    if "send-proxy-v1" in files and "send-proxy-v2" in files:
+        detail = f"{place} has send-proxy-v1 and send-proxy-v2: version 2 is sent"
+        mend = f"rm {shlex.quote(place)}/send-proxy-v1"
+        findings.append(Finding(CheckReason.TWO_PROXY_HEADERS, detail, mend))
     for name in files:
         path = f"{place}/{name}"
         if name in ENTRIES:

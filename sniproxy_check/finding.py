@@ -13,6 +13,7 @@ class CheckReason(StrEnum):
     UNKNOWN_FILE = "unknown_file"  # one that another version may know
     HIDDEN = "hidden"  # it is there, but not for the daemon
     ABSOLUTE_IN_CHROOT = "absolute_in_chroot"  # a link leads to another place in there
+    TWO_PROXY_HEADERS = "two_proxy_headers"  # of which one is sent
     SHARED_PROCESS = "shared_process"  # one process answers for hosts of several owners
 
 

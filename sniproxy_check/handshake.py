@@ -20,7 +20,7 @@ from contextlib import closing, suppress
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
-from sniproxy.wire import proxy_v1_header
+from sniproxy.wire import authority_tlv, proxy_v1_header, proxy_v2_header
 
 # Who renews in time, by ACME or by hand, does so a month before the end. A certificate with two
 # weeks left is one whose renewal fails, and there still is time to repair that.
@@ -75,6 +75,8 @@ class Answer(StrEnum):
     WANTS_PROXY_HEADER = "wants_proxy_header"
     # It was sent a header, and fails; it speaks TLS without one.
     REFUSES_PROXY_HEADER = "refuses_proxy_header"
+    # It was sent a header, and fails; it speaks TLS after one of the other version.
+    WANTS_OTHER_PROXY_HEADER = "wants_other_proxy_header"
     # Its certificate has other names than the one that was asked for.
     CERTIFICATE_FOR_OTHERS = "certificate_for_others"
     # The end of its certificate has passed.
@@ -93,12 +95,14 @@ class Probe(NamedTuple):
         detail: More, for people: one line of printable ASCII; maybe empty.
         protocol: What it chose by ALPN (RFC 7301); None if nothing, or if it speaks no TLS.
         expires: The end of its certificate in Unix time; None if that could not be read.
+        wants: The version of the PROXY header with which it speaks TLS, if it has none; 0 is none.
     """
 
     answer: Answer
     detail: str
     protocol: str | None = None
     expires: float | None = None
+    wants: int = 0
 
 
 class _FailedError(Exception):
@@ -111,13 +115,13 @@ class _FailedError(Exception):
 
 
 class _Shake(Protocol):
-    """Shake hands over a connection of its own, with or without a header before."""
+    """Shake hands over a connection of its own, with a PROXY header of that version, or 0."""
 
-    def __call__(self, context: ssl.SSLContext, *, header: bool) -> ssl.SSLObject: ...
+    def __call__(self, context: ssl.SSLContext, *, header: int) -> ssl.SSLObject: ...
 
 
 def probe(
-    connect: Callable[[], socket.socket], name: str, *, send_proxy_v1: bool, seconds: float = 5.0
+    connect: Callable[[], socket.socket], name: str, *, proxy: int, seconds: float = 5.0
 ) -> Probe:
     """Find out how a backend answers a client that wants a name.
 
@@ -125,7 +129,7 @@ def probe(
         connect: Returns a new stream socket to it each time, to be closed here. It is called two
             or three times.
         name: The server name that the client sends, in its ASCII form (A-labels).
-        send_proxy_v1: Whether the daemon sends it a PROXY header, version 1.
+        proxy: The version of the PROXY header that the daemon sends it; 0 for none.
         seconds: How long one connection may take. Two that fail may so take twice as long.
 
     Raises:
@@ -134,33 +138,40 @@ def probe(
         ValueError: `name` can be no server name.
     """
 
-    def shake(context: ssl.SSLContext, *, header: bool) -> ssl.SSLObject:
+    def shake(context: ssl.SSLContext, *, header: int) -> ssl.SSLObject:
         return _shake_hands(connect, name, context, seconds, header=header)
 
     try:
-        tls = shake(_lenient(), header=send_proxy_v1)
+        tls = shake(_lenient(), header=proxy)
     except _FailedError as failed:
-        return _the_other_way(shake, failed, sent=send_proxy_v1)
+        return _the_other_way(shake, failed, sent=proxy)
     certificate = tls.getpeercert(binary_form=True)
     assert certificate  # every cipher suite that is offered authenticates the server
-    answer, detail, expires = _judge(shake, certificate, header=send_proxy_v1)
+    answer, detail, expires = _judge(shake, certificate, header=proxy)
     told = "; ".join(filter(None, [tls.version(), detail]))
     return Probe(answer, told, tls.selected_alpn_protocol(), expires)
 
 
-def _the_other_way(shake: _Shake, failed: _FailedError, *, sent: bool) -> Probe:
+def _the_other_way(shake: _Shake, failed: _FailedError, *, sent: int) -> Probe:
     """Look whether it was the header, or that there was none."""
-    try:
-        tls = shake(_lenient(), header=not sent)
-    except Exception:  # noqa: BLE001  # `connect` may raise anything; the first failure is the answer
-        return Probe(failed.answer, failed.detail)
-    answer = Answer.REFUSES_PROXY_HEADER if sent else Answer.WANTS_PROXY_HEADER
-    way = "with" if sent else "without"
-    told = ": ".join(filter(None, [f"{way} a header {failed.answer}", failed.detail]))
-    return Probe(answer, told, tls.selected_alpn_protocol())
+    for wants in (0, 1, 2):
+        if wants == sent:
+            continue
+        try:
+            tls = shake(_lenient(), header=wants)
+        except Exception:  # noqa: BLE001, S112  # of `connect`; the first failure is the answer
+            continue
+        if not sent:
+            answer = Answer.WANTS_PROXY_HEADER
+        else:
+            answer = Answer.WANTS_OTHER_PROXY_HEADER if wants else Answer.REFUSES_PROXY_HEADER
+        way = f"with a header of version {sent}" if sent else "without a header"
+        told = ": ".join(filter(None, [f"{way} {failed.answer}", failed.detail]))
+        return Probe(answer, told, tls.selected_alpn_protocol(), wants=wants)
+    return Probe(failed.answer, failed.detail)
 
 
-def _judge(shake: _Shake, certificate: bytes, *, header: bool) -> tuple[Answer, str, float | None]:
+def _judge(shake: _Shake, certificate: bytes, *, header: int) -> tuple[Answer, str, float | None]:
     """Return the answer, the detail and the end of a certificate (DER)."""
     for_others = False
     try:
@@ -238,7 +249,7 @@ def _shake_hands(
     context: ssl.SSLContext,
     seconds: float,
     *,
-    header: bool,
+    header: int,
 ) -> ssl.SSLObject:
     """Connect, shake hands, say good-bye.
 
@@ -249,8 +260,11 @@ def _shake_hands(
     """
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = context.wrap_bio(incoming, outgoing, server_hostname=name)
-    if header:
+    if header == 1:
         outgoing.write(proxy_v1_header(_HERE, _HERE))
+    elif header:
+        authority = authority_tlv(name.encode())
+        outgoing.write(proxy_v2_header(_HERE, _HERE, [authority], is_checked=True))
     heard = bytearray()
     flights = 0
     with closing(connect()) as sock:

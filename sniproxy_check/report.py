@@ -17,6 +17,7 @@ _WARNINGS: Final = frozenset(
         Answer.CERTIFICATE_EXPIRES_SOON,
         CheckReason.MISSPELT,
         CheckReason.SHARED_PROCESS,
+        CheckReason.TWO_PROXY_HEADERS,
         CheckReason.UNKNOWN_FILE,
     }
 )

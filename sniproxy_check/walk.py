@@ -35,8 +35,9 @@ _MEND_ANSWER: Final = {
     Answer.SILENT: "# look whether the backend hangs, or waits for another protocol",
     Answer.HANDSHAKE_FAILED: "# look into the log of the backend",
     # Not by touch(1), which follows links: whatever there is of that name counts.
-    Answer.WANTS_PROXY_HEADER: "mkdir {place}/send-proxy-v1",
-    Answer.REFUSES_PROXY_HEADER: "rm {place}/send-proxy-v1",
+    Answer.WANTS_PROXY_HEADER: "mkdir {place}/send-proxy-v{wanted}",
+    Answer.REFUSES_PROXY_HEADER: "rm -r {place}/send-proxy-v{sent}",
+    Answer.WANTS_OTHER_PROXY_HEADER: "mv {place}/send-proxy-v{sent} {place}/send-proxy-v{wanted}",
     Answer.CERTIFICATE_FOR_OTHERS: "# give the backend a certificate for {name}",
     Answer.CERTIFICATE_EXPIRED: "# renew the certificate for {name}, and reload the backend",
     Answer.CERTIFICATE_NOT_YET_VALID: "# set the clock, or wait; else renew the certificate",
@@ -108,9 +109,9 @@ class Walk:
         findings = entries.check_files(entry, *self._listing.files_of(entry))
         links = self._find_absolute_links(entry)
         try:
-            backend, send_proxy_v1, owner = self._connect(entry)
+            backend, proxy, owner, served_by = self._connect(entry)
         except HostError as error:
-            fault = explain(self._hosts, _as_host(entry), error)
+            fault = explain(self._hosts, error)
             failed = self._show(entry, fault, error)
             # A name that is wrong comes before what that name keeps from being found.
             is_missing = fault.step is Step.SOCKET and fault.cause is Cause.MISSING
@@ -123,14 +124,14 @@ class Walk:
                 backend.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             )
         findings = [*links, *self._find_barred(entry, owner), *findings]
-        if not handshake or name is None:
-            return Result(entry, name, owner, (pid, uid), findings=tuple(findings))
-        asked, expires = self._shake_hands(entry, name, send_proxy_v1=send_proxy_v1)
+        if not handshake or name is None or name.startswith("_"):
+            return Result(served_by, name, owner, (pid, uid), findings=tuple(findings))
+        asked, expires = self._shake_hands(entry, name, proxy)
         findings += asked
-        fixed = entry, name, owner, (pid, uid)
+        fixed = served_by, name, owner, (pid, uid)
         return Result(*fixed, is_asked=True, expires=expires, findings=tuple(findings))
 
-    def _connect(self, entry: str) -> tuple[socket.socket, bool, int]:
+    def _connect(self, entry: str) -> tuple[socket.socket, int, int, str]:
         """Connect as the daemon does; wait for a place in a backlog that is full.
 
         Raises:
@@ -138,25 +139,26 @@ class Walk:
         """
         for left in reversed(range(_TRIES)):
             try:
-                backend, send_proxy_v1, owner = self._hosts.connect(_as_host(entry))
+                if os.path.lexists(entry):
+                    backend, proxy, owner, served_by = self._hosts.connect_entry(entry)
+                else:  # it may be one of those that are served all the same
+                    backend, proxy, owner, served_by = self._hosts.connect(_as_host(entry))
             except HostError as error:
                 if error.reason is not HostReason.BACKEND_BUSY or not left:
                     raise
                 time.sleep(_PAUSE)
             else:
-                return socket.socket(fileno=backend.detach()), send_proxy_v1, owner
+                return socket.socket(fileno=backend.detach()), proxy, owner, served_by
         raise AssertionError("the last look ends in one way or the other")
 
-    def _shake_hands(
-        self, entry: str, name: str, *, send_proxy_v1: bool
-    ) -> tuple[list[Finding], float | None]:
+    def _shake_hands(self, entry: str, name: str, proxy: int) -> tuple[list[Finding], float | None]:
         def connect() -> socket.socket:
             return self._connect(entry)[0]
 
         try:
-            said = probe(connect, name, send_proxy_v1=send_proxy_v1, seconds=self._seconds)
+            said = probe(connect, name, proxy=proxy, seconds=self._seconds)
         except HostError as error:
-            fault = explain(self._hosts, _as_host(entry), error)
+            fault = explain(self._hosts, error)
             return [self._show(entry, fault, error)], None
         except OSError as error:
             detail = f"the connection to {entry}/tls-socket failed: {error.strerror}"
@@ -164,7 +166,9 @@ class Walk:
             return [Finding(HostReason.BACKEND_FAILED, detail, mend)], None
         if said.answer is Answer.SPEAKS_TLS:
             return [], said.expires
-        mend = _MEND_ANSWER[said.answer].format(place=shlex.quote(entry), name=name)
+        mend = _MEND_ANSWER[said.answer].format(
+            place=shlex.quote(entry), name=name, sent=proxy, wanted=said.wants
+        )
         return [Finding(said.answer, said.detail, mend)], said.expires
 
     # What somebody else may not do.
@@ -266,6 +270,8 @@ class Walk:
     def _mend_owner(self, place: str, fault: Fault, error: HostError, *, is_link: bool) -> str:
         if fault.cause is Cause.WRITABLE_BY_OTHERS:
             return f"ln -sfn DIRECTORY {place}" if is_link else f"chmod go-w {place}"
+        if error.listener is None:  # it is a directory for names that are not a host's
+            return f"# if an administrator means that: chown --no-dereference 0 {place}"
         # It may lead to the socket of somebody who knows nothing of it.
         who = f"# have uid {fault.owner} run the backend"
         return f"{who}; if uid {error.listener} is meant: chown {error.listener} {place}"

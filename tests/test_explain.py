@@ -37,7 +37,7 @@ def fault(directory: HostsDirectory, uid: int | None = None) -> Fault:
     try:
         with pytest.raises(HostError) as caught:
             directory.connect(NAME)
-        return explain(directory, NAME, caught.value)
+        return explain(directory, caught.value)
     finally:
         os.seteuid(before)
 

@@ -14,7 +14,7 @@ from trio.testing import MockClock, trio_test
 from sniproxy.hosts import HostError, HostReason, HostsDirectory, HostsState
 from sniproxy.log import Log
 from sniproxy.serve import watch_hosts
-from sniproxy_hostname import Hostname, directory_namer
+from sniproxy_hostname import Hostname, InvalidHostname, directory_namer
 from tests.support.backends import host_directory, listen_unix
 
 NAME = Hostname(b"example.com")
@@ -134,13 +134,13 @@ def listen_as(uid: int, path: Path) -> socket.socket:
         os.seteuid(0)
 
 
-def check_connects(directory: HostsDirectory, host: Hostname = NAME) -> bool:
-    backend, send_proxy_v1, _ = directory.connect(host)
+def check_connects(directory: HostsDirectory, host: Hostname | None = NAME) -> int:
+    backend, proxy, _, _ = directory.connect(host)
     backend.close()
-    return send_proxy_v1
+    return proxy
 
 
-def reason(directory: HostsDirectory, host: Hostname = NAME) -> HostReason:
+def reason(directory: HostsDirectory, host: Hostname | None = NAME) -> HostReason:
     with pytest.raises(HostError) as caught:
         directory.connect(host)
     return caught.value.reason
@@ -168,6 +168,90 @@ def test_a_host_is_found_at_the_moment_it_is_there(directory: HostsDirectory, ho
     assert reason(directory) is HostReason.NOT_LISTENING
     home.rename(hosts / "elsewhere")
     assert reason(directory) is HostReason.NO_SUCH_HOST
+
+
+def test_who_wants_both_headers_gets_version_2(directory: HostsDirectory, hosts: Path) -> None:
+    home = host_directory(hosts, NAME)
+    with listen_at(home / "tls-socket"):
+        (home / "send-proxy-v1").touch()
+        assert check_connects(directory) == 1
+        (home / "send-proxy-v2").symlink_to("anything")
+        assert check_connects(directory) == 2
+        (home / "send-proxy-v1").unlink()
+        assert check_connects(directory) == 2
+
+
+# --- Names that no host has
+
+
+def served_by(directory: HostsDirectory, host: Hostname | None) -> str:
+    backend, _, _, entry = directory.connect(host)
+    backend.close()
+    return entry
+
+
+BELOW = Hostname(b"deep.www.example.com")
+
+
+def test_names_below_that_of_a_host(directory: HostsDirectory, hosts: Path) -> None:
+    with ExitStack() as stack:
+        for entry in "_.com", "_.example.com", "_.www.example.com", "deep.www.example.com":
+            stack.enter_context(listen_at(host_directory(hosts, entry) / "tls-socket"))
+            assert served_by(directory, BELOW) == entry
+        # It is for those below, and not for the name itself.
+        assert served_by(directory, Hostname(b"www.example.com")) == "_.example.com"
+        assert reason(directory, Hostname(b"com")) is HostReason.NO_SUCH_HOST
+        assert reason(directory, Hostname(b"xexample.org")) is HostReason.NO_SUCH_HOST
+
+
+def test_a_host_that_is_there_and_out_of_order_is_not_served_by_another(
+    directory: HostsDirectory, hosts: Path
+) -> None:
+    with ExitStack() as stack:
+        for entry in "_.example.com", "_unknown":
+            stack.enter_context(listen_at(host_directory(hosts, entry) / "tls-socket"))
+        host_directory(hosts, "www.example.com")
+        assert reason(directory, Hostname(b"www.example.com")) is HostReason.NO_SOCKET
+        (hosts / "gone.example.com").symlink_to("nowhere")
+        assert reason(directory, Hostname(b"gone.example.com")) is HostReason.NO_SUCH_HOST
+        # Nor is the nearest one of those by one farther away.
+        host_directory(hosts, "_.www.example.com")
+        assert reason(directory, BELOW) is HostReason.NO_SOCKET
+
+
+def test_any_name_and_no_name(directory: HostsDirectory, hosts: Path) -> None:
+    for host in BELOW, None:
+        assert reason(directory, host) is HostReason.NO_SUCH_HOST
+    with (
+        listen_at(host_directory(hosts, "_unknown") / "tls-socket"),
+        listen_at(host_directory(hosts, "_no-name") / "tls-socket"),
+    ):
+        assert served_by(directory, BELOW) == "_unknown"
+        assert served_by(directory, None) == "_no-name"
+        assert directory.is_here()
+    for host in BELOW, None:
+        assert reason(directory, host) is HostReason.NOT_LISTENING
+
+
+@pytest.mark.parametrize(
+    "name", ["_unknown", "_no-name", "_.example.com", "_.com", "_x.example.com", "a._.example.com"]
+)
+def test_no_name_begins_with_an_underscore(name: str) -> None:
+    with pytest.raises(InvalidHostname):
+        Hostname(name.encode())
+
+
+def test_a_hash_says_nothing_of_what_its_name_is_below(
+    hosts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(hosts)
+    hashed = HostsDirectory(directory_namer(hashed=True))
+    with ExitStack() as stack:
+        stack.enter_context(listen_at(host_directory(hosts, "_.example.com") / "tls-socket"))
+        assert reason(hashed, BELOW) is HostReason.NO_SUCH_HOST
+        stack.enter_context(listen_at(host_directory(hosts, "_unknown") / "tls-socket"))
+        assert served_by(hashed, BELOW) == "_unknown"
+    hashed.close()
 
 
 def test_hosts_sockets_and_options_may_be_links(directory: HostsDirectory, hosts: Path) -> None:
@@ -223,7 +307,7 @@ def test_a_host_that_is_a_file_or_a_link_loop(directory: HostsDirectory, hosts: 
 
 def test_a_full_backlog(directory: HostsDirectory, hosts: Path) -> None:
     with listen_unix(host_directory(hosts, NAME) / "tls-socket", backlog=0):
-        first, _, _ = directory.connect(NAME)
+        first, *_ = directory.connect(NAME)
         assert reason(directory) is HostReason.BACKEND_BUSY
         first.close()
 
@@ -313,6 +397,43 @@ class TestTrust:
         for path in [tmp_path, *tmp_path.parents]:
             if path.stat().st_mode & 0o001 == 0:
                 path.chmod(path.stat().st_mode | 0o011)
+
+    @pytest.mark.parametrize("entry", ["_.example.com", "_unknown", "_no-name"])
+    def test_names_without_a_host_are_not_a_tenants(
+        self, directory: HostsDirectory, hosts: Path, entry: str
+    ) -> None:
+        """Where tenants may add hosts, these names would be everybody's."""
+        host = None if entry == "_no-name" else BELOW
+        home = host_directory(hosts, entry)
+        os.chown(home, TENANT, TENANT)
+        with listen_as(TENANT, home / "tls-socket"):
+            assert reason(directory, host) is HostReason.WRONG_OWNER
+            if entry != "_.example.com":
+                return
+            # Only to whom the name belongs that these are below.
+            os.chown(host_directory(hosts, "example.com"), OTHER, OTHER)
+            assert reason(directory, host) is HostReason.WRONG_OWNER
+            os.chown(hosts / "example.com", TENANT, TENANT)
+            assert served_by(directory, host) == entry
+
+    @pytest.mark.parametrize("entry", ["_.example.com", "_unknown", "_no-name"])
+    def test_a_link_that_a_tenant_made_is_not_the_administrators(
+        self, directory: HostsDirectory, hosts: Path, entry: str
+    ) -> None:
+        """Though it leads to a directory that is."""
+        host = None if entry == "_no-name" else BELOW
+        with listen_at(host_directory(hosts, "site.example") / "tls-socket"):
+            (hosts / entry).symlink_to("site.example")
+            assert served_by(directory, host) == entry
+            os.lchown(hosts / entry, TENANT, TENANT)
+            assert reason(directory, host) is HostReason.WRONG_OWNER
+
+    def test_a_link_of_the_administrator_to_a_tenants_directory_serves_no_other_names(
+        self, directory: HostsDirectory, hosts: Path, tenants: Path
+    ) -> None:
+        (hosts / "_unknown").symlink_to(tenants)
+        with listen_as(TENANT, tenants / "tls-socket"):
+            assert reason(directory, BELOW) is HostReason.WRONG_OWNER
 
     @pytest.fixture
     def tenants(self, hosts: Path) -> Path:

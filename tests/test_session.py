@@ -549,7 +549,7 @@ async def test_no_more_descriptors_are_open_than_there_are_places(
         peaks: list[int] = []
         connect, begin = it.hosts.connect, it.sessions.begin
 
-        def counting_connect(host: Hostname) -> tuple[_socket.socket, bool, int]:
+        def counting_connect(host: Hostname) -> tuple[_socket.socket, int, int, str]:
             found = connect(host)
             peaks.append(descriptors())
             return found

@@ -16,7 +16,7 @@ from .client_hello import ClientHello
 from .errors import HelloError, Reason
 from .hello import MAX_WIRE, HelloReader, read_at_once
 from .proxy_v1 import proxy_v1_header
-from .proxy_v2 import TLV, proxy_v2_header, ssl_tlv
+from .proxy_v2 import TLV, alpn_tlv, authority_tlv, proxy_v2_header, ssl_tlv
 
 __all__ = [
     "MAX_WIRE",
@@ -28,6 +28,8 @@ __all__ = [
     "HelloReader",
     "Reason",
     "alert_record",
+    "alpn_tlv",
+    "authority_tlv",
     "parse_host",
     "proxy_v1_header",
     "proxy_v2_header",

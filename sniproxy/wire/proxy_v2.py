@@ -10,8 +10,9 @@ from struct import Struct
 from typing import Final, TypeAlias
 
 from .addresses import Address, parse_host
+from .crc32c import crc32c
 
-__all__ = ["TLV", "proxy_v2_header", "ssl_tlv"]
+__all__ = ["TLV", "alpn_tlv", "authority_tlv", "proxy_v2_header", "ssl_tlv"]
 
 # A type, of one byte, and a value.
 TLV: TypeAlias = tuple[int, bytes]
@@ -36,6 +37,12 @@ _START: Final = Struct("!12sBBH")
 _TLV: Final = Struct("!BH")
 _SSL: Final = Struct("!BI")
 
+# Section 2.2.1 to 2.2.3: PP2_TYPE_ALPN, PP2_TYPE_AUTHORITY, PP2_TYPE_CRC32C.
+_TYPE_ALPN: Final = 0x01
+_TYPE_AUTHORITY: Final = 0x02
+_TYPE_CRC32C: Final = 0x03
+_CHECKSUM: Final = Struct("!I")
+
 # Section 2.2.6, "The PP2_TYPE_SSL type and subtypes".
 _TYPE_SSL: Final = 0x20
 _SUBTYPE_SSL_VERSION: Final = 0x21
@@ -48,7 +55,11 @@ _VERIFIED: Final = 0  # "zero if the client presented a certificate and it was .
 
 
 def proxy_v2_header(
-    source: Address | None, destination: Address | None, tlvs: Iterable[TLV] = ()
+    source: Address | None,
+    destination: Address | None,
+    tlvs: Iterable[TLV] = (),
+    *,
+    is_checked: bool = False,
 ) -> bytes:
     """Return the header for a connection.
 
@@ -57,6 +68,7 @@ def proxy_v2_header(
         destination: The address the client connected to, or None likewise.
         tlvs: What else is known, the most important first. One that does not fit any more is
             left out, as a whole.
+        is_checked: Whether there is a checksum, PP2_TYPE_CRC32C, before them.
 
     Returns:
         1024 bytes at most. It is without addresses where one is missing, or where the two are not
@@ -72,10 +84,35 @@ def proxy_v2_header(
         if version == server_version:
             family = _FAMILIES[version]
             body = client + server + source[1].to_bytes(2) + destination[1].to_bytes(2)
+    checksum_at = 0
+    if is_checked:
+        body += _encode(_TYPE_CRC32C, bytes(_CHECKSUM.size))
+        checksum_at = _START.size + len(body) - _CHECKSUM.size
     for kind, value in tlvs:
         if _START.size + len(body) + _TLV.size + len(value) <= _LONGEST:
             body += _encode(kind, value)
-    return _START.pack(_SIGNATURE, _VERSION_AND_PROXY, family, len(body)) + body
+    header = _START.pack(_SIGNATURE, _VERSION_AND_PROXY, family, len(body)) + body
+    if not is_checked:
+        return header
+    # "The sender must: initialize the checksum field to '0's. Calculate the CRC32c checksum of the
+    # PROXY header ... Put the resultant value into the checksum field".
+    checksum = _CHECKSUM.pack(crc32c(header))
+    return header[:checksum_at] + checksum + header[checksum_at + _CHECKSUM.size :]
+
+
+def authority_tlv(server_name: bytes) -> TLV:
+    """Return PP2_TYPE_AUTHORITY: "the host name value passed by the client"."""
+    return _TYPE_AUTHORITY, server_name
+
+
+def alpn_tlv(protocol_name_list: bytes) -> TLV:
+    """Return PP2_TYPE_ALPN: the "copy of the ALPN extension of TLS as defined by RFC7301".
+
+    Args:
+        protocol_name_list: What the client offers, each name behind its length. Which of them is
+            going to be used only the backend will know.
+    """
+    return _TYPE_ALPN, protocol_name_list
 
 
 def ssl_tlv(version: str, cipher: str, common_name: str | None, *, is_resumed: bool) -> TLV:

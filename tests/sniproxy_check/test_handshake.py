@@ -60,10 +60,10 @@ class Backend:
         self._threads[-1].start()
         return near
 
-    def probe(self, *, send_proxy_v1: bool = False, seconds: float = PATIENT) -> Probe:
+    def probe(self, *, proxy: int = 0, seconds: float = PATIENT) -> Probe:
         """Probe it, and look that nothing is left open."""
         try:
-            return probe(self.connect, NAME, send_proxy_v1=send_proxy_v1, seconds=seconds)
+            return probe(self.connect, NAME, proxy=proxy, seconds=seconds)
         finally:
             assert all(sock.fileno() == -1 for sock in self.connected)
             for thread in self._threads:
@@ -175,7 +175,7 @@ def test_tls(good: ssl.SSLContext) -> None:
 
 
 def test_the_header_is_sent_first(good: ssl.SSLContext) -> None:
-    found = Backend(after_header(tls(good))).probe(send_proxy_v1=True)
+    found = Backend(after_header(tls(good))).probe(proxy=1)
     assert found[:3] == (Answer.SPEAKS_TLS, "TLSv1.3", "h2")
 
 
@@ -203,7 +203,7 @@ def test_the_name_is_sent(good: ssl.SSLContext) -> None:
 
 def test_an_alert_by_its_name(good: ssl.SSLContext) -> None:
     good.sni_callback = lambda *_: ssl.AlertDescription.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
-    assert Backend(tls(good)).probe() == (
+    assert Backend(tls(good)).probe()[:4] == (
         Answer.HANDSHAKE_FAILED, "alert unrecognized_name", None, None,
     )  # fmt: skip
 
@@ -237,23 +237,23 @@ def test_client_certificates(certificates: Certificates, version: ssl.TLSVersion
     ],
 )  # fmt: skip
 def test_what_is_not_tls(said: bytes, answer: Answer, detail: str) -> None:
-    assert Backend(says(said)).probe() == (answer, detail, None, None)
+    assert Backend(says(said)).probe()[:4] == (answer, detail, None, None)
 
 
 def test_a_greeting_from_who_reads_nothing_and_goes() -> None:
     # What was not read makes a reset of the end; the greeting is there before it.
-    assert Backend(lambda sock: sock.sendall(b"no\n")).probe() == (
+    assert Backend(lambda sock: sock.sendall(b"no\n")).probe()[:4] == (
         Answer.NOT_TLS, "it says no", None, None,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("story", [closes, lambda _: None], ids=["after_reading", "unread"])
 def test_closing_at_once(story: Story) -> None:
-    assert Backend(story).probe() == (Answer.CLOSES_AT_ONCE, "", None, None)
+    assert Backend(story).probe()[:4] == (Answer.CLOSES_AT_ONCE, "", None, None)
 
 
 def test_silence() -> None:
-    assert Backend(silent).probe(seconds=SHORT) == (Answer.SILENT, "", None, None)
+    assert Backend(silent).probe(seconds=SHORT)[:4] == (Answer.SILENT, "", None, None)
 
 
 def test_who_never_reads() -> None:
@@ -267,10 +267,10 @@ def test_who_never_reads() -> None:
         return near
 
     ends: list[socket.socket] = []
-    found = probe(full, NAME, send_proxy_v1=False, seconds=SHORT)
+    found = probe(full, NAME, proxy=0, seconds=SHORT)
     for end in ends:
         end.close()
-    assert found == (Answer.SILENT, "", None, None)
+    assert found[:4] == (Answer.SILENT, "", None, None)
 
 
 def test_drops_of_tls_do_not_prolong_it() -> None:
@@ -308,11 +308,11 @@ def test_the_end_within_the_handshake() -> None:
 
 def test_a_header_is_wanted(good: ssl.SSLContext) -> None:
     found = Backend(after_header(tls(good))).probe()
-    assert found == (Answer.WANTS_PROXY_HEADER, "without a header closes_at_once", "h2", None)
+    assert found[:4] == (Answer.WANTS_PROXY_HEADER, "without a header closes_at_once", "h2", None)
 
 
 def test_a_header_is_refused(good: ssl.SSLContext) -> None:
-    found = Backend(tls(good)).probe(send_proxy_v1=True)
+    found = Backend(tls(good)).probe(proxy=1)
     assert found[0] is Answer.REFUSES_PROXY_HEADER
     assert found.detail.startswith("with a header ")
     assert found.protocol == "h2"
@@ -331,7 +331,7 @@ def test_the_first_connection_fails() -> None:
         raise _OddError
 
     with pytest.raises(_OddError):
-        probe(connect, NAME, send_proxy_v1=False)
+        probe(connect, NAME, proxy=0)
 
 
 def test_a_later_connection_fails(good: ssl.SSLContext) -> None:
@@ -343,9 +343,9 @@ def test_a_later_connection_fails(good: ssl.SSLContext) -> None:
 
         return connect
 
-    assert probe(once(Backend(closes)), NAME, send_proxy_v1=False).answer is Answer.CLOSES_AT_ONCE
-    found = probe(once(Backend(tls(good))), NAME, send_proxy_v1=False)
-    assert found == (
+    assert probe(once(Backend(closes)), NAME, proxy=0).answer is Answer.CLOSES_AT_ONCE
+    found = probe(once(Backend(tls(good))), NAME, proxy=0)
+    assert found[:4] == (
         Answer.SPEAKS_TLS, "TLSv1.3; its certificate could not be judged: no more", "h2", None,
     )  # fmt: skip
 
@@ -353,7 +353,7 @@ def test_a_later_connection_fails(good: ssl.SSLContext) -> None:
 def test_a_name_that_is_none() -> None:
     backend = Backend(silent)
     with pytest.raises(ValueError, match="label"):
-        probe(backend.connect, "a" * 64, send_proxy_v1=False)
+        probe(backend.connect, "a" * 64, proxy=0)
     assert not backend.connected
 
 
@@ -367,7 +367,7 @@ def test_self_signed(tmp_path: Path, name: str, authority: bool) -> None:
 def test_a_labels(certificates: Certificates) -> None:
     name = "xn--mnchen-3ya.example"
     backend = Backend(tls(certificates.server_context(name)))
-    found = probe(backend.connect, name, send_proxy_v1=False, seconds=PATIENT)
+    found = probe(backend.connect, name, proxy=0, seconds=PATIENT)
     assert found[:2] == (Answer.SPEAKS_TLS, "TLSv1.3")
 
 
@@ -481,7 +481,7 @@ frontend tls
     http-request return status 200
 """)
     with running("haproxy", "-db", "-f", configuration, path=path) as connect:
-        header = probe(connect, NAME, send_proxy_v1=True, seconds=PATIENT)
-        plain = probe(connect, NAME, send_proxy_v1=False, seconds=PATIENT)
+        header = probe(connect, NAME, proxy=1, seconds=PATIENT)
+        plain = probe(connect, NAME, proxy=0, seconds=PATIENT)
     assert header[:3] == (Answer.SPEAKS_TLS, "TLSv1.3", "h2")
     assert plain.answer is Answer.WANTS_PROXY_HEADER

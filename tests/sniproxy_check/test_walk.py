@@ -281,6 +281,44 @@ def test_a_file_that_another_version_knows(hosts: Path, backend: Path) -> None:
     assert (hosts / NAME / "send-proxy-v1").exists()
 
 
+def test_two_headers(hosts: Path, backend: Path) -> None:
+    _link(hosts / NAME, backend)
+    for version in 1, 2:
+        (hosts / NAME / f"send-proxy-v{version}").touch()
+    [finding] = look().findings
+    assert finding.word is CheckReason.TWO_PROXY_HEADERS
+    mend(finding, backend)
+    assert look().findings == ()
+
+
+@pytest.mark.parametrize("entry", ["_unknown", "_no-name", "_.example.com"])
+def test_names_without_a_host(hosts: Path, backend: Path, entry: str) -> None:
+    _link(hosts / entry, backend)
+    result = look(entry)
+    assert (result.findings, result.entry) == ((), entry)
+    here = walk()
+    served = here.look_named(Hostname(b"any.example.com"))
+    assert served.entry == ("any.example.com" if entry == "_no-name" else entry)
+    here.close()
+
+
+@needs_root
+def test_names_without_a_host_that_a_tenant_serves(hosts: Path) -> None:
+    os.chown(host_directory(hosts, "_unknown"), TENANT, TENANT)
+    with listen_unix(hosts / "_unknown" / "tls-socket", uid=TENANT):
+        [finding] = look("_unknown").findings
+    assert finding.word is HostReason.WRONG_OWNER
+    assert "may not serve these names" in finding.detail
+    assert finding.mend.startswith("# if an administrator means that: ")
+
+
+@pytest.mark.parametrize("entry", ["_.Example.com", "_other", "_.", "_._unknown"])
+def test_what_serves_no_names(hosts: Path, backend: Path, entry: str) -> None:
+    _link(hosts / entry, backend)
+    [finding] = look(entry).findings
+    assert finding.word is CheckReason.NEVER_MATCHES
+
+
 @pytest.mark.parametrize("name", ["tls.key", "tls-socket.old", "index.html", "send-mail", "sock"])
 def test_other_files_are_nobody_s_business(hosts: Path, backend: Path, name: str) -> None:
     _link(hosts / NAME, backend)

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz.invariants import read_proxy_v2, read_tlvs
-from sniproxy.wire import TLV, Address, parse_host, proxy_v2_header, ssl_tlv
+from sniproxy.wire import (
+    TLV,
+    Address,
+    alpn_tlv,
+    authority_tlv,
+    parse_host,
+    proxy_v2_header,
+    ssl_tlv,
+)
+from sniproxy.wire.crc32c import crc32c
 from tests.support import strategies
 
 SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
@@ -133,3 +142,23 @@ def test_every_address_comes_back_and_tlvs_in_their_order(
         assert {parse_host(host)[0] for host, _ in ends} == {4, 6}
     rest = iter(given_tlvs)
     assert all(tlv in rest for tlv in read.tlvs)
+
+
+@pytest.mark.parametrize("ends", [(SOURCE, DESTINATION), (None, None)])
+def test_a_checksum_is_that_of_the_header_with_zeros_in_its_place(
+    ends: tuple[Address | None, Address | None],
+) -> None:
+    tlvs = [authority_tlv(b"one.example"), alpn_tlv(b"\x02h2")]
+    header = proxy_v2_header(*ends, tlvs, is_checked=True)
+    (kind, checksum), *others = read_proxy_v2(header).tlvs
+    assert (kind, len(checksum)) == (0x03, 4)
+    assert others == [(0x02, b"one.example"), (0x01, b"\x02h2")]
+    at = header.index(b"\x03\x00\x04" + checksum) + 3
+    assert int.from_bytes(checksum) == crc32c(header[:at] + bytes(4) + header[at + 4 :])
+    assert read_proxy_v2(proxy_v2_header(*ends, tlvs)).tlvs == others
+
+
+def test_a_name_that_does_not_fit_is_left_out_and_the_checksum_is_not() -> None:
+    header = proxy_v2_header(SOURCE, DESTINATION, [authority_tlv(b"x" * 2000)], is_checked=True)
+    [(kind, _)] = read_proxy_v2(header).tlvs
+    assert kind == 0x03
