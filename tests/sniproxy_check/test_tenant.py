@@ -192,7 +192,7 @@ MISTAKES: Final[dict[Callable[[Machine], None], tuple[str, str]]] = {
     close_the_socket: ("permission_denied", "may not be written"),
     lead_to_somebody_else: ("wrong_owner", f"the listener to uid {OTHER}"),
     speak_plain_http: ("speaks_plain_http", "HTTP/1.1 400"),
-    send_a_header_that_nobody_wants: ("refuses_proxy_header", "rm two.example/send-proxy-v1"),
+    send_a_header_that_nobody_wants: ("refuses_proxy_header", "rm -r two.example/send-proxy-v1"),
     send_no_header: ("wants_proxy_header", "mkdir two.example/send-proxy-v1"),
     take_the_wrong_certificate: ("certificate_for_others", "three.example"),
     wish_for_what_there_is_not: ("unknown_file", "send-proxy"),
