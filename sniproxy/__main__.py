@@ -7,6 +7,7 @@ import errno
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from sniproxy.config import Config
 from sniproxy.engine.pipes import MOST_PIPES
@@ -109,7 +110,8 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
         kind = UsageError if error.errno in _NO_HOSTS else FatalError
         raise kind.of("search the hosts directory (the working directory)", error) from None
     with attempt("enter the sandbox (--no-sandbox does without)"):
-        forbidden = sandbox.enter() if config.sandbox else ["nothing"]
+        # What `hold` contains is read there.
+        forbidden = sandbox.enter([Path()]) if config.sandbox else ["nothing"]
     log.event("sandbox", forbids=",".join(forbidden))
     try:
         run_service(

@@ -7,6 +7,10 @@ and options come from the same directory even while a link to it is being swappe
 tested before it is used, and nothing is remembered: whatever the administrator did last is what
 the next connection finds.
 
+A host that wants clients to be kept while its backend is away says so by `hold`. That is looked for
+with the options; what it contains is read only when there is no backend, and then it is the one
+file that is opened here.
+
 Names that no host has can have one all the same, if somebody has made it: `_.example.com` for those
 below example.com, `_unknown` for any, and `_no-name` for clients who ask for none. A hostname does
 not begin with an underscore, so no client can ask for these.
@@ -15,6 +19,7 @@ not begin with an underscore, so no client can ask for these.
 import contextlib
 import errno
 import os
+import re
 import stat
 import struct
 from _socket import AF_UNIX, SO_PEERCRED, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
@@ -29,6 +34,15 @@ _HERE = b"."
 _SOCKET = b"tls-socket"
 _SEND_PROXY_V1 = b"send-proxy-v1"
 _SEND_PROXY_V2 = b"send-proxy-v2"
+_HOLD = b"hold"
+
+# Seconds to hold, as they are written, and what is more than enough for that; and how long it is
+# where they are not, or may not be read. Ten are what a client waits for anything else here. More
+# than five minutes no visitor waits.
+_SECONDS = re.compile(rb"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*")
+_MOST_TEXT = 64
+HOLD_SECONDS = 10.0
+MOST_HOLD_SECONDS = 300.0
 
 # For names that no host has, and for clients who ask for none; and what is before a suffix.
 UNKNOWN = "_unknown"
@@ -56,6 +70,18 @@ class HostReason(StrEnum):
     HOSTS_NOT_SEARCHABLE = "hosts_not_searchable"
     BACKEND_BUSY = "backend_busy"
     BACKEND_FAILED = "backend_failed"
+
+
+# The backend is away, or its successor is about to come: bind(2) makes the socket, with what the
+# umask leaves of its mode, and chmod(2) and listen(2) come after that.
+_AWAY = frozenset(
+    {
+        HostReason.NO_SOCKET,
+        HostReason.NOT_LISTENING,
+        HostReason.PERMISSION_DENIED,
+        HostReason.BACKEND_BUSY,
+    }
+)
 
 
 class HostsState(StrEnum):
@@ -106,6 +132,7 @@ class HostError(Exception):
         exists: Whether that has an entry of that name.
         owner: The uid of the directory that was reached; None if none was.
         listener: The uid of who listens, if that is what is wrong.
+        hold: How many seconds a client is to be kept for whom this may pass; 0 if it is final.
     """
 
     def __init__(
@@ -118,6 +145,7 @@ class HostError(Exception):
         exists: bool = True,
         owner: int | None = None,
         listener: int | None = None,
+        hold: float = 0.0,
     ) -> None:
         super().__init__(detail)
         self.reason = reason
@@ -126,6 +154,12 @@ class HostError(Exception):
         self.exists = exists
         self.owner = owner
         self.listener = listener
+        self.hold = hold
+
+
+# The connected socket, non-blocking; the version of the PROXY header that the backend wants, or 0;
+# whether the host is held while its backend is away; the uid of its directory, and the name of that.
+Found = tuple[socket, int, bool, int, str]
 
 
 class HostsDirectory:
@@ -193,12 +227,8 @@ class HostsDirectory:
         """
         return not self._away
 
-    def connect(self, host: Hostname | None) -> tuple[socket, int, int, str]:
+    def connect(self, host: Hostname | None) -> Found:
         """Connect to the backend of `host`; None is a client who asks for none.
-
-        Returns:
-            The connected socket, non-blocking; the version of the PROXY header that the backend
-            wants, or 0; the uid of the host's directory, and its name.
 
         Raises:
             HostError: there is no such host, or its backend can't be reached.
@@ -223,7 +253,7 @@ class HostsDirectory:
             return self._connect_default(UNKNOWN)
         raise unknown
 
-    def connect_entry(self, entry: str) -> tuple[socket, int, int, str]:
+    def connect_entry(self, entry: str) -> Found:
         """Connect to the backend of an entry of the hosts directory, as `connect` does.
 
         Raises:
@@ -231,7 +261,7 @@ class HostsDirectory:
         """
         return self._connect_default(entry) if entry.startswith("_") else self._connect(entry)
 
-    def _connect_default(self, entry: str) -> tuple[socket, int, int, str]:
+    def _connect_default(self, entry: str) -> Found:
         """Connect to a backend that serves names without a host.
 
         Whoever may add hosts is not to take names that are not theirs. So the entry, be it a link,
@@ -257,9 +287,7 @@ class HostsDirectory:
             raise _not_theirs(entry, made_by)
         return self._connect(entry, allowed)
 
-    def _connect(
-        self, entry: str, allowed: Collection[int] | None = None
-    ) -> tuple[socket, int, int, str]:
+    def _connect(self, entry: str, allowed: Collection[int] | None = None) -> Found:
         """Connect to the backend of an entry, and come back.
 
         Args:
@@ -287,15 +315,14 @@ class HostsDirectory:
             raise _not_searchable(error) from None
         self._away = False
 
-    def _connect_there(
-        self, directory_name: str, allowed: Collection[int] | None
-    ) -> tuple[socket, int, int, str]:
+    def _connect_there(self, directory_name: str, allowed: Collection[int] | None) -> Found:
         """Enter the directory of the host, and connect."""
         try:
             os.chdir(directory_name)
         except OSError as error:
             raise _no_directory(directory_name, error) from None
         backend = owner = None
+        holds = False
         try:
             # Of the directory that was reached, whatever links led to it.
             directory = os.stat(_HERE)
@@ -308,6 +335,7 @@ class HostsDirectory:
                 proxy = 2
             else:
                 proxy = int(os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False))
+            holds = os.access(_HOLD, os.F_OK, follow_symlinks=False)
             # The last: it wakes the backend, which is to find the hello when it is awake.
             backend = socket(AF_UNIX, _STREAM)
             self.connecting_at = perf_counter()
@@ -320,10 +348,15 @@ class HostsDirectory:
             if isinstance(error, OSError):
                 reason = _NO_BACKEND.get(error.errno or 0, HostReason.BACKEND_FAILED)
                 raise HostError(
-                    reason, _words(error), Step.SOCKET, entry=directory_name, owner=owner
+                    reason,
+                    _words(error),
+                    Step.SOCKET,
+                    entry=directory_name,
+                    owner=owner,
+                    hold=read_hold() if holds and reason in _AWAY else 0.0,
                 ) from None
             raise
-        return backend, proxy, owner, directory_name
+        return backend, proxy, holds, owner, directory_name
 
     def _check_owner(self, entry: str, directory: os.stat_result, backend: socket) -> None:
         """Make sure that the listener is one that the directory's owner may speak for.
@@ -360,6 +393,37 @@ class HostsDirectory:
             owner=owner,
             listener=listener,
         )
+
+
+def read_hold(path: bytes = _HOLD) -> float:
+    """Return how many seconds a host is held whose option `path` is; 0 if there is none.
+
+    It is a file that contains the number, or a link whose target is the number: no link is followed,
+    and a sandbox may let no file be read that is not below the hosts directory.
+    """
+    try:
+        text = os.readlink(path)
+    except FileNotFoundError:
+        return 0.0
+    except OSError:  # EINVAL: it is no link
+        text = _read(path)
+    found = _SECONDS.fullmatch(text)
+    return min(float(found[1]), MOST_HOLD_SECONDS) if found else HOLD_SECONDS
+
+
+def _read(path: bytes) -> bytes:
+    """Return what a file contains; nothing if it is none, or may not be read. It never waits."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except OSError:
+        return b""
+    try:
+        return os.read(fd, _MOST_TEXT)
+    except OSError:  # EISDIR, EAGAIN
+        return b""
+    finally:
+        os.close(fd)
 
 
 def _no_directory(directory_name: str, error: OSError) -> HostError:

@@ -48,8 +48,8 @@ async def serve(
     relay = Relay(loop, pipes, log.bug, config.idle_seconds, config.half_closed_seconds)
     limit = ConnectionLimit(share.connections)
 
-    def make_sessions(nursery: trio.Nursery) -> Sessions:
-        return Sessions(config, loop, relay, hosts, log, limit, nursery)
+    def make_sessions(nursery: trio.Nursery) -> Sessions:  # noqa: ARG001 - no session has a task
+        return Sessions(config, loop, relay, hosts, log, limit)
 
     # One line for all workers.
     tasks = [partial(watch_hosts, hosts, log)] if log.worker in (None, 1) else []

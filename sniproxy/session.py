@@ -1,8 +1,9 @@
 """One connection's story: look at the hello, find the host, join the two; or refuse.
 
 The story is told by methods that never wait: the bytes of most hellos are there when we look.
-`HelloWait` waits for the rest of the others, and `Linger` keeps a refused client until the alert
-has arrived. One thing has a trio task, since it takes time and is rare: a full backlog.
+`HelloWait` waits for the rest of the others, `WaitingRoom` for a backend that is away or has no
+room, `FirstFlight` for the first answer of one that may go, and `Linger` keeps a refused client
+until the alert has arrived.
 
 Clients come in batches. First the hello of each is read, and then, in the session's next turn, each
 is connected: one connect(2) right after the other. A backend that sleeps has to be woken, which
@@ -16,6 +17,7 @@ from _socket import MSG_DONTWAIT, SHUT_WR, SO_LINGER, SOL_SOCKET, socket
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import lru_cache
+from select import EPOLLERR, EPOLLHUP, EPOLLPRI, EPOLLRDHUP
 
 import trio
 
@@ -26,15 +28,17 @@ from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.linger import Linger
 from sniproxy.engine.listener import Address
 from sniproxy.engine.loop import EventLoop
-from sniproxy.engine.relay import OnEnd, Relay
+from sniproxy.engine.relay import READ_EVENTS, OnEnd, Relay
 from sniproxy.engine.tcp import LINGER_0
 from sniproxy.explain import explain
+from sniproxy.first_flight import FirstFlight
 from sniproxy.hello_wait import HelloWait, peek
 from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
 from sniproxy.log import Log
 from sniproxy.service.eventlog import Seconds, show_address
 from sniproxy.service.figures import TIMED, Figures, HostFigures
 from sniproxy.service.notify import Counts
+from sniproxy.waiting_room import WaitingRoom
 from sniproxy.wire import (
     MAX_WIRE,
     Alert,
@@ -110,17 +114,21 @@ ALERTS: dict[HostReason, Alert] = {
 # What is timed for the status socket: the way to a socket, and connect(2).
 LATENCIES = ("lookup", "connect")
 
+# Backends that one client's hello is lent to. The first may have been stopped with the client in its
+# queue, and so may its successor be, by somebody who is in a hurry; a third that ends without a word
+# means it.
+_MOST_LOANS = 2
+
+# What the loop tells of a client who is not there any more, or is not to be.
+_GONE = EPOLLPRI | EPOLLHUP | EPOLLERR
+
 _UNANSWERED_DETAIL = (
     "the backend has closed without a byte; it may not expect the PROXY header that it gets"
 )
 
 
 class Sessions:
-    """Everything that sessions share, and how many there are.
-
-    Args:
-        nursery: where the few sessions that take time have their tasks.
-    """
+    """Everything that sessions share, and how many there are."""
 
     def __init__(
         self,
@@ -130,7 +138,6 @@ class Sessions:
         hosts: HostsDirectory,
         log: Log,
         limit: ConnectionLimit,
-        nursery: trio.Nursery,
     ) -> None:
         self.config = config
         self.loop = loop
@@ -138,11 +145,13 @@ class Sessions:
         self.hosts = hosts
         self.log = log
         self.limit = limit
-        self.nursery = nursery
         self.figures: Figures | None = None
         # Clients whose hello has not come whole, and those who are hearing an alert.
         self.waiting: Deadlines[HelloWait] = Deadlines(config.hello_seconds, log.bug)
         self.alerted: Deadlines[Linger] = Deadlines(config.alert_seconds, log.bug)
+        # Clients for whom there is no backend yet, and those whose backend has yet to say something.
+        self.room = WaitingRoom(config.first_retry, config.last_retry, log.bug)
+        self.lent: Deadlines[Held] = Deadlines(config.hello_seconds, log.bug)
         relay.last_words.is_place_wanted = limit.is_place_wanted
         self.served = self.refused = 0
         self.is_cut = False  # whoever is still to be connected comes too late
@@ -163,7 +172,7 @@ class Sessions:
         So those who connect and say nothing, and those who are refused and stay, can't lock out
         others. First the refused one who has had the most time to hear the alert goes; then one who
         has received all that its backend had to say before that closed; then the one who has kept
-        us waiting for the hello the longest.
+        us waiting for the hello the longest; then the one who has waited for a backend the longest.
         """
         if (refused := self.alerted.oldest()) is not None:
             refused.expire()
@@ -177,6 +186,9 @@ class Sessions:
                 silent.give_way()
             if self.limit.open < self.limit.capacity:
                 return True
+        if (held := self.room.oldest()) is not None:
+            held.give_way()
+            return True
         return False
 
     def left(self, up: int, down: int, ending: Ending) -> None:
@@ -192,9 +204,13 @@ class Sessions:
         """End whoever is left; return how many were served, or waiting for it."""
         self.is_cut = True
         left = self.limit.open - len(self.alerted)
-        self.nursery.cancel_scope.cancel()
-        for session in self.waiting.items() + self.alerted.items():
-            session.abort()
+        for waiting in (
+            *self.waiting.items(),
+            *self.alerted.items(),
+            *self.room.guests(),
+            *self.lent.items(),
+        ):
+            waiting.abort()
         self.relay.abort_all()
         return left
 
@@ -217,8 +233,10 @@ class Sessions:
                 yield known, up, down
 
     async def run(self) -> None:
-        """Let go, until cancelled, who has not sent a hello in time, or has heard an alert."""
+        """Look after all who wait for something, until cancelled."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.room.run)
+            nursery.start_soon(self.lent.run)
             nursery.start_soon(self.waiting.run)
             nursery.start_soon(self.alerted.run)
             nursery.start_soon(self.relay.run)
@@ -233,6 +251,7 @@ class Session:
         "client",
         "deadline",
         "figures",
+        "held",
         "host",
         "is_over",
         "name",
@@ -248,11 +267,12 @@ class Session:
         self.client = client
         self.address = address
         self.began = trio.current_time() if shared.config.log_connections else 0.0
-        self.deadline = 0.0  # known as soon as the session has to wait for anything
+        self.deadline = 0.0  # known as soon as the session has to wait for the hello
         self.size = 0  # bytes that there were at the first look
         self.wait: HelloWait | None = None  # for the rest of a hello that did not come all at once
         self.name: bytes | None = None
         self.host: Hostname | None = None
+        self.held: Held | None = None  # if there is no backend yet, or it may go
         self.nameless: HelloError | None = None  # the client has asked for no host
         self.protocols = b""  # what it offers by ALPN
         self.figures: HostFigures | None = None  # of the host, when it is served and counted
@@ -300,33 +320,53 @@ class Session:
         """Connect: those of this batch come one after the other."""
         if self.shared.is_cut:
             self.abort()
-        elif not (self.is_over or self._connect()):
-            self.shared.nursery.start_soon(self._connect_later)
+        elif not self.is_over and (entry := self.connect()) is not None:
+            self.shared.room.add(self.hold(), entry)
 
-    def _connect(self) -> bool:
-        """Join the client to its backend, or refuse it; False if that must wait."""
+    def connect(self) -> str | None:
+        """Join the client to its backend, or refuse it; return what to wait for if that must wait."""
         shared = self.shared
         figures = shared.figures
         is_timed = figures is not None and shared.served % TIMED == 0
         began = time.perf_counter() if is_timed else 0.0
         try:
-            backend, proxy, owner, entry = shared.hosts.connect(self.host)
+            backend, proxy, holds, owner, entry = shared.hosts.connect(self.host)
         except HostError as error:
-            if error.reason is HostReason.BACKEND_BUSY:
-                return False
-            nameless = self.nameless
-            if nameless is not None and error.reason is HostReason.NO_SUCH_HOST:
-                self._refuse(nameless.reason, nameless.alert, str(nameless))
-                return True
-            self._refuse(error.reason, ALERTS[error.reason], error)
-            return True
-        header = b""
+            return self._fail(error)
+        if figures is not None and is_timed:
+            connecting_at = shared.hosts.connecting_at
+            figures.latencies["lookup"].add(connecting_at - began)
+            figures.latencies["connect"].add(time.perf_counter() - connecting_at)
+        header = self._proxy_header(proxy) if proxy else b""
+        if holds:
+            return self.hold().lend(backend, header, owner, entry)
+        self.join(backend, header, owner, entry, is_proxied=bool(header))
+        return None
+
+    def join(
+        self,
+        backend: socket,
+        first: bytes,
+        owner: int,
+        entry: str,
+        *,
+        is_proxied: bool,
+        moved: int = 0,
+    ) -> None:
+        """Have the relay join the client to a backend.
+
+        Args:
+            backend: connected.
+            first: what it is to hear before the client.
+            owner: the uid of the host's directory.
+            entry: the name of that.
+            is_proxied: whether it gets a PROXY header.
+            moved: bytes of the client that it has had.
+        """
+        shared = self.shared
+        figures = shared.figures
         on_end: OnEnd = shared.left
         if figures is not None:
-            if is_timed:
-                connecting_at = shared.hosts.connecting_at
-                figures.latencies["lookup"].add(connecting_at - began)
-                figures.latencies["connect"].add(time.perf_counter() - connecting_at)
             name = self._host_name(entry)
             # As `served` does, which is called for those that are new.
             counted = figures.hosts.get(name)
@@ -336,38 +376,43 @@ class Session:
                 counted.served += 1
             self.figures = counted
             on_end = counted.left
-        if proxy:
-            header = self._proxy_header(proxy)
+        if is_proxied:
             on_end = self._end_after_header
         elif shared.config.log_connections:
             on_end = self._end
-        events = None if self.wait is None else self.wait.events
+        wait = self.held or self.wait
         self.is_over = True
         shared.served += 1
-        shared.relay.join(self.client, backend, on_end, events, header)
-        return True
+        events = None if wait is None else wait.events
+        shared.relay.join(self.client, backend, on_end, events, first, moved)
 
-    async def _connect_later(self) -> None:
-        """Try again until the backend's backlog has room, or the deadline has passed."""
-        config = self.shared.config
-        pause = config.first_retry
-        deadline = self.deadline or trio.current_time() + config.hello_seconds
-        try:
-            while trio.current_time() + pause < deadline:
-                await trio.sleep(pause)
-                if self._connect():
-                    return
-                pause = min(2 * pause, config.last_retry)
-            busy = HostReason.BACKEND_BUSY
-            detail = "its backlog was full until the deadline"
-            entry = self._host_name("")
-            self._refuse(busy, ALERTS[busy], HostError(busy, detail, Step.SOCKET, entry=entry))
-        except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
-            self.shared.log.bug(error)
-            self.abort()
-        except trio.Cancelled:
-            self.abort()
-            raise
+    def _fail(self, error: HostError) -> str | None:
+        """Refuse the client, unless there may be a backend soon; return what to wait for then."""
+        reason = error.reason
+        is_busy = reason is HostReason.BACKEND_BUSY
+        if is_busy or error.hold:
+            held = self.hold()
+            held.is_away = not is_busy
+            until = held.since + error.hold
+            if is_busy:
+                deadline = self.deadline or held.since + self.shared.config.hello_seconds
+                until = max(until, deadline)
+            if trio.current_time() < until:
+                return error.entry
+            if is_busy:
+                error.args = ("its backlog was full until the deadline",)
+        nameless = self.nameless
+        if nameless is not None and reason is HostReason.NO_SUCH_HOST:
+            self._refuse(nameless.reason, nameless.alert, str(nameless))
+        else:
+            self._refuse(reason, ALERTS[reason], error)
+        return None
+
+    def hold(self) -> "Held":
+        """Return what holds the client while there is no backend that is sure to stay."""
+        if self.held is None:
+            self.held = Held(self)
+        return self.held
 
     def _proxy_header(self, version: int) -> bytes:
         try:
@@ -426,6 +471,7 @@ class Session:
         client, shared = self.client, self.shared
         if self.wait is not None:
             shared.waiting.discard(self.wait)
+        is_watched = self.wait is not None or self.held is not None
         # First, so that whoever has heard the alert finds the line.
         self._report(reason, alert, detail)
         self.is_over = True
@@ -441,7 +487,7 @@ class Session:
         most = self._size() + shared.config.alert_bytes
         linger = Linger(shared.loop, client, shared.heard, most=most)
         shared.alerted.add(linger)
-        linger.start(is_watched=self.wait is not None)
+        linger.start(is_watched=is_watched)
 
     def on_urgent_data(self) -> None:
         """Refuse the client: it has sent urgent data."""
@@ -477,6 +523,8 @@ class Session:
             self.is_over = True
             if self.wait is not None:
                 self.shared.waiting.discard(self.wait)
+            if self.held is not None:
+                self.held.stop()
             self.shared.loop.close(self.client)
             self.shared.limit.remove()
 
@@ -523,3 +571,114 @@ class Session:
     def _size(self) -> int:
         """Return how many bytes of the client have been looked at; they are still to be read."""
         return self.size if self.wait is None else self.wait.size
+
+
+class Held:
+    """Holds a client for whom there is no backend yet, or one that may go before it answers.
+
+    The loop tells this object of the client until the relay takes over.
+
+    Attributes:
+        events: What the loop has told of the client so far.
+        is_away: Whether it is known that the backend is not there. It may be minutes until it is,
+            and a client who has ended meanwhile, which no handshake survives, is let go.
+        since: When there was no backend for the first time, or a first one, by trio's clock.
+
+    Raises:
+        OSError: the kernel can't watch the client (ENOMEM, ENOSPC).
+    """
+
+    __slots__ = ("_loan", "_loans", "_session", "events", "is_away", "since")
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._loan: tuple[FirstFlight, bool, int, str] | None = None
+        self._loans = 0
+        self.events = 0
+        self.is_away = False
+        self.since = trio.current_time()
+        loop, fd = session.shared.loop, session.client.fileno()
+        if session.wait is None:
+            loop.watch(fd, self, READ_EVENTS)
+        else:
+            self.events = session.wait.events
+            loop.set_watcher(fd, self)
+
+    def lend(self, backend: socket, header: bytes, owner: int, entry: str) -> str | None:
+        """Lend the client's first flight to a backend; return what to wait for if that is gone."""
+        session = self._session
+        if self._loans == _MOST_LOANS:
+            session.join(backend, header, owner, entry, is_proxied=bool(header))
+            return None
+        self._loans += 1
+        flight = FirstFlight(self, session.client, backend, session.shared.loop, header)
+        try:
+            is_sent = flight.send()
+        except OSError:
+            backend.close()
+            raise
+        if not is_sent:
+            backend.close()
+            return entry
+        self._loan = flight, bool(header), owner, entry
+        session.shared.lent.add(self)
+        return None
+
+    def on_answer(self) -> None:
+        """Join the client to the backend: it has answered, or need not."""
+        assert self._loan is not None
+        flight, is_proxied, owner, entry = self._loan
+        self._end_loan()
+        moved, first = flight.settle()
+        self._session.join(
+            flight.backend, first, owner, entry, is_proxied=is_proxied, moved=moved
+        )
+
+    # What has taken so long is an answer to wait for as long as the client likes.
+    expire = on_answer
+
+    def on_no_answer(self) -> None:
+        """Look for another backend."""
+        assert self._loan is not None
+        flight, _, _, entry = self._loan
+        self._end_loan()
+        self._session.shared.loop.close(flight.backend)
+        self._session.shared.room.add(self, entry)
+
+    def _end_loan(self) -> None:
+        self._session.shared.lent.discard(self)
+        self._loan = None
+
+    def on_event(self, events: int) -> None:
+        """Take note of what happens to the client; let it go if it leaves before it is served."""
+        self.events |= events
+        if self._session.is_over:
+            return
+        if self._loan is not None:
+            if events & (_GONE | EPOLLRDHUP):
+                self.on_answer()  # the relay knows what to do
+        elif self.events & EPOLLPRI:
+            self._session.on_urgent_data()
+        elif self.events & (_GONE | EPOLLRDHUP if self.is_away else _GONE):
+            self._session.on_client_gone()
+
+    def try_again(self) -> str | None:
+        """Look for the backend once more; return what is waited for, None if it is over."""
+        self.on_event(0)  # it may have left before it was held
+        return None if self._session.is_over else self._session.connect()
+
+    def give_way(self) -> None:
+        """End: there is no room for a client who is not served."""
+        self._session.give_way()
+
+    def stop(self) -> None:
+        """Hold the client no longer, for it is given up."""
+        self._session.shared.room.discard(self)
+        if self._loan is not None:
+            flight = self._loan[0]
+            self._end_loan()
+            self._session.shared.loop.close(flight.backend)
+
+    def abort(self) -> None:
+        """End with a reset."""
+        self._session.abort()

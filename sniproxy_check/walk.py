@@ -109,7 +109,7 @@ class Walk:
         findings = entries.check_files(entry, *self._listing.files_of(entry))
         links = self._find_absolute_links(entry)
         try:
-            backend, proxy, owner, served_by = self._connect(entry)
+            backend, proxy, _, owner, served_by = self._connect(entry)
         except HostError as error:
             fault = explain(self._hosts, error)
             failed = self._show(entry, fault, error)
@@ -140,9 +140,9 @@ class Walk:
         for left in reversed(range(_TRIES)):
             try:
                 if os.path.lexists(entry):
-                    backend, proxy, owner, served_by = self._hosts.connect_entry(entry)
+                    backend, proxy, _, owner, served_by = self._hosts.connect_entry(entry)
                 else:  # it may be one of those that are served all the same
-                    backend, proxy, owner, served_by = self._hosts.connect(_as_host(entry))
+                    backend, proxy, _, owner, served_by = self._hosts.connect(_as_host(entry))
             except HostError as error:
                 if error.reason is not HostReason.BACKEND_BUSY or not left:
                     raise

@@ -135,7 +135,7 @@ def listen_as(uid: int, path: Path) -> socket.socket:
 
 
 def check_connects(directory: HostsDirectory, host: Hostname | None = NAME) -> int:
-    backend, proxy, _, _ = directory.connect(host)
+    backend, proxy, *_ = directory.connect(host)
     backend.close()
     return proxy
 
@@ -185,7 +185,7 @@ def test_who_wants_both_headers_gets_version_2(directory: HostsDirectory, hosts:
 
 
 def served_by(directory: HostsDirectory, host: Hostname | None) -> str:
-    backend, _, _, entry = directory.connect(host)
+    backend, *_, entry = directory.connect(host)
     backend.close()
     return entry
 

@@ -74,7 +74,6 @@ class Door:
             self.hosts,
             log,
             self.limit,
-            conversations,
         )
         self.listener = Listener(
             self.loop,

@@ -323,7 +323,7 @@ def test_the_calls_of_a_short_connection(
             "getsockname": 1,  # the socket module, making sure that it is a socket
             "recvfrom": 5,  # a look at the hello, the hello, the answer, two ends
             "chdir": 1,  # into the host's directory
-            "stat": 3,  # whose it is; whether there is send-proxy-v2, or send-proxy-v1
+            "stat": 4,  # whose it is; whether there is send-proxy-v2, or -v1, and hold
             "socket": 1,
             "connect": 1,
             "fchdir": 1,  # back again

@@ -115,6 +115,7 @@ class Relay:
         on_end: OnEnd,
         near_events: int | None = None,
         first: bytes = b"",
+        moved: int = 0,
     ) -> None:
         """Relay between two connected stream sockets until both directions have ended.
 
@@ -129,6 +130,7 @@ class Relay:
                 `READ_EVENTS`. What was told to another watcher will not be told again.
             first: what the far end is to hear before all that the near end says, and not counted;
                 far less than the send buffer of a socket holds.
+            moved: bytes of the near end that the far end has had already.
 
         Raises:
             OSError: the kernel can't watch them (ENOMEM, ENOSPC); both are reset.
@@ -136,6 +138,7 @@ class Relay:
         up = _Flow(self, near, far, on_end)
         down = _Flow(self, far, near, None)
         up.back, down.back = down, up
+        up.moved = moved
         try:
             # Before anything else: a far end that has just been woken finds it when it looks.
             if first:

@@ -1,0 +1,102 @@
+"""What a client has said first, lent to a backend that may go before it answers.
+
+A server that is stopped leaves connections in the queue of its listening socket that it has never
+accepted. They end with it, and so would their clients. But a server of TLS says something to any
+hello. So, where a host is held, the hello is sent and stays in the client's socket as well, until
+the first byte comes back; and if there is an end instead, the next backend gets the same hello.
+"""
+
+import contextlib
+from _socket import MSG_DONTWAIT, MSG_PEEK, socket
+from typing import Protocol
+
+from sniproxy.engine.loop import EventLoop
+from sniproxy.engine.relay import READ_EVENTS
+from sniproxy.hello_wait import peek
+
+
+class Lender(Protocol):
+    """The client's session, which is told what came of it."""
+
+    def on_answer(self) -> None:
+        """Go on: the backend has answered."""
+
+    def on_no_answer(self) -> None:
+        """Look for another backend: this one has ended without a word."""
+
+    def abort(self) -> None:
+        """End with a reset."""
+
+
+class FirstFlight:
+    """One such loan. The backend belongs to whoever has made this.
+
+    Args:
+        client: has sent a whole hello, which nobody has read.
+        backend: just connected, and not watched.
+        header: what the backend is to hear before it.
+
+    Attributes:
+        backend: As above.
+    """
+
+    __slots__ = ("_client", "_header", "_lender", "_loop", "_sent", "backend")
+
+    def __init__(
+        self, lender: Lender, client: socket, backend: socket, loop: EventLoop, header: bytes
+    ) -> None:
+        self._lender = lender
+        self._client = client
+        self.backend = backend
+        self._loop = loop
+        self._header = header
+        self._sent = 0
+
+    def send(self) -> bool:
+        """Send what there is, and have the loop tell of the answer.
+
+        Returns:
+            Whether the backend is still there.
+
+        Raises:
+            OSError: the client has broken off, or the kernel can't watch the backend.
+        """
+        data = self._header + (peek(self._client) or b"")
+        try:
+            # As much as the buffer takes: all of it, most probably.
+            self._sent = self.backend.send(data, MSG_DONTWAIT)
+        except OSError:  # EPIPE, ECONNRESET
+            return False
+        self._loop.watch(self.backend.fileno(), self, READ_EVENTS)
+        return True
+
+    def on_event(self, events: int) -> None:
+        """Find out whether that is an answer, or the end."""
+        try:
+            answer = self.backend.recv(1, MSG_PEEK | MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:  # ECONNRESET: it has not read what was sent
+            answer = b""
+        if answer:
+            self._lender.on_answer()
+        else:
+            self._lender.on_no_answer()
+
+    def abort(self) -> None:
+        """End with a reset: something went wrong that nobody expected."""
+        self._lender.abort()
+
+    def settle(self) -> tuple[int, bytes]:
+        """Take from the client what the backend has had, and watch the backend no more.
+
+        Returns:
+            How many bytes that were, and what is left of the header.
+        """
+        self._loop.unwatch(self.backend.fileno())
+        size = max(self._sent - len(self._header), 0)
+        if size:
+            # They are there, for nobody else reads; or the client has broken off.
+            with contextlib.suppress(OSError):
+                self._client.recv(size, MSG_DONTWAIT)
+        return size, self._header[self._sent :]

@@ -1,0 +1,144 @@
+"""Clients whose backend is away, or has no room for them, and when to look for it again.
+
+Linux tells nobody that a socket has come into being, or that its backlog has room again; so there
+are looks. They are one for all who wait for the same backend: who came first is looked up, and only
+if there is a backend for them, the next one. Looks become less frequent, and all of them together
+are given little time, so that hosts that are down cost the others nothing.
+"""
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import islice
+from time import perf_counter
+from typing import Protocol
+
+import trio
+
+# For so many seconds of looks in vain, others have fifty times as many: two percent. Before 0.02 s
+# have passed in that way nobody's wait is a tenth of a second longer for it.
+_REST = 50
+
+# Seconds of looks at a time, after which others have their turn: what ten new connections take.
+_AT_ONCE = 0.001
+
+# Clients who are connected at a time, to a backend that is there: some five milliseconds.
+_BATCH = 64
+
+
+class Guest(Protocol):
+    """Somebody who waits for a backend."""
+
+    def try_again(self) -> str | None:
+        """Look for the backend once more.
+
+        Returns:
+            The entry of the hosts directory that is waited for; None if the waiting is over.
+        """
+
+    def abort(self) -> None:
+        """End, because `try_again` raised an exception that nobody expected."""
+
+
+class _Queue:
+    """Those who wait for one backend, the oldest first, and the seconds until the next look."""
+
+    __slots__ = ("guests", "pause")
+
+    def __init__(self, pause: float) -> None:
+        self.guests: dict[Guest, None] = {}
+        self.pause = pause
+
+
+class WaitingRoom:
+    """Everybody who waits for a backend.
+
+    Args:
+        first_pause: seconds until the first look at a backend. Each pause is twice the one before.
+        last_pause: the longest one.
+        on_fault: called with every exception that `try_again` lets escape; the guest is aborted.
+    """
+
+    def __init__(
+        self, first_pause: float, last_pause: float, on_fault: Callable[[Exception], None]
+    ) -> None:
+        self._first_pause = first_pause
+        self._last_pause = last_pause
+        self._on_fault = on_fault
+        self._queues: dict[str, _Queue] = {}
+        # When to look next, by trio's clock: each queue once, and those that have become empty.
+        self._due: list[tuple[float, str]] = []
+        self._entries: dict[Guest, str] = {}
+        self._added = trio.lowlevel.ParkingLot()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, guest: Guest, entry: str) -> None:
+        """Let `guest` wait for the backend of an entry of the hosts directory."""
+        self._entries[guest] = entry
+        queue = self._queues.get(entry)
+        if queue is None:
+            queue = self._queues[entry] = _Queue(self._first_pause)
+            heappush(self._due, (trio.current_time() + queue.pause, entry))
+            self._added.unpark()
+        queue.guests[guest] = None
+
+    def discard(self, guest: Guest) -> None:
+        """Forget `guest`, if it waits."""
+        if (entry := self._entries.pop(guest, None)) is not None:
+            del self._queues[entry].guests[guest]
+
+    def oldest(self) -> Guest | None:
+        """Return who has waited the longest; None if nobody waits."""
+        return next(iter(self._entries), None)
+
+    def guests(self) -> list[Guest]:
+        """Return all who wait."""
+        return list(self._entries)
+
+    async def run(self) -> None:
+        """Look for the backends, until cancelled."""
+        rested = 0.0
+        while True:
+            with trio.CancelScope() as waiting:
+                if self._due:
+                    waiting.deadline = max(self._due[0][0], rested)
+                await self._added.park()
+            now = trio.current_time()
+            if now < rested:
+                continue
+            spent = 0.0
+            while self._due and self._due[0][0] <= now and spent < _AT_ONCE:
+                _, entry = heappop(self._due)
+                spent += self._look(entry)
+            rested = now + _REST * spent
+
+    def _look(self, entry: str) -> float:
+        """Look for one backend; return how many seconds it took to find none."""
+        queue = self._queues[entry]
+        pause = 2 * queue.pause
+        spent = 0.0
+        for guest in list(islice(queue.guests, _BATCH)):
+            began = perf_counter()
+            wanted = self._try_again(guest)
+            if wanted == entry:
+                spent = perf_counter() - began
+                break
+            pause = self._first_pause
+            self.discard(guest)
+            if wanted is not None:
+                self.add(guest, wanted)
+        if queue.guests:
+            queue.pause = min(pause, self._last_pause)
+            heappush(self._due, (trio.current_time() + queue.pause, entry))
+        else:
+            del self._queues[entry]
+        return spent
+
+    def _try_again(self, guest: Guest) -> str | None:
+        try:
+            return guest.try_again()
+        except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
+            self._on_fault(error)
+            guest.abort()
+            return None
