@@ -158,7 +158,8 @@ class HostError(Exception):
 
 
 # The connected socket, non-blocking; the version of the PROXY header that the backend wants, or 0;
-# whether the host is held while its backend is away; the uid of its directory, and the name of that.
+# whether the host is held while its backend is away; the uid of its directory; and what that is
+# called.
 Found = tuple[socket, int, bool, int, str]
 
 
@@ -396,19 +397,32 @@ class HostsDirectory:
 
 
 def read_hold(path: bytes = _HOLD) -> float:
-    """Return how many seconds a host is held whose option `path` is; 0 if there is none.
+    """Return how many seconds a host is held whose option `path` is; 0 if there is none."""
+    text = read_option(path)
+    if text is None:
+        return 0.0
+    seconds = hold_seconds(text)
+    return HOLD_SECONDS if seconds is None else min(seconds, MOST_HOLD_SECONDS)
 
-    It is a file that contains the number, or a link whose target is the number: no link is followed,
-    and a sandbox may let no file be read that is not below the hosts directory.
+
+def hold_seconds(text: bytes) -> float | None:
+    """Return the number of seconds that `hold` contains; None if that is no number."""
+    found = _SECONDS.fullmatch(text)
+    return float(found[1]) if found else None
+
+
+def read_option(path: bytes) -> bytes | None:
+    """Return how an option begins; None if there is none, nothing if it may not be read.
+
+    It is what a file contains. Or it is what a link leads to, which is not followed: for hosts
+    elsewhere, as a sandbox lets no file be read that is not below the hosts directory.
     """
     try:
-        text = os.readlink(path)
+        return os.readlink(path)[:_MOST_TEXT]
     except FileNotFoundError:
-        return 0.0
+        return None
     except OSError:  # EINVAL: it is no link
-        text = _read(path)
-    found = _SECONDS.fullmatch(text)
-    return min(float(found[1]), MOST_HOLD_SECONDS) if found else HOLD_SECONDS
+        return _read(path)
 
 
 def _read(path: bytes) -> bytes:

@@ -48,7 +48,7 @@ async def serve(
     relay = Relay(loop, pipes, log.bug, config.idle_seconds, config.half_closed_seconds)
     limit = ConnectionLimit(share.connections)
 
-    def make_sessions(nursery: trio.Nursery) -> Sessions:  # noqa: ARG001 - no session has a task
+    def make_sessions(nursery: trio.Nursery) -> Sessions:
         return Sessions(config, loop, relay, hosts, log, limit)
 
     # One line for all workers.

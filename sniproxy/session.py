@@ -33,7 +33,7 @@ from sniproxy.engine.tcp import LINGER_0
 from sniproxy.explain import explain
 from sniproxy.first_flight import FirstFlight
 from sniproxy.hello_wait import HelloWait, peek
-from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
+from sniproxy.hosts import HostError, HostReason, HostsDirectory
 from sniproxy.log import Log
 from sniproxy.service.eventlog import Seconds, show_address
 from sniproxy.service.figures import TIMED, Figures, HostFigures
@@ -114,9 +114,9 @@ ALERTS: dict[HostReason, Alert] = {
 # What is timed for the status socket: the way to a socket, and connect(2).
 LATENCIES = ("lookup", "connect")
 
-# Backends that one client's hello is lent to. The first may have been stopped with the client in its
-# queue, and so may its successor be, by somebody who is in a hurry; a third that ends without a word
-# means it.
+# Backends that one client's hello is lent to. The first may have been stopped with the client in
+# its queue, and so may its successor be, by somebody who is in a hurry; a third that ends without a
+# word means it.
 _MOST_LOANS = 2
 
 # What the loop tells of a client who is not there any more, or is not to be.
@@ -149,7 +149,7 @@ class Sessions:
         # Clients whose hello has not come whole, and those who are hearing an alert.
         self.waiting: Deadlines[HelloWait] = Deadlines(config.hello_seconds, log.bug)
         self.alerted: Deadlines[Linger] = Deadlines(config.alert_seconds, log.bug)
-        # Clients for whom there is no backend yet, and those whose backend has yet to say something.
+        # Clients for whom there is no backend yet, and those whose backend has said nothing yet.
         self.room = WaitingRoom(config.first_retry, config.last_retry, log.bug)
         self.lent: Deadlines[Held] = Deadlines(config.hello_seconds, log.bug)
         relay.last_words.is_place_wanted = limit.is_place_wanted
@@ -204,13 +204,10 @@ class Sessions:
         """End whoever is left; return how many were served, or waiting for it."""
         self.is_cut = True
         left = self.limit.open - len(self.alerted)
-        for waiting in (
-            *self.waiting.items(),
-            *self.alerted.items(),
-            *self.room.guests(),
-            *self.lent.items(),
-        ):
-            waiting.abort()
+        for guest in self.room.guests():
+            guest.abort()
+        for session in self.waiting.items() + self.alerted.items() + self.lent.items():
+            session.abort()
         self.relay.abort_all()
         return left
 
@@ -324,7 +321,7 @@ class Session:
             self.shared.room.add(self.hold(), entry)
 
     def connect(self) -> str | None:
-        """Join the client to its backend, or refuse it; return what to wait for if that must wait."""
+        """Join the client to its backend, or refuse it; return what to wait for, if that is it."""
         shared = self.shared
         figures = shared.figures
         is_timed = figures is not None and shared.served % TIMED == 0
@@ -630,9 +627,7 @@ class Held:
         flight, is_proxied, owner, entry = self._loan
         self._end_loan()
         moved, first = flight.settle()
-        self._session.join(
-            flight.backend, first, owner, entry, is_proxied=is_proxied, moved=moved
-        )
+        self._session.join(flight.backend, first, owner, entry, is_proxied=is_proxied, moved=moved)
 
     # What has taken so long is an answer to wait for as long as the client likes.
     expire = on_answer

@@ -35,8 +35,11 @@ class Guest(Protocol):
             The entry of the hosts directory that is waited for; None if the waiting is over.
         """
 
+    def give_way(self) -> None:
+        """End: there is no room for somebody who is not served."""
+
     def abort(self) -> None:
-        """End, because `try_again` raised an exception that nobody expected."""
+        """End, because `try_again` raised an exception that nobody expected, or all end."""
 
 
 class _Queue:

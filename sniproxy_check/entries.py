@@ -16,7 +16,7 @@ from sniproxy_hostname import Hostname, InvalidHostname
 from sniproxy_hostname._unicode import from_unicode
 
 # What the daemon looks for in the directory of a host.
-ENTRIES: Final = ("tls-socket", "send-proxy-v1", "send-proxy-v2")
+ENTRIES: Final = ("tls-socket", "send-proxy-v1", "send-proxy-v2", "hold")
 
 # What other programs call the first version.
 _OF_OTHERS: Final = ("send-proxy",)
@@ -122,7 +122,8 @@ def check_files(place: str, files: Sequence[str], sockets: Sequence[str]) -> lis
 
 def _meant(name: str, files: Sequence[str], sockets: Sequence[str]) -> str | None:
     """Return what an entry was to be called, if that is not there and nothing else is as likely."""
-    missing = [each for each in ENTRIES if each not in files]
+    # But `hold`: it is so short that `old` is nearly the same.
+    missing = [each for each in ENTRIES if each not in files and each != "hold"]
     alike = difflib.get_close_matches(name.lower(), missing, n=1, cutoff=_ALIKE)
     if alike:
         return alike[0]

@@ -14,6 +14,7 @@ class CheckReason(StrEnum):
     HIDDEN = "hidden"  # it is there, but not for the daemon
     ABSOLUTE_IN_CHROOT = "absolute_in_chroot"  # a link leads to another place in there
     TWO_PROXY_HEADERS = "two_proxy_headers"  # of which one is sent
+    UNCLEAR_HOLD = "unclear_hold"  # not as long as is written there
     SHARED_PROCESS = "shared_process"  # one process answers for hosts of several owners
 
 

@@ -18,6 +18,7 @@ _WARNINGS: Final = frozenset(
         CheckReason.MISSPELT,
         CheckReason.SHARED_PROCESS,
         CheckReason.TWO_PROXY_HEADERS,
+        CheckReason.UNCLEAR_HOLD,
         CheckReason.UNKNOWN_FILE,
     }
 )

@@ -25,6 +25,7 @@ _ACL_USER, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 0x02, 0x04, 0x08,
 
 SEARCH: Final = 0o1
 WRITE: Final = 0o2
+READ: Final = 0o4
 
 
 class View(NamedTuple):
@@ -107,13 +108,13 @@ def view_of_process(process: int) -> tuple[privileges.Identity, bool, bool]:
 
 
 def may(identity: privileges.Identity, path: str, status: os.stat_result, right: int) -> bool:
-    """Tell whether a user may search, or write, something that we can look at: acl(5), inode(7).
+    """Tell whether a user may read, search, or write, what we can look at: acl(5), inode(7).
 
     Args:
         identity: the user.
         path: it.
         status: what lstat(2) says of it.
-        right: `SEARCH` or `WRITE`.
+        right: `READ`, `SEARCH` or `WRITE`.
     """
     mode = status.st_mode
     if identity.uid == 0:

@@ -11,10 +11,20 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 from sniproxy.explain import Cause, Entry, Fault, Way, explain, go
-from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
+from sniproxy.hosts import (
+    HOLD_SECONDS,
+    MOST_HOLD_SECONDS,
+    HostError,
+    HostReason,
+    HostsDirectory,
+    Step,
+    hold_seconds,
+    read_option,
+)
 from sniproxy.service.privileges import Identity
 from sniproxy_check import entries, view
 from sniproxy_check.finding import CheckReason, Finding, Result, one_line
@@ -107,9 +117,10 @@ class Walk:
         if name is None and not self._hashed:
             name = entry
         findings = entries.check_files(entry, *self._listing.files_of(entry))
+        unclear = self._find_unclear_hold(entry)
         links = self._find_absolute_links(entry)
         try:
-            backend, proxy, _, owner, served_by = self._connect(entry)
+            backend, proxy, owner, served_by = self._connect(entry)
         except HostError as error:
             fault = explain(self._hosts, error)
             failed = self._show(entry, fault, error)
@@ -118,12 +129,12 @@ class Walk:
             if is_missing and findings:
                 failed = failed._replace(mend="# the command above mends this, too")
             found = [*findings, failed] if is_missing else [failed, *findings]
-            return Result(entry, name, fault.owner, findings=(*links, *found))
+            return Result(entry, name, fault.owner, findings=(*links, *found, *unclear))
         with backend:
             pid, uid, _ = _UCRED.unpack(
                 backend.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             )
-        findings = [*links, *self._find_barred(entry, owner), *findings]
+        findings = [*links, *self._find_barred(entry, owner), *findings, *unclear]
         if not handshake or name is None or name.startswith("_"):
             return Result(served_by, name, owner, (pid, uid), findings=tuple(findings))
         asked, expires = self._shake_hands(entry, name, proxy)
@@ -170,6 +181,32 @@ class Walk:
             place=shlex.quote(entry), name=name, sent=proxy, wanted=said.wants
         )
         return [Finding(said.answer, said.detail, mend)], said.expires
+
+    def _find_unclear_hold(self, entry: str) -> list[Finding]:
+        """Say if a host is not held for as long as its `hold` seems to say."""
+        path = f"{entry}/hold"
+        try:
+            status = os.lstat(path)
+            text = read_option(os.fsencode(path))
+            here, there = os.path.realpath("."), os.path.realpath(entry)
+        except OSError:
+            return []
+        seconds = None if text is None else hold_seconds(text)
+        can_read = self._identity is None or view.may(self._identity, path, status, view.READ)
+        if not stat.S_ISLNK(status.st_mode) and not Path(there).is_relative_to(here):
+            wrong = f"no file is read outside of the hosts directory: {HOLD_SECONDS:g}"
+        elif not can_read:
+            wrong = f"{self._user} may not read it, by its mode: {HOLD_SECONDS:g}"
+        elif seconds is None:
+            wrong = f"there is no number of seconds in it: {HOLD_SECONDS:g}"
+        elif seconds > MOST_HOLD_SECONDS:
+            wrong = f"{seconds:g} seconds are too many: {MOST_HOLD_SECONDS:g}"
+        else:
+            return []
+        # A link that says it can be read anywhere. And whatever is there now is not followed.
+        wanted = HOLD_SECONDS if seconds is None else min(seconds, MOST_HOLD_SECONDS)
+        mend = f"ln -sfT {wanted:g} {shlex.quote(path)}"
+        return [Finding(CheckReason.UNCLEAR_HOLD, f"{path}: {wrong} are taken", mend)]
 
     # What somebody else may not do.
 

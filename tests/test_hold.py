@@ -42,9 +42,6 @@ def open_connections(daemon: Daemon) -> int:
     return int(line.split("open=")[1].split()[0])
 
 
-
-
-
 def held(daemon: Daemon) -> socket.socket:
     """Return a client who asks for the host, and is held."""
     before = open_connections(daemon)

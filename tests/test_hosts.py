@@ -11,7 +11,14 @@ import pytest
 import trio
 from trio.testing import MockClock, trio_test
 
-from sniproxy.hosts import HostError, HostReason, HostsDirectory, HostsState
+from sniproxy.hosts import (
+    HOLD_SECONDS,
+    MOST_HOLD_SECONDS,
+    HostError,
+    HostReason,
+    HostsDirectory,
+    HostsState,
+)
 from sniproxy.log import Log
 from sniproxy.serve import watch_hosts
 from sniproxy_hostname import Hostname, InvalidHostname, directory_namer
@@ -179,6 +186,83 @@ def test_who_wants_both_headers_gets_version_2(directory: HostsDirectory, hosts:
         assert check_connects(directory) == 2
         (home / "send-proxy-v1").unlink()
         assert check_connects(directory) == 2
+
+
+# --- How long clients are kept
+
+
+def held_for(directory: HostsDirectory) -> float:
+    with pytest.raises(HostError) as caught:
+        directory.connect(NAME)
+    return caught.value.hold
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30\n", 30),
+        (" 2.5 ", 2.5),
+        ("0", 0),
+        ("000000001", 1),
+        ("999999999", MOST_HOLD_SECONDS),
+        # What is no number of seconds.
+        *((text, HOLD_SECONDS) for text in ("", "ten", "-1", "1e3", "5 s", "1,5", "\u0663", "nan")),
+        ("1" * 10, HOLD_SECONDS),
+        (" " * 100 + "5", HOLD_SECONDS),
+    ],
+)
+def test_a_file_or_a_link_says_how_long(
+    directory: HostsDirectory, hosts: Path, text: str, seconds: float
+) -> None:
+    home = host_directory(hosts, NAME)
+    assert held_for(directory) == 0
+    (home / "hold").write_text(text)
+    assert held_for(directory) == seconds
+    if text:
+        (home / "hold").unlink()
+        (home / "hold").symlink_to(text)
+        assert held_for(directory) == seconds
+
+
+def test_what_is_no_file_is_not_waited_for(directory: HostsDirectory, hosts: Path) -> None:
+    home = host_directory(hosts, NAME)
+    hold = home / "hold"
+    makes: list[Callable[[], None]] = [
+        hold.mkdir,
+        lambda: os.mkfifo(hold),
+        lambda: hold.symlink_to("/dev/zero"),
+    ]
+    for make in makes:
+        make()
+        assert held_for(directory) == HOLD_SECONDS
+        hold.rename(hosts / f"old{len(list(hosts.iterdir()))}")
+
+
+def test_what_may_pass_is_waited_for_and_nothing_else(
+    directory: HostsDirectory, hosts: Path
+) -> None:
+    home = host_directory(hosts, NAME)
+    path = home / "tls-socket"
+    (home / "hold").write_text("30")
+    assert held_for(directory) == 30  # no_socket
+    listen_at(path).close()
+    assert held_for(directory) == 30  # not_listening
+    path.unlink()
+    with listen_unix(path, backlog=0):
+        directory.connect(NAME)[0].close()
+        assert held_for(directory) == 30  # backend_busy
+    path.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
+        datagrams.bind(str(path))
+        assert held_for(directory) == 0
+    path.unlink()
+    path.symlink_to(path)
+    assert held_for(directory) == 0
+    path.unlink()
+    with listen_at(path):
+        backend, _, holds, *_ = directory.connect(NAME)
+        backend.close()
+        assert holds
 
 
 # --- Names that no host has
@@ -534,10 +618,16 @@ class TestTrust:
     def test_a_socket_without_write_permission(
         self, directory: HostsDirectory, tenants: Path
     ) -> None:
+        """It is waited for, as long as that may be read: a server is about to change its mode."""
+        hold = tenants / "hold"
+        hold.write_text("30")
         with listen_as(TENANT, tenants / "tls-socket"):
             (tenants / "tls-socket").chmod(0o600)
-            os.seteuid(OTHER)
-            try:
-                assert reason(directory) is HostReason.PERMISSION_DENIED
-            finally:
-                os.seteuid(0)
+            for mode, seconds in (0o644, 30), (0o600, HOLD_SECONDS):
+                hold.chmod(mode)
+                os.seteuid(OTHER)
+                try:
+                    assert reason(directory) is HostReason.PERMISSION_DENIED
+                    assert held_for(directory) == seconds
+                finally:
+                    os.seteuid(0)

@@ -120,6 +120,37 @@ def test_whoever_takes_it_over_is_locked_in(
     assert (surroundings.files / "file").read_text() == "secret"
 
 
+def test_below_the_hosts_directory_files_can_be_read_and_no_more(
+    hosts: Path, surroundings: Surroundings
+) -> None:
+    """For the sake of `hold`."""
+    surroundings.files.rename(hosts / "files")
+    surroundings.environment["INTRUDER_FILES"] = str(hosts / "files")
+    with taken_over(hosts, surroundings) as daemon:
+        came = fields(daemon.wait_for_log("intruder"))
+        in_force = forbidden(daemon)
+    if "files" not in in_force:
+        pytest.skip("the kernel has no Landlock: see landlock(7)")
+    expected = STOPPED["files"] | dict.fromkeys(["read", "list"], "done")
+    assert {name: came[name] for name in expected} == expected
+
+
+def test_where_that_can_not_be_told_to_the_kernel_nothing_can_be_read(hosts: Path) -> None:
+    """A unit of an earlier version has a filter that does not know the call."""
+
+    def prepare() -> None:
+        real = libc.call
+
+        def call(name: str, *arguments: object) -> int:
+            if name == "syscall" and arguments[0] == sandbox._LANDLOCK_ADD_RULE:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            return real(name, *arguments)
+
+        libc.call = call  # type: ignore[assignment]
+
+    assert entered(prepare, hosts)[0] == "new_privileges"
+
+
 def test_this_kernel_offers_all_of_it(hosts: Path) -> None:
     """Else the test above would say little."""
     with start_daemon(hosts, measured=False) as sandboxed:
@@ -153,7 +184,7 @@ def test_no_program_it_runs_gains_privileges(hosts: Path) -> None:
         assert not no_new_privileges(daemon)
 
 
-def entered(prepare: Callable[[], object]) -> list[str]:
+def entered(prepare: Callable[[], object], *readable: Path) -> list[str]:
     """Return what is forbidden in a sandbox that a child of ours enters: there is no way out."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -161,7 +192,7 @@ def entered(prepare: Callable[[], object]) -> list[str]:
         # Whatever happens, it does not go on with our tests.
         try:
             prepare()
-            os.write(writing, ",".join(sandbox.enter()).encode())
+            os.write(writing, ",".join(sandbox.enter(readable)).encode())
         finally:
             os._exit(0)
     os.waitpid(pid, 0)

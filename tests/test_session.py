@@ -14,13 +14,14 @@ import pytest
 import trio
 from trio.testing import MockClock, trio_test
 
+from sniproxy import waiting_room
 from sniproxy.config import Config
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Address, Listener, take_listening_socket
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
-from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
+from sniproxy.hosts import Found, HostError, HostReason, HostsDirectory, Step
 from sniproxy.log import Log
 from sniproxy.serve import serve
 from sniproxy.service.descriptors import Share
@@ -338,6 +339,8 @@ async def test_a_full_backlog_is_tried_soon_and_then_less_and_less_often(
 ) -> None:
     async with door() as it, await it.connect() as client:
         times: list[float] = []
+        # These looks take no time, so that there is no rest for its sake.
+        monkeypatch.setattr(waiting_room, "perf_counter", lambda: 0.0)
 
         def fail(host: Hostname) -> None:
             times.append(trio.current_time())
@@ -548,7 +551,7 @@ async def test_no_more_descriptors_are_open_than_there_are_places(
         peaks: list[int] = []
         connect, begin = it.hosts.connect, it.sessions.begin
 
-        def counting_connect(host: Hostname) -> tuple[_socket.socket, int, int, str]:
+        def counting_connect(host: Hostname) -> Found:
             found = connect(host)
             peaks.append(descriptors())
             return found

@@ -50,6 +50,9 @@ class Guest:
             self._looks.of[self.wants] += 1
         return self.wants
 
+    def give_way(self) -> None:
+        raise AssertionError
+
     def abort(self) -> None:
         self.is_aborted = True
 

@@ -16,6 +16,7 @@ from sniproxy.hosts import HostReason
 from sniproxy.service.privileges import Identity
 from sniproxy_check.entries import Listing
 from sniproxy_check.finding import CheckReason, Finding, Result, one_line
+from sniproxy_check.report import is_served
 from sniproxy_check.walk import Walk, find_shared
 from sniproxy_hostname import Hostname, directory_namer
 from tests.support.backends import TlsBackend, host_directory, listen_unix
@@ -288,6 +289,36 @@ def test_two_headers(hosts: Path, backend: Path) -> None:
     [finding] = look().findings
     assert finding.word is CheckReason.TWO_PROXY_HEADERS
     mend(finding, backend)
+    assert look().findings == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("", "no number"), ("ten", "no number"), ("1000", "too many: 300")]
+)
+def test_a_hold_that_is_not_clear(hosts: Path, backend: Path, text: str, says: str) -> None:
+    _link(hosts / NAME, backend)
+    (hosts / NAME / "hold").write_text("30\n")
+    assert look().findings == ()
+    (hosts / NAME / "hold").write_text(text)
+    found = look()
+    [finding] = found.findings
+    assert finding.word is CheckReason.UNCLEAR_HOLD
+    assert says in finding.detail
+    assert is_served(found)
+    mend(finding, backend)
+    assert look().findings == ()
+
+
+def test_a_hold_that_the_sandbox_hides(hosts: Path, backend: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    _link(elsewhere, backend)
+    (hosts / NAME).symlink_to(elsewhere)
+    (elsewhere / "hold").write_text("30\n")
+    [finding] = look().findings
+    assert finding.word is CheckReason.UNCLEAR_HOLD
+    assert "outside" in finding.detail
+    mend(finding, backend)
+    assert (elsewhere / "hold").readlink() == Path("30")
     assert look().findings == ()
 
 
