@@ -23,7 +23,7 @@ import socket
 import subprocess
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -115,6 +115,7 @@ class Machine:
     """
 
     def __init__(self, packages: Sequence[str] = (), suite: str = _SUITE) -> None:
+        self._suite = suite
         self._tree = _tree(suite, sorted({*_PACKAGES, *packages}))
         self._name = f"{_PREFIX}{os.getpid()}-{next(_numbers)}"
         self._ends = contextlib.ExitStack()
@@ -264,13 +265,53 @@ class Machine:
 
         It is made out here, where there is a network and pip has been configured.
         """
-        _take_time()
+        checkout = f"{_CHECKOUT}[{','.join(extras)}]" if extras else str(_CHECKOUT)
+        with self._environment(venv) as (made, pip):
+            wheels = self._make_wheels(extras, pip)
+            pip("install", "--no-index", f"--find-links={wheels}", checkout)
+            shutil.copytree(made, self.root / venv.removeprefix("/"), symlinks=True)
+
+    def bring_checkout(self, path: str, *extras: str) -> None:
+        """Put the checkout there, as a clone has it; pip finds in the machine what it takes.
+
+        Args:
+            path: a new directory.
+            extras: those that can be installed.
+        """
+        with self._environment("/opt/wheels") as (_, pip):
+            wheels = self._make_wheels(extras, pip)
+        shutil.copytree(wheels, self.root / "srv/wheels")
+        self.write("/etc/pip.conf", "[global]\nno-index = true\nfind-links = /srv/wheels\n")
+        listed = ["git", "-C", str(_CHECKOUT), "ls-files", "--cached", "--others"]
+        files = subprocess.run(
+            [*listed, "--exclude-standard"], check=True, capture_output=True, text=True
+        )
+        for file in files.stdout.splitlines():
+            source, target = _CHECKOUT / file, self.root / path.removeprefix("/") / file
+            if source.exists():  # else it has been removed, and that is not committed yet
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target, follow_symlinks=False)
+
+    def _make_wheels(self, extras: Sequence[str], pip: Callable[..., None]) -> Path:
+        """Return a directory with wheels of all that the checkout needs, made if need be."""
         pyproject = tomllib.loads((_CHECKOUT / "pyproject.toml").read_text())
         project = pyproject["project"]
         optional = [each for extra in extras for each in project["optional-dependencies"][extra]]
         # With the dependencies goes what builds the wheel, so that a second time no network is
         # needed.
         wanted = [*project["dependencies"], *optional, *pyproject["build-system"]["requires"]]
+        with _kept(f"wheels-{_digest([self._suite, *wanted])}") as (wheels, new):
+            if new is not None:
+                pip("wheel", f"--wheel-dir={new}", *wanted)
+        return wheels
+
+    @contextlib.contextmanager
+    def _environment(self, venv: str) -> Iterator[tuple[Path, Callable[..., None]]]:
+        """Make an environment of the machine's Python, out here.
+
+        Yields where it is to be found afterwards, and what runs its pip.
+        """
+        _take_time()
         with tempfile.TemporaryDirectory(prefix="sniproxy-") as folder:
             made = Path(folder, "upper", Path(venv).name)
             for directory in made.parent, made, Path(folder, "work"):
@@ -284,12 +325,7 @@ class Machine:
 
             pip = (f"{venv}/bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check")
             run("/usr/bin/python3", "-m", "venv", venv)
-            with _kept(f"wheels-{_digest([_SUITE, *wanted])}") as (wheels, new):
-                if new is not None:
-                    run(*pip, "wheel", f"--wheel-dir={new}", *wanted)
-            checkout = f"{_CHECKOUT}[{','.join(extras)}]" if extras else str(_CHECKOUT)
-            run(*pip, "install", "--no-index", f"--find-links={wheels}", checkout)
-            shutil.copytree(made, self.root / venv.removeprefix("/"), symlinks=True)
+            yield made, partial(run, *pip)
 
 
 # --- Control groups ------------------------------------------------------------------------------
