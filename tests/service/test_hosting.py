@@ -523,6 +523,30 @@ def test_haproxy_without_challenges(site: Site) -> None:
     assert site.get() == f"{CLIENT}\n"
 
 
+@needs("caddy", "caddy")
+def test_caddy(site: Site) -> None:
+    caddy = PAGE["caddy"]
+    # "Debian's knows no PROXY header, so leave `send-proxy-v1` out."
+    site.machine.root(f"rm {DIRECTORY}/send-proxy-v1")
+    site.machine.write(caddy.path, caddy.text, caddy.user)
+
+    def serves() -> bool:
+        # The socket may be the one that was left over.
+        site.machine.tenant("two", f"cd {DIRECTORY}; {said('chmod 666 tls-socket')} || true")
+        return site.is_there()
+
+    for ends in True, False:
+        site.machine.start(caddy.user, caddy.command)
+        eventually(serves)
+        if ends:
+            # "and replaces one that was left over"
+            site.kill("caddy")
+            assert site.machine.outside(SOCKET).is_socket()
+    site.signal("caddy", signal.SIGTERM)
+    # "It removes its socket when it ends"
+    eventually(lambda: not site.machine.outside(SOCKET).exists())
+
+
 def test_python(site: Site) -> None:
     site.start(PAGE["python"])
     assert site.get() == f"{CLIENT}\n"
