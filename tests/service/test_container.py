@@ -4,7 +4,10 @@ Its base is a Debian that debootstrap has made, for the tests ask no registry. A
 keeps is in a directory of the test's.
 """
 
+import re
+import shlex
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +18,18 @@ import pytest
 
 from sniproxy import __version__
 from tests.support import machine
+from tests.support.backends import host_directory
 from tests.support.daemon import PATIENCE, eventually
+from tests.support.greeting import Greeter
+from tests.support.hellos import hello_bytes
 from tests.support.machine import why_no_machine
 from tests.support.pods import Pod, Pods, ask, running
+from tests.support.sockets import receive_all
 
 ROOT: Final = Path(__file__).parents[2]
 IMAGE: Final = "tproxy-pod:1"
+
+PAGES: Final = (ROOT / "docs/running.md", ROOT / "kubernetes/README.md")
 
 # Seconds to build it. It takes 25, most of them for copying: vfs keeps each layer whole.
 _BUILD: Final = 300
@@ -50,14 +59,22 @@ class Buildah:
     def __call__(self, *arguments: str) -> str:
         """Run it; return what it prints."""
         done = subprocess.run(
-            [*self._command, *arguments], capture_output=True, text=True, timeout=_BUILD, cwd=ROOT
+            self.command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=_BUILD,
+            cwd=ROOT,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
 
+    def command(self, *arguments: str) -> tuple[str, ...]:
+        """Return what runs it."""
+        return ("env", "BUILDAH_ISOLATION=chroot", *self._command, *arguments)
+
     def run(self, container: str, *command: str, options: tuple[str, ...] = ()) -> tuple[str, ...]:
         """Return the command that runs another one in a container."""
-        return (*self._command, "run", "--isolation=chroot", *options, container, *command)
+        return self.command("run", *options, container, *command)
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +88,12 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
     if _TRUSTED.exists():
         buildah("copy", "--quiet", base, str(_TRUSTED), str(_TRUSTED))
         buildah("config", "--env", f"PIP_CERT={_TRUSTED}", base)
-    buildah("commit", "--quiet", "--rm", base, "localhost/base")
-    buildah(
-        *("build", "--isolation=chroot", "--quiet", "--build-arg=BASE=localhost/base"),
-        *("--tag", IMAGE, "--file", "packaging/Containerfile", "."),
-    )
+    # In the place of the one that a registry has.
+    buildah("commit", "--quiet", "--rm", base, "localhost/debian:12-slim")
+    # As both pages say; the second time everything is there already.
+    for page in PAGES:
+        [command] = re.findall(r"^buildah (build .+)$", page.read_text(), re.MULTILINE)
+        buildah(*shlex.split(command))
     yield buildah
     # Hundreds of megabytes, which pytest would keep.
     shutil.rmtree(place)
@@ -101,6 +119,32 @@ def test_all_programs_are_there(buildah: Buildah, container: str) -> None:
     command = buildah.run(container, "sh", "-c", "ls / | grep source; ls -A /srv/tproxy-pod")
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout == ""
+
+
+def test_sniproxy_in_a_container(buildah: Buildah, hosts: Path) -> None:
+    """As docs/running.md has it, with another port, and the hosts directory of a test."""
+    [command] = re.findall(r"```sh\nbuildah (run .+?)```", PAGES[0].read_text(), re.DOTALL)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    container = buildah("from", "sniproxy:1")
+    command = command.replace("\\\n", "").replace('"$(buildah from sniproxy:1)"', container)
+    command = command.replace("/srv/hosts:", f"{hosts}:").replace(":443", f"127.0.0.1:{port}")
+    path = host_directory(hosts, "a.example") / "tls-socket"
+    with Greeter(path, b"word"):
+        path.chmod(0o666)  # for a user who is not root
+        with subprocess.Popen(
+            buildah.command(*shlex.split(command)), stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                assert process.stderr is not None
+                assert "forbids=new_privileges," in process.stderr.readline()
+                assert "listening" in process.stderr.readline()
+                with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+                    client.sendall(hello_bytes("a.example"))
+                    assert receive_all(client) == b"word"
+            finally:
+                process.terminate()
+    buildah("rm", container)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """README.md and docs/running.md, done as they say, on a new Debian 12 and on a new Debian 13.
 
-The machine has the packages that the pages name, a clone of the checkout, and a network that ends at
-its own loopback interface; what pip would fetch is there already.
+The machine has the packages that the pages name, a clone of the checkout, and a network that ends
+at its own loopback interface; what pip would fetch is there already.
 """
 
 import re
@@ -28,7 +28,9 @@ CHECKOUT: Final = "/root/sniproxy"
 # Seconds. An environment takes ten or twenty to be made, three keys of RSA some more.
 _BLOCK: Final = 120.0
 
-FETCH: Final = "curl --silent --show-error --cacert ~/one.crt --resolve {0}:443:127.0.0.1 https://{0}/"
+FETCH: Final = (
+    "curl --silent --show-error --cacert ~/one.crt --resolve {0}:443:127.0.0.1 https://{0}/"
+)
 
 
 @pytest.fixture(scope="module", params=["bookworm", "trixie"])
@@ -51,9 +53,9 @@ class Person:
     def type(self, text: str, *, place: str = CHECKOUT, code: int = 0) -> str:
         """Type it, and return what is seen until the shell has ended."""
         # What goes on in the background keeps the shell's output open.
-        script = f"exec >/tmp/seen 2>&1; cd {place}; {text}"
+        script = f"exec >/run/seen 2>&1; cd {place}; {text}"
         done = self._machine.run("bash", "-c", script, check=False, timeout=_BLOCK)
-        seen = self._machine.run("cat", "/tmp/seen").stdout
+        seen = self._machine.run("cat", "/run/seen").stdout
         assert done.returncode == code, seen
         return seen
 
