@@ -19,16 +19,19 @@ import pytest
 from sniproxy import __version__
 from tests.support import machine
 from tests.support.backends import host_directory
-from tests.support.daemon import PATIENCE, eventually
+from tests.support.daemon import PATIENCE, Daemon, eventually
 from tests.support.greeting import Greeter
+from tests.support.greeting import ask as ask_backend
 from tests.support.hellos import hello_bytes
 from tests.support.machine import why_no_machine
 from tests.support.pods import Pod, Pods, ask, running
 from tests.support.sockets import receive_all
+from tests.support.tenants import Page
 
 ROOT: Final = Path(__file__).parents[2]
 IMAGE: Final = "tproxy-pod:1"
 
+PAGE: Final = Page(ROOT / "docs/coming-from.md")
 PAGES: Final = (ROOT / "docs/running.md", ROOT / "kubernetes/README.md")
 
 # Seconds to build it. It takes 25, most of them for copying: vfs keeps each layer whole.
@@ -144,6 +147,37 @@ def test_sniproxy_in_a_container(buildah: Buildah, hosts: Path) -> None:
                     assert receive_all(client) == b"word"
             finally:
                 process.terminate()
+    buildah("rm", container)
+
+
+# Answers a hello with a word, on the socket that is shared.
+SERVER = """
+import os, socket
+os.umask(0)
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind("/run/tls/tls-socket")
+    listening.listen()
+    while True:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"word")
+"""
+
+
+def test_a_backend_in_a_container(buildah: Buildah, daemon: Daemon, hosts: Path) -> None:
+    """As docs/coming-from.md has it."""
+    install, run = PAGE["container"].text.replace("/srv/hosts", str(hosts)).splitlines()
+    subprocess.run(shlex.split(install), check=True)
+    container = buildah("from", "sniproxy:1")
+    words = shlex.split(run.replace('"$(buildah from IMAGE)"', container))
+    assert (words[0], words[-1]) == ("buildah", "SERVER")
+    with subprocess.Popen(buildah.command(*words[1:-1], "python3", "-c", SERVER)) as process:
+        try:
+            eventually((hosts / "one.example/tls-socket").is_socket, 3 * PATIENCE)
+            eventually(lambda: ask_backend(daemon, "one.example") == b"word")
+        finally:
+            process.terminate()
     buildah("rm", container)
 
 
