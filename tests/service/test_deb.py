@@ -280,6 +280,12 @@ def test_the_pages_and_papers(installed: Machine) -> None:
         text = installed.run("zcat", f"/usr/share/man/man{page.suffix[1:]}/{page.name}.gz").stdout
         assert ".Nd " in text
         assert "/opt/sniproxy" not in text
+    for path in (
+        *(f"bash-completion/completions/{name}" for name in PROGRAMS),
+        *(f"fish/vendor_completions.d/{name}.fish" for name in PROGRAMS),
+        "zsh/vendor-completions/_sniproxy",
+    ):
+        installed.run("test", "-s", f"/usr/share/{path}")
     doc = "/usr/share/doc/sniproxy"
     for paper in "README.Debian", "README.md", "hosting.md", "changelog.gz":
         installed.run("test", "-s", f"{doc}/{paper}")

@@ -1,0 +1,18 @@
+# Written by scripts/completions, from the programs' own options.
+complete -c sniproxy -f
+complete -c sniproxy -l hashed -d 'the directories are named by the BLAKE3 of the hostname, 64 hex digits'
+complete -c sniproxy -l no-owner-check -d 'connect to any socket that a host\'s directory leads to, whoever listens there'
+complete -c sniproxy -l workers -x -d 'serve with N processes, for more than one processor (default: 1)'
+complete -c sniproxy -l max-connections -x -d 'hold no more than N connections at a time, all processes together (default: what RLIMIT_NOFILE suffices for)'
+complete -c sniproxy -l drain -x -d 'wait that long for connections to end, once asked to end (default: 10)'
+complete -c sniproxy -l idle-timeout -x -d 'end a connection that moved no byte for that long; 0 is never (default: 0)'
+complete -c sniproxy -l half-closed-timeout -x -d 'the same, once one of its directions has ended (default: 3600)'
+complete -c sniproxy -l chroot -d 'make the working directory the root directory (needs root)'
+complete -c sniproxy -l user -xa '(__fish_complete_users)' -d 'become that user, for good, before anything is accepted (needs root)'
+complete -c sniproxy -l no-sandbox -d 'keep the rights to open files and the like, which serving does without'
+complete -c sniproxy -l log -xa 'errors connections' -d 'log what went wrong, or also a line for each connection (default: errors)'
+complete -c sniproxy -l log-format -xa 'text json' -d 'write lines as KEY=VALUE, or each as an object of JSON (default: text)'
+complete -c sniproxy -l status-socket -rF -d 'tell there what was counted, in all and for each host; sniproxy-status reads it'
+complete -c sniproxy -l check-options -d 'say whether the options are right, and end'
+complete -c sniproxy -s h -l help -d 'print this'
+complete -c sniproxy -l version -d 'print the version'

@@ -1,0 +1,17 @@
+# Written by scripts/completions, from the programs' own options.
+complete -c tls-bridge-peer -f
+complete -c tls-bridge-peer -l listen -rF -d 'listen there, and not on standard input: IP:PORT, :PORT for all addresses, or a path of a Unix socket, with a slash in it'
+complete -c tls-bridge-peer -l workers -x -d 'serve with N processes, for more than one processor (default: 1)'
+complete -c tls-bridge-peer -l max-connections -x -d 'hold no more than N connections at a time, all processes together (default: what RLIMIT_NOFILE suffices for)'
+complete -c tls-bridge-peer -l drain -x -d 'wait that long for connections to end, once asked to end (default: 10)'
+complete -c tls-bridge-peer -l idle-timeout -x -d 'end a connection that moved no byte for that long; 0 is never (default: 0)'
+complete -c tls-bridge-peer -l half-closed-timeout -x -d 'the same, once one of its directions has ended (default: 3600)'
+complete -c tls-bridge-peer -l chroot -d 'make the working directory the root directory (needs root)'
+complete -c tls-bridge-peer -l user -xa '(__fish_complete_users)' -d 'become that user, for good, before anything is accepted (needs root)'
+complete -c tls-bridge-peer -l no-sandbox -d 'keep the rights to open files and the like, which serving does without'
+complete -c tls-bridge-peer -l log -xa 'errors connections' -d 'log what went wrong, or also a line for each connection (default: errors)'
+complete -c tls-bridge-peer -l log-format -xa 'text json' -d 'write lines as KEY=VALUE, or each as an object of JSON (default: text)'
+complete -c tls-bridge-peer -l status-socket -rF -d 'tell there what was counted, in all and for each host; sniproxy-status reads it'
+complete -c tls-bridge-peer -l check-options -d 'say whether the options are right, and end'
+complete -c tls-bridge-peer -s h -l help -d 'print this'
+complete -c tls-bridge-peer -l version -d 'print the version'
