@@ -1,4 +1,4 @@
-"""Results → what people read: a table for a terminal, one for the README, and a plot."""
+"""Results → what people read: a table for a terminal, one for a page, and a plot."""
 
 import json
 import os
@@ -57,7 +57,7 @@ ROUTING = Report(
     },
     ROOT / "bench" / "results.json",
     ROOT / "docs" / "bench.svg",
-    ROOT / "README.md",
+    ROOT / "docs" / "speed-sniproxy.md",
 )
 
 TLS = Report(

@@ -247,7 +247,7 @@ def installed(peers: Sequence[Peer]) -> list[Peer]:
 
 def main() -> int:
     """Run what the options ask for, and print it."""
-    options = read_options("scripts/bench routing", __doc__, "README")
+    options = read_options("scripts/bench routing", __doc__, "docs/speed-sniproxy.md")
     peers = installed(PEERS)
     size = QUICK if options.quick else Size()
     size = size._replace(idle=raise_limits(size.idle))

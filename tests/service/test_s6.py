@@ -299,11 +299,11 @@ def test_the_root_directory_may_be_that_of_the_hosts(service: Service) -> None:
 
 
 def test_a_new_copy_without_a_gap(service: Service) -> None:
-    """With keep-port, of the README of the checkout, in the place of the daemon."""
+    """With keep-port, of docs/running.md, in the place of the daemon."""
     inside = service.inside
     service.svc("-wD", "-d")
-    readme = (SHIPPED.parent / "README.md").read_text()
-    [script] = re.findall(r"```sh\n(#!/bin/sh\n# keep-port.*?)```", readme, re.DOTALL)
+    page = (SHIPPED.parent / "docs/running.md").read_text()
+    [script] = re.findall(r"```sh\n(#!/bin/sh\n# keep-port.*?)```", page, re.DOTALL)
     keep_port = inside / "/srv/keep-port"
     keep_port.write_text(script.replace("sniproxy <", "/opt/sniproxy/bin/sniproxy <"))
     keep_port.chmod(0o755)

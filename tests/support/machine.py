@@ -271,15 +271,16 @@ class Machine:
             pip("install", "--no-index", f"--find-links={wheels}", checkout)
             shutil.copytree(made, self.root / venv.removeprefix("/"), symlinks=True)
 
-    def bring_checkout(self, path: str, *extras: str) -> None:
+    def bring_checkout(self, path: str, *extras: str, group: str | None = None) -> None:
         """Put the checkout there, as a clone has it; pip finds in the machine what it takes.
 
         Args:
             path: a new directory.
             extras: those that can be installed.
+            group: the dependency group that can be.
         """
         with self._environment("/opt/wheels") as (_, pip):
-            wheels = self._make_wheels(extras, pip)
+            wheels = self._make_wheels(extras, pip, group)
         shutil.copytree(wheels, self.root / "srv/wheels")
         self.write("/etc/pip.conf", "[global]\nno-index = true\nfind-links = /srv/wheels\n")
         listed = ["git", "-C", str(_CHECKOUT), "ls-files", "--cached", "--others"]
@@ -292,7 +293,9 @@ class Machine:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target, follow_symlinks=False)
 
-    def _make_wheels(self, extras: Sequence[str], pip: Callable[..., None]) -> Path:
+    def _make_wheels(
+        self, extras: Sequence[str], pip: Callable[..., None], group: str | None = None
+    ) -> Path:
         """Return a directory with wheels of all that the checkout needs, made if need be."""
         pyproject = tomllib.loads((_CHECKOUT / "pyproject.toml").read_text())
         project = pyproject["project"]
@@ -300,6 +303,8 @@ class Machine:
         # With the dependencies goes what builds the wheel, so that a second time no network is
         # needed.
         wanted = [*project["dependencies"], *optional, *pyproject["build-system"]["requires"]]
+        if group is not None:
+            wanted += [*pyproject["dependency-groups"][group], "editables"]
         with _kept(f"wheels-{_digest([self._suite, *wanted])}") as (wheels, new):
             if new is not None:
                 pip("wheel", f"--wheel-dir={new}", *wanted)
