@@ -507,7 +507,7 @@ def test_an_acme_challenge(site: Site) -> None:
     site.start(replace(haproxy, text=haproxy.text.partition("frontend site\n")[0]))
     eventually(site.machine.outside("/home/two/acme.socket").exists)
     answer = site.machine.follow(PAGE["challenge"])
-    assert "subject=CN = challenge" in answer
+    assert re.search("subject=CN ?= ?challenge", answer)
     assert "ALPN protocol: acme-tls/1" in answer
     # Everybody else gets the site.
     assert site.get() == f"{CLIENT}\n"
@@ -562,7 +562,10 @@ with socket.socket(socket.AF_UNIX) as plain:
     plain.sendall(b"PROXY TCP4 203.0.113.9 192.0.2.1 1 443\\r\\n")
     with ssl._create_unverified_context().wrap_socket(plain) as tls:
         tls.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
-        print(tls.makefile().read())
+        answer = tls.makefile()
+        while answer.readline().strip():
+            pass
+        print(answer.readline())
 """
 
 
@@ -571,7 +574,7 @@ def test_who_can_connect_can_be_any_client(site: Site) -> None:
     site.machine.write("/srv/forge.py", FORGE, "root")
     cannot(site.machine, "three", "python3 /srv/forge.py")
     site.machine.root(f"chmod 0711 {DIRECTORY}")
-    assert "\n203.0.113.9\n" in site.machine.tenant("three", "python3 /srv/forge.py")
+    assert "203.0.113.9\n" in site.machine.tenant("three", "python3 /srv/forge.py")
 
 
 APACHE = """
