@@ -12,7 +12,6 @@ from typing import Protocol
 
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.relay import READ_EVENTS
-from sniproxy.hello_wait import peek
 
 
 class Lender(Protocol):
@@ -43,7 +42,12 @@ class FirstFlight:
     __slots__ = ("_client", "_header", "_lender", "_loop", "_sent", "backend")
 
     def __init__(
-        self, lender: Lender, client: socket, backend: socket, loop: EventLoop, header: bytes
+        self,
+        lender: Lender,
+        client: socket,
+        backend: socket,
+        loop: EventLoop,
+        header: bytes,
     ) -> None:
         self._lender = lender
         self._client = client
@@ -52,19 +56,21 @@ class FirstFlight:
         self._header = header
         self._sent = 0
 
-    def send(self) -> bool:
-        """Send what there is, and have the loop tell of the answer.
+    def send(self, hello: bytes) -> bool:
+        """Send it, and have the loop tell of the answer.
+
+        Args:
+            hello: what the client has said so far.
 
         Returns:
             Whether the backend is still there.
 
         Raises:
-            OSError: the client has broken off, or the kernel can't watch the backend.
+            OSError: the kernel can't watch the backend (ENOMEM, ENOSPC).
         """
-        data = self._header + (peek(self._client) or b"")
         try:
             # As much as the buffer takes: all of it, most probably.
-            self._sent = self.backend.send(data, MSG_DONTWAIT)
+            self._sent = self.backend.send(self._header + hello, MSG_DONTWAIT)
         except OSError:  # EPIPE, ECONNRESET
             return False
         self._loop.watch(self.backend.fileno(), self, READ_EVENTS)

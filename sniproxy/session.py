@@ -608,9 +608,15 @@ class Held:
             session.join(backend, header, owner, entry, is_proxied=bool(header))
             return None
         self._loans += 1
+        try:
+            hello = peek(session.client) or b""
+        except OSError:  # ECONNRESET: the client has gone
+            backend.close()
+            session.close()
+            return None
         flight = FirstFlight(self, session.client, backend, session.shared.loop, header)
         try:
-            is_sent = flight.send()
+            is_sent = flight.send(hello)
         except OSError:
             backend.close()
             raise

@@ -32,7 +32,7 @@ from sniproxy_hostname import Hostname, directory_namer
 from tests.support import hellos
 from tests.support.backends import host_directory, listen_unix
 from tests.support.daemon import PATIENCE
-from tests.support.sockets import plain, receive_all, receive_exactly, tcp_pair
+from tests.support.sockets import plain, receive_all, receive_exactly, reset, tcp_pair
 
 NAME = "example.com"
 HELLO = hellos.hello_bytes(NAME)
@@ -393,6 +393,18 @@ async def test_cut_ends_every_kind_of_session(
             await client.receive_some()
     for client in waiting, refused, joined:
         await client.aclose()
+
+
+@trio_test
+async def test_a_client_who_breaks_off_before_its_hello_is_lent_is_forgotten(
+    clock: MockClock, hosts: Path, backend: socket.socket
+) -> None:
+    (hosts / NAME / "hold").write_text("30")
+    async with door() as it:
+        client = it.take_in()
+        reset(client)
+        await it.limit.wait_until_empty()
+        backend.accept()[0].close()
 
 
 def check_was_cut(it: Door, clients: list[socket.socket]) -> None:
