@@ -37,8 +37,10 @@ _DESCRIPTION = """\
 Route TLS connections by server name to Unix sockets, without decrypting them.
 
 Standard input is a listening TCP socket. The working directory is the hosts
-directory: NAME/tls-socket is the socket of the host NAME, and a file
-NAME/send-proxy-v1 makes its connections begin with a PROXY protocol header.
+directory: NAME/tls-socket is the socket of the host NAME. Beside it, the files
+send-proxy-v1 and send-proxy-v2 make its connections begin with a PROXY
+protocol header, and hold, with seconds in it, keeps clients while nobody
+listens there: sniproxy-hosts(5).
 SIGHUP stops accepting and ends when the last connection has ended, or after
 ten seconds.
 """
