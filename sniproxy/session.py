@@ -579,7 +579,7 @@ class Held:
         events: What the loop has told of the client so far.
         is_away: Whether it is known that the backend is not there. It may be minutes until it is,
             and a client who has ended meanwhile, which no handshake survives, is let go.
-        since: When there was no backend for the first time, or a first one, by trio's clock.
+        since: When it was first seen that there is no backend, or none any more, by trio's clock.
 
     Raises:
         OSError: the kernel can't watch the client (ENOMEM, ENOSPC).
@@ -643,6 +643,7 @@ class Held:
         assert self._loan is not None
         flight, _, _, entry = self._loan
         self._end_loan()
+        self.since = trio.current_time()
         self._session.shared.loop.close(flight.backend)
         self._session.shared.room.add(self, entry)
 
