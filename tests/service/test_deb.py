@@ -292,6 +292,10 @@ def test_the_pages_and_papers(installed: Machine) -> None:
     runs = installed.run("grep", "-rhoE", "(/opt|/usr/bin)/sniproxy.*", f"{doc}/examples").stdout
     assert "/usr/bin/sniproxy-listen :443\n" in runs
     assert "/opt" not in runs
+    configuration = "listener 443 {\n table t\n}\ntable t {\n ^one\\.example$ unix:/run/one\n}\n"
+    installed.write("/root/sniproxy.conf", configuration)
+    done = installed.run(f"{doc}/examples/coming-from", "sniproxy", "/root/sniproxy.conf")
+    assert "mkdir -m 0755 one.example" in done.stdout
 
 
 def test_nothing_of_the_programs_that_speak_tls_is_in_it(installed: Machine) -> None:
