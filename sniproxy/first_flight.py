@@ -37,9 +37,19 @@ class FirstFlight:
 
     Attributes:
         backend: As above.
+        is_whole: Whether all of it has been sent.
     """
 
-    __slots__ = ("_client", "_header", "_lender", "_loop", "_sent", "backend")
+    __slots__ = (
+        "_client",
+        "_header",
+        "_is_alone",
+        "_lender",
+        "_loop",
+        "_sent",
+        "backend",
+        "is_whole",
+    )
 
     def __init__(
         self,
@@ -55,6 +65,7 @@ class FirstFlight:
         self._loop = loop
         self._header = header
         self._sent = 0
+        self._is_alone = self.is_whole = False
 
     def send(self, hello: bytes) -> bool:
         """Send it, and have the loop tell of the answer.
@@ -68,11 +79,14 @@ class FirstFlight:
         Raises:
             OSError: the kernel can't watch the backend (ENOMEM, ENOSPC).
         """
+        # A hello in one record, RFC 8446 §5.1, and nothing behind it, such as early data.
+        self._is_alone = len(hello) == 5 + int.from_bytes(hello[3:5])
         try:
             # As much as the buffer takes: all of it, most probably.
             self._sent = self.backend.send(self._header + hello, MSG_DONTWAIT)
         except OSError:  # EPIPE, ECONNRESET
             return False
+        self.is_whole = self._sent == len(self._header) + len(hello)
         self._loop.watch(self.backend.fileno(), self, READ_EVENTS)
         return True
 
@@ -82,9 +96,11 @@ class FirstFlight:
             answer = self.backend.recv(1, MSG_PEEK | MSG_DONTWAIT)
         except BlockingIOError:
             return
-        except OSError:  # ECONNRESET: it has not read what was sent
-            answer = b""
-        if answer:
+        except OSError:  # ECONNRESET: it has not read all that was sent
+            return self._lender.on_no_answer()
+        # Who has read all and ends may have done what early data asks for. RFC 8446 §8 leaves it to
+        # servers to notice data that comes twice; no proxy should make it so.
+        if answer or not self._is_alone:
             self._lender.on_answer()
         else:
             self._lender.on_no_answer()

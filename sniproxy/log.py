@@ -44,7 +44,7 @@ class Log(EventLog):
         Args:
             reason: a word.
             client: its address and port, as `show_address` writes it.
-            name: the name that it asked for, if that is known.
+            name: the name that it asked for, if that is known; or what stands for many of them.
             is_host: whether there is a host of that name.
         """
         now = self._clock()
@@ -74,9 +74,18 @@ class Log(EventLog):
         fields = {"client": client, "name": name, "reason": reason, "alert": number}
         self.event("refused", priority, **fields, detail=detail)
 
-    def proxy_header_unanswered(self, client: str, name: bytes | None, detail: str) -> None:
-        """Say that a backend has closed without a byte, after a PROXY header."""
-        if self.admits("proxy_header_unanswered", client, name, is_host=True):
+    def proxy_header_unanswered(
+        self, client: str, name: bytes | None, host: bytes | None, detail: str
+    ) -> None:
+        """Say that a backend has closed without a byte, after a PROXY header.
+
+        Args:
+            client: its address and port, as `show_address` writes it.
+            name: the name that it asked for, if that is known.
+            host: what the host is counted by, as `admits` does.
+            detail: more words.
+        """
+        if self.admits("proxy_header_unanswered", client, host, is_host=True):
             self.event(
                 "proxy_header_unanswered",
                 syslog.LOG_WARNING,

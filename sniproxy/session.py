@@ -171,8 +171,8 @@ class Sessions:
 
         So those who connect and say nothing, and those who are refused and stay, can't lock out
         others. First the refused one who has had the most time to hear the alert goes; then one who
-        has received all that its backend had to say before that closed; then the one who has kept
-        us waiting for the hello the longest; then the one who has waited for a backend the longest.
+        has received all that its backend had to say before that closed; then the one who has waited
+        the longest: who has kept us waiting for the hello, or for whom there is no backend.
         """
         if (refused := self.alerted.oldest()) is not None:
             refused.expire()
@@ -180,6 +180,9 @@ class Sessions:
         if self.relay.last_words.make_room():
             return True
         while (silent := self.waiting.oldest()) is not None:
+            held = self.room.oldest()
+            if held is not None and held.since <= self.waiting.since(silent):
+                break
             # Its hello may have come by now, and be one of the next events.
             silent.look()
             if silent in self.waiting:
@@ -247,6 +250,7 @@ class Session:
         "began",
         "client",
         "deadline",
+        "entry",
         "figures",
         "held",
         "host",
@@ -269,6 +273,7 @@ class Session:
         self.wait: HelloWait | None = None  # for the rest of a hello that did not come all at once
         self.name: bytes | None = None
         self.host: Hostname | None = None
+        self.entry = ""  # of the hosts directory, if the backend gets a PROXY header
         self.held: Held | None = None  # if there is no backend yet, or it may go
         self.nameless: HelloError | None = None  # the client has asked for no host
         self.protocols = b""  # what it offers by ALPN
@@ -374,6 +379,7 @@ class Session:
             self.figures = counted
             on_end = counted.left
         if is_proxied:
+            self.entry = entry
             on_end = self._end_after_header
         elif shared.config.log_connections:
             on_end = self._end
@@ -389,7 +395,11 @@ class Session:
         is_busy = reason is HostReason.BACKEND_BUSY
         if is_busy or error.hold:
             held = self.hold()
-            held.is_away = not is_busy
+            if is_busy:
+                held.is_away = False
+            elif not held.is_away:
+                held.is_away = True
+                self.shared.room.tell_away(held)
             until = held.since + error.hold
             if is_busy:
                 deadline = self.deadline or held.since + self.shared.config.hello_seconds
@@ -429,13 +439,18 @@ class Session:
         """Return what the host is called that has that directory, which may be named by a hash."""
         return entry if self.host is None or entry.startswith("_") else self.host
 
+    def _known_as(self, entry: str) -> bytes | None:
+        """Return what the log counts a host by: clients make up names for those that serve any."""
+        return entry.encode() if entry.startswith("_") else self.name
+
     def _end_after_header(self, up: int, down: int, ending: Ending) -> None:
         """Say so if the backend seems to have disliked the header; end as all do."""
         # A server of TLS says something to any hello, if only an alert. One that has closed for the
         # client's sake has said something before.
         if not down and ending in _BACKEND_CLOSED:
             client = show_address(self.address)
-            self.shared.log.proxy_header_unanswered(client, self.name, _UNANSWERED_DETAIL)
+            host = self._known_as(self.entry)
+            self.shared.log.proxy_header_unanswered(client, self.name, host, _UNANSWERED_DETAIL)
             if self.shared.figures is not None and self.figures is not None:
                 word = SessionWarning.PROXY_HEADER_UNANSWERED
                 self.shared.figures.note(self.figures, client, word, _UNANSWERED_DETAIL)
@@ -545,7 +560,8 @@ class Session:
         shared.refused += 1
         client = show_address(self.address)
         is_host = isinstance(detail, HostError) and detail.exists
-        is_admitted = shared.log.admits(reason, client, self.name, is_host=is_host)
+        entry = detail.entry if isinstance(detail, HostError) else ""
+        is_admitted = shared.log.admits(reason, client, self._known_as(entry), is_host=is_host)
         if shared.figures is not None:
             shared.figures.refused(reason)
         if isinstance(detail, HostError):
@@ -625,6 +641,8 @@ class Held:
             return entry
         self._loan = flight, bool(header), owner, entry
         session.shared.lent.add(self)
+        if not flight.is_whole:
+            self.on_answer()  # there is none before the rest has come
         return None
 
     def on_answer(self) -> None:
@@ -643,13 +661,18 @@ class Held:
         assert self._loan is not None
         flight, _, _, entry = self._loan
         self._end_loan()
-        self.since = trio.current_time()
+        self.is_away, self.since = True, trio.current_time()
         self._session.shared.loop.close(flight.backend)
         self._session.shared.room.add(self, entry)
 
     def _end_loan(self) -> None:
         self._session.shared.lent.discard(self)
         self._loan = None
+
+    def on_away(self) -> None:
+        """Let the client go if it has ended: now it is known that the backend is not there."""
+        self.is_away = True
+        self.on_event(0)
 
     def on_event(self, events: int) -> None:
         """Take note of what happens to the client; let it go if it leaves before it is served."""

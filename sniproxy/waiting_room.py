@@ -14,19 +14,32 @@ from typing import Protocol
 
 import trio
 
-# For so many seconds of looks in vain, others have fifty times as many: two percent. Before 0.02 s
-# have passed in that way nobody's wait is a tenth of a second longer for it.
+# For all the seconds of looks in vain, others have fifty times as many: two percent. Each backend
+# has its share of them; so one that takes long to look for pays for that alone.
 _REST = 50
 
-# Seconds of looks at a time, after which others have their turn: what ten new connections take.
-_AT_ONCE = 0.001
+# What a look can take by itself, through as many links as Linux follows. If it seems to have taken
+# more, this process had to wait for a processor; and of that, too, only a part is believed at once.
+_LONGEST = 0.005
+_BELIEVED = 0.25
 
-# Clients who are connected at a time, to a backend that is there: some five milliseconds.
-_BATCH = 64
+# Seconds of looks at a time, after which others have their turn, and clients who are connected at a
+# time to a backend that is there: what a batch of new connections takes.
+_AT_ONCE = 0.001
+_BATCH = 16
 
 
 class Guest(Protocol):
-    """Somebody who waits for a backend."""
+    """Somebody who waits for a backend.
+
+    Attributes:
+        since: Since when, by trio's clock.
+    """
+
+    since: float
+
+    def on_away(self) -> None:
+        """Take note that the backend is not there."""
 
     def try_again(self) -> str | None:
         """Look for the backend once more.
@@ -43,13 +56,14 @@ class Guest(Protocol):
 
 
 class _Queue:
-    """Those who wait for one backend, the oldest first, and the seconds until the next look."""
+    """Those who wait for one backend, the oldest first; and in seconds, the pause, and a look."""
 
-    __slots__ = ("guests", "pause")
+    __slots__ = ("guests", "pause", "spent")
 
     def __init__(self, pause: float) -> None:
         self.guests: dict[Guest, None] = {}
         self.pause = pause
+        self.spent = 0.0  # on average, of late
 
 
 class WaitingRoom:
@@ -95,29 +109,31 @@ class WaitingRoom:
         """Return who has waited the longest; None if nobody waits."""
         return next(iter(self._entries), None)
 
+    def tell_away(self, guest: Guest) -> None:
+        """Tell those who wait for the same as `guest` that it is not there."""
+        if (entry := self._entries.get(guest)) is not None:
+            for other in list(self._queues[entry].guests):
+                if other is not guest:
+                    other.on_away()
+
     def guests(self) -> list[Guest]:
         """Return all who wait."""
         return list(self._entries)
 
     async def run(self) -> None:
         """Look for the backends, until cancelled."""
-        rested = 0.0
         while True:
             with trio.CancelScope() as waiting:
                 if self._due:
-                    waiting.deadline = max(self._due[0][0], rested)
+                    waiting.deadline = self._due[0][0]
                 await self._added.park()
             now = trio.current_time()
-            if now < rested:
-                continue
-            spent = 0.0
-            while self._due and self._due[0][0] <= now and spent < _AT_ONCE:
-                _, entry = heappop(self._due)
-                spent += self._look(entry)
-            rested = now + _REST * spent
+            until = perf_counter() + _AT_ONCE
+            while self._due and self._due[0][0] <= now and perf_counter() < until:
+                self._look(heappop(self._due)[1])
 
-    def _look(self, entry: str) -> float:
-        """Look for one backend; return how many seconds it took to find none."""
+    def _look(self, entry: str) -> None:
+        """Look for one backend."""
         queue = self._queues[entry]
         pause = 2 * queue.pause
         spent = 0.0
@@ -133,10 +149,11 @@ class WaitingRoom:
                 self.add(guest, wanted)
         if queue.guests:
             queue.pause = min(pause, self._last_pause)
-            heappush(self._due, (trio.current_time() + queue.pause, entry))
+            queue.spent += _BELIEVED * (min(spent, _LONGEST) - queue.spent)
+            rest = max(queue.pause, _REST * queue.spent * len(self._queues))
+            heappush(self._due, (trio.current_time() + rest, entry))
         else:
             del self._queues[entry]
-        return spent
 
     def _try_again(self, guest: Guest) -> str | None:
         try:

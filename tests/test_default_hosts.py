@@ -7,10 +7,10 @@ import pytest
 
 from fuzz.invariants import read_proxy_v2
 from sniproxy.wire.crc32c import crc32c
-from tests.support.backends import RawBackend, host_directory, listen_unix
+from tests.support.backends import RawBackend, UnixServer, host_directory, listen_unix
 from tests.support.daemon import Daemon, start_daemon
 from tests.support.hellos import client_hello, handshake, hello_body, record, server_name
-from tests.support.sockets import receive_exactly
+from tests.support.sockets import receive_all, receive_exactly
 from tests.support.status import hosts_in, read_status
 
 
@@ -129,3 +129,34 @@ def test_version_2_of_who_says_nothing_more(daemon: Daemon, hosts: Path) -> None
     header, client = header_of(daemon, home / "tls-socket", hello(None))
     client.close()
     assert [kind for kind, _ in read_proxy_v2(header).tlvs] == [0x03]
+
+
+def test_names_that_clients_make_up_are_one_host_in_the_log(daemon: Daemon, hosts: Path) -> None:
+    """So they can neither fill it, nor hide a host that is out of order."""
+    host_directory(hosts, "_unknown")
+    host_directory(hosts, "b.example")
+    for number in range(1100):
+        assert alert(daemon, hello(f"n{number}.example")) == 112
+    assert alert(daemon, hello("b.example")) == 112
+    lines = [line for line in daemon.log() if " refused " in line]
+    assert len(lines) < 100
+    assert any("name=b.example" in line for line in lines)
+
+
+class Closer(UnixServer):
+    """A backend that does not like what it hears."""
+
+    def serve(self, connection: socket.socket) -> None:
+        with connection:
+            connection.recv(1 << 16)
+
+
+def test_headers_that_are_not_answered_are_those_of_one_host(daemon: Daemon, hosts: Path) -> None:
+    home = host_directory(hosts, "_unknown")
+    (home / "send-proxy-v2").touch()
+    with Closer(home / "tls-socket"):
+        for number in range(150):
+            with daemon.connect() as client:
+                client.sendall(hello(f"n{number}.example"))
+                assert receive_all(client) == b""
+    assert 0 < sum(" proxy_header_unanswered " in line for line in daemon.log()) < 100

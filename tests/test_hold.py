@@ -165,6 +165,20 @@ def test_the_oldest_gives_way_to_who_can_be_served(hosts: Path, home: Path) -> N
             client.close()
 
 
+def test_a_newcomer_does_not_give_way_to_those_who_were_there_before(
+    hosts: Path, home: Path
+) -> None:
+    with start_daemon(hosts, "--max-connections", "3") as daemon, ExitStack() as stack:
+        clients = [stack.enter_context(held(daemon)) for _ in range(2)]
+        newcomer = stack.enter_context(daemon.connect())  # its hello is on its way
+        eventually(lambda: open_connections(daemon) == 3)
+        stack.enter_context(daemon.connect())
+        assert receive_all(clients[0]) == b""
+        with Greeter(host_directory(hosts, "b.example") / "tls-socket", b"word"):
+            newcomer.sendall(hellos.hello_bytes("b.example"))
+            assert receive_all(newcomer) == b"word"
+
+
 def test_a_drain_ends_the_wait(hosts: Path, home: Path) -> None:
     with start_daemon(hosts, "--drain", "0.2") as daemon, held(daemon) as client:
         daemon.signal(signal.SIGHUP)
@@ -234,6 +248,47 @@ def test_whoever_never_answers_is_not_asked_for_ever(daemon: Daemon, home: Path)
         listening.settimeout(0.2)
         with pytest.raises(TimeoutError):
             listening.accept()
+
+
+def test_early_data_that_was_read_is_not_sent_twice(daemon: Daemon, home: Path) -> None:
+    with listen_unix(home / "tls-socket") as listening, daemon.connect() as client:
+        client.sendall(HELLO + b"early")
+        connection, _ = listening.accept()
+        assert receive_exactly(connection, len(HELLO) + 5) == HELLO + b"early"
+        connection.close()
+        assert receive_all(client) == b""
+        listening.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            listening.accept()
+
+
+def test_who_leaves_while_another_one_waits_is_let_go(daemon: Daemon, home: Path) -> None:
+    """Only the first of them is looked for; the others hear of it."""
+    path = home / "tls-socket"
+    with ExitStack() as stack:
+        listening = listen_unix(path)
+        clients = [stack.enter_context(daemon.connect()) for _ in range(3)]
+        for client in clients:
+            client.sendall(HELLO)
+        eventually(lambda: open_connections(daemon) == 3)
+        path.unlink()
+        listening.close()
+        for client in clients[1:]:
+            client.close()
+        eventually(lambda: open_connections(daemon) == 1)
+
+
+def test_the_seconds_begin_when_the_backend_goes(daemon: Daemon, home: Path) -> None:
+    (home / "hold").write_text("1")
+    path = home / "tls-socket"
+    listening = listen_unix(path)
+    with daemon.connect() as client:
+        client.sendall(HELLO)
+        time.sleep(1.2)  # in the queue of a server that is about to end
+        path.unlink()
+        listening.close()
+        with Greeter(path, b"word"):
+            assert receive_all(client) == b"word"
 
 
 def test_after_an_answer_the_end_is_the_clients(daemon: Daemon, home: Path) -> None:

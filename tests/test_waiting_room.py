@@ -36,19 +36,23 @@ class Guest:
 
     def __init__(self, looks: Looks, entry: str, *, costs: float = 0.00005) -> None:
         self.wants: str | None = entry
+        self.since = trio.current_time()
         self.looked_at: list[float] = []
-        self.is_aborted = False
+        self.is_aborted = self.is_told = False
         self._looks = looks
-        self._costs = costs
+        self.costs = costs
 
     def try_again(self) -> str | None:
         self.looked_at.append(trio.current_time())
-        self._looks.spent += self._costs
+        self._looks.spent += self.costs
         if self.wants == "bug":
             raise RuntimeError
         if self.wants is not None:
             self._looks.of[self.wants] += 1
         return self.wants
+
+    def on_away(self) -> None:
+        self.is_told = True
 
     def give_way(self) -> None:
         raise AssertionError
@@ -110,8 +114,33 @@ async def test_not_even_those_that_are_slow_to_look_at_take_more(
             room.add(Guest(looks, str(number), costs=0.005), str(number))
         room.add(Guest(looks, "quick"), "quick")
         await trio.sleep(60)
-        assert looks.spent < 0.021 * 60
-        assert looks.of["quick"] > 20
+        assert looks.spent < 0.022 * 60
+        # Who takes long pays for that alone.
+        assert looks.of["quick"] > 9 * 60
+
+
+@trio_test
+async def test_one_look_that_took_long_delays_nobody_else(clock: MockClock, looks: Looks) -> None:
+    async with running() as room:
+        slow, other = Guest(looks, "a", costs=0.2), Guest(looks, "b")
+        for guest in slow, other:
+            room.add(guest, "a" if guest is slow else "b")
+        await trio.sleep(0.05)
+        slow.costs = 0.00005  # it was the machine
+        await trio.sleep(3)
+        assert looks.of["b"] > 25
+        assert looks.of["a"] > 15
+
+
+@trio_test
+async def test_all_who_wait_for_it_hear_that_it_is_away(clock: MockClock, looks: Looks) -> None:
+    async with running() as room:
+        guests = [Guest(looks, "a") for _ in range(3)]
+        for guest in guests:
+            room.tell_away(guest)
+            room.add(guest, "a")
+        room.tell_away(guests[0])
+        assert [guest.is_told for guest in guests] == [False, True, True]
 
 
 @trio_test

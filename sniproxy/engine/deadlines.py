@@ -57,6 +57,10 @@ class Deadlines(Generic[Item]):
         """Return the item that has waited the longest; None if none waits."""
         return next(iter(self._deadlines), None)
 
+    def since(self, item: Item) -> float:
+        """Return since when `item`, which waits, has done so, on trio's clock."""
+        return self._deadlines[item] - self._seconds
+
     def items(self) -> list[Item]:
         """Return all that wait, the oldest first."""
         return list(self._deadlines)
