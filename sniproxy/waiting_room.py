@@ -18,10 +18,15 @@ import trio
 # has its share of them; so one that takes long to look for pays for that alone.
 _REST = 50
 
-# What a look can take by itself, through as many links as Linux follows. If it seems to have taken
-# more, this process had to wait for a processor; and of that, too, only a part is believed at once.
-_LONGEST = 0.005
+# What a look takes at least, with waking up for it, where there are several; and at most, through
+# as many links as Linux follows. If it seems to have taken more, this process had to wait for a
+# processor; and of that, too, only a part is believed at once.
+_SHORTEST, _LONGEST = 0.0001, 0.005
 _BELIEVED = 0.25
+
+# Looks of several queues that are about as many seconds apart are made together, for to wake up
+# costs more than a look. Quick ones are not: a server that is full has room within a millisecond.
+_TOGETHER = 0.05
 
 # Seconds of looks at a time, after which others have their turn, and clients who are connected at a
 # time to a backend that is there: what a batch of new connections takes.
@@ -150,8 +155,13 @@ class WaitingRoom:
         if queue.guests:
             queue.pause = min(pause, self._last_pause)
             queue.spent += _BELIEVED * (min(spent, _LONGEST) - queue.spent)
-            rest = max(queue.pause, _REST * queue.spent * len(self._queues))
-            heappush(self._due, (trio.current_time() + rest, entry))
+            others = len(self._queues) - 1
+            share = max(queue.spent * (1 + others), _SHORTEST * others)
+            rest = max(queue.pause, _REST * share)
+            due = trio.current_time() + rest
+            if rest >= _TOGETHER and others:
+                due = round(due / _TOGETHER) * _TOGETHER
+            heappush(self._due, (due, entry))
         else:
             del self._queues[entry]
 

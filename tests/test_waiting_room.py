@@ -100,8 +100,8 @@ async def test_a_hundred_that_are_away_take_two_percent(clock: MockClock, looks:
             room.add(Guest(looks, str(number)), str(number))
         await trio.sleep(60)
         assert 0.5 < looks.spent < 0.021 * 60
-        # All alike, and each several times in a second.
-        assert min(looks.of.values()) > 60 * 2
+        # All alike, and each twice in a second or so.
+        assert min(looks.of.values()) > 60 * 1.5
         assert max(looks.of.values()) < 1.5 * min(looks.of.values())
 
 
