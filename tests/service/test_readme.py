@@ -328,7 +328,8 @@ def test_troubles(machine: Machine, person: Person) -> None:
         "RuntimeDirectory=%N\nBindReadOnlyPaths=/home\n"
     )
     machine.write("/etc/systemd/system/sniproxy.service.d/override.conf", override)
-    person.type("systemctl daemon-reload; systemctl start sniproxy.socket sniproxy.service")
+    units = "sniproxy.socket sniproxy.service"
+    person.type(f"systemctl daemon-reload; systemctl stop {units}; systemctl start {units}")
     person.fetch("two.example", code=35)
 
     check, journal, status = TROUBLES["first"].text.splitlines()
