@@ -483,7 +483,6 @@ class Session:
         client, shared = self.client, self.shared
         if self.wait is not None:
             shared.waiting.discard(self.wait)
-        is_watched = self.wait is not None or self.held is not None
         # First, so that whoever has heard the alert finds the line.
         self._report(reason, alert, detail)
         self.is_over = True
@@ -499,7 +498,7 @@ class Session:
         most = self._size() + shared.config.alert_bytes
         linger = Linger(shared.loop, client, shared.heard, most=most)
         shared.alerted.add(linger)
-        linger.start(is_watched=is_watched)
+        linger.start(is_watched=self.wait is not None or self.held is not None)
 
     def on_urgent_data(self) -> None:
         """Refuse the client: it has sent urgent data."""

@@ -59,7 +59,7 @@ class Notes(Log):
 class Door:
     """Sessions in a running loop, in this very process."""
 
-    def __init__(self, service: trio.Nursery, conversations: trio.Nursery, log: Notes) -> None:
+    def __init__(self, service: trio.Nursery, log: Notes) -> None:
         self.service = service
         self.log = log
         self.listening = socket.create_server(("127.0.0.1", 0))
@@ -112,12 +112,11 @@ class Door:
 async def door() -> AsyncIterator[Door]:
     log = Notes()
     async with trio.open_nursery() as service:
-        async with trio.open_nursery() as conversations:
-            it = Door(service, conversations, log)
-            try:
-                yield it
-            finally:
-                it.sessions.cut()
+        it = Door(service, log)
+        try:
+            yield it
+        finally:
+            it.sessions.cut()
         service.cancel_scope.cancel()
     it.close()
     assert not [line for line in log.lines if line.startswith("bug")]

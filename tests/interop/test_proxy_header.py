@@ -68,24 +68,20 @@ def test_the_header_comes_before_the_hello(
     assert (seen.error, seen.requests) == (None, ["GET / HTTP/1.1"])
 
 
-def running(log: Path, listens_at: Path, *command: str) -> AbstractContextManager[None]:
+@contextmanager
+def running(log: Path, listens_at: Path, *command: str) -> Iterator[None]:
     """Run a server, which listens at a path."""
-
-    @contextmanager
-    def run() -> Iterator[None]:
-        with log.open("wb") as output:
-            server = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
-        try:
-            eventually(lambda: server.poll() is not None or _accepts(listens_at))
-            assert server.poll() is None, log.read_text()
-            yield
-        finally:
-            server.terminate()
-            server.wait(PATIENCE)
-
-    return run()
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        eventually(lambda: server.poll() is not None or _accepts(listens_at))
+        assert server.poll() is None, log.read_text()
+        yield
+    finally:
+        server.terminate()
+        server.wait(PATIENCE)
 
 
 def _accepts(path: Path) -> bool:
