@@ -5,17 +5,20 @@ import sniproxy.service.process1  # noqa: F401  # isort: skip
 
 import errno
 import sys
+from _socket import SO_REUSEPORT, SOL_SOCKET, socket
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from sniproxy.config import Config
+from sniproxy.engine.listener import is_multipath
 from sniproxy.engine.pipes import MOST_PIPES
+from sniproxy.hand_over import HandOver
 from sniproxy.hosts import HostsDirectory
 from sniproxy.inherited import take_listening_sockets
 from sniproxy.log import Log
 from sniproxy.serve import serve
-from sniproxy.service import sandbox, standard
+from sniproxy.service import privileges, sandbox, standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
@@ -75,6 +78,11 @@ def _config(argv: Sequence[str] | None) -> Config | None:
         action="store_true",
         help="connect to any socket that a host's directory leads to, whoever listens there",
     )
+    parser.add_argument(
+        "--handoff",
+        action="store_true",
+        help="give the client's connection itself to a host that listens at handoff-socket",
+    )
     parser.add_service_options()
     options = parser.understand(argv)
     if options is None:
@@ -82,12 +90,14 @@ def _config(argv: Sequence[str] | None) -> Config | None:
     return Config(
         hashed=options.hashed,
         check_owner=not options.no_owner_check,
+        hands_over=options.handoff,
         **service_fields(options),
     )
 
 
 def _run(config: Config, syslogd: Syslog | None) -> None:
     [(listening, _)] = take_listening_sockets(_HOW_TO_CALL)
+    hand_over = _hand_over(listening) if config.hands_over else None
     # All that is needed later is opened now: there may be no way to it in another root directory,
     # for another user, or in the sandbox.
     with attempt("start"):
@@ -107,7 +117,7 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
     if syslogd is not None and config.chroot:
         syslogd.stay()
     try:
-        hosts = HostsDirectory(namer, check_owner=config.check_owner)
+        hosts = HostsDirectory(namer, check_owner=config.check_owner, hands_over=config.hands_over)
     except OSError as error:
         kind = UsageError if error.errno in _NO_HOSTS else FatalError
         raise kind.of("search the hosts directory (the working directory)", error) from None
@@ -120,13 +130,41 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
             config,
             log,
             notifier,
-            partial(serve, listening, hosts, config, share, log, status=status),
+            partial(
+                serve,
+                listening,
+                hosts,
+                config,
+                share,
+                log,
+                status=status,
+                hand_over=hand_over,
+            ),
             listening.close,
             status=status,
         )
     finally:
         notifier.close()
         hosts.close()
+
+
+def _hand_over(listening: socket) -> HandOver:
+    """Return what gives clients to backends.
+
+    Raises:
+        UsageError: they could take the port from us then.
+        FatalError: a system call failed.
+    """
+    if is_multipath(listening):
+        raise UsageError("unable to hand over connections (--handoff) of Multipath TCP")
+    has_others = listening.getsockopt(SOL_SOCKET, SO_REUSEPORT)
+    if has_others and listening.getsockname()[1] >= privileges.first_unprivileged_port():
+        raise UsageError(
+            "unable to hand over connections (--handoff) of a listening socket with SO_REUSEPORT, "
+            "unless its port is one that only root may have: backends could listen there, too"
+        )
+    with attempt("hand over connections (--handoff)"):
+        return HandOver(listening)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ class Config(ServiceOptions):
     # Whether a listener has to belong to the owner of the directory that its socket is in.
     check_owner: bool = True
 
+    # Whether backends may have the clients' connections themselves.
+    hands_over: bool = False
+
     # Seconds from accept to a connected backend, however the client spaces its bytes. A hello of
     # two packets, each lost twice, is across in six: TCP sends again after one second, then two.
     hello_seconds: float = 10.0

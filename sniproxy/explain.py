@@ -134,7 +134,7 @@ def explain(hosts: HostsDirectory, error: HostError) -> Fault:
         cause = Cause.MISSING if error.step is Step.HOST else Cause.NOT_SEARCHABLE
         fixed = error.reason, error.reason, error.step, cause
         return Fault(*fixed, None, None, error.owner, detail, detail)
-    path = error.entry if error.step in (Step.HOST, Step.OWNER) else f"{error.entry}/tls-socket"
+    path = error.entry if error.step in (Step.HOST, Step.OWNER) else f"{error.entry}/{error.path}"
     way = go(path)
     cause, culprit, words = _find_cause(error, way)
     owner = error.owner if error.owner is not None else _nearest_owner(way)

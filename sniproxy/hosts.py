@@ -7,6 +7,9 @@ and options come from the same directory even while a link to it is being swappe
 tested before it is used, and nothing is remembered: whatever the administrator did last is what
 the next connection finds.
 
+Where that is allowed, `handoff-socket` comes first: its backend gets the client's connection itself
+and not its bytes. Whatever is wrong with it, `tls-socket` is next, if there is one.
+
 A host that wants clients to be kept while its backend is away says so by `hold`. That is looked for
 with the options; what it contains is read only when there is no backend, and then it is the one
 file that is opened here.
@@ -32,6 +35,7 @@ from sniproxy_hostname import Hostname
 # As bytes; a str would have to be encoded for each connection.
 _HERE = b"."
 _SOCKET = b"tls-socket"
+_HANDOFF_SOCKET = b"handoff-socket"
 _SEND_PROXY_V1 = b"send-proxy-v1"
 _SEND_PROXY_V2 = b"send-proxy-v2"
 _HOLD = b"hold"
@@ -107,6 +111,9 @@ _NO_BACKEND = _NO_DIRECTORY | {
     # Nobody listens, or it is no socket at all.
     errno.ECONNREFUSED: HostReason.NOT_LISTENING,
     errno.ENOTSOCK: HostReason.NOT_LISTENING,
+    # It has gone since: what handing over is told.
+    errno.EPIPE: HostReason.NOT_LISTENING,
+    errno.ECONNRESET: HostReason.NOT_LISTENING,
     errno.EPROTOTYPE: HostReason.NOT_A_STREAM_SOCKET,
     # The backlog is full. Linux gives no event for the moment when it no longer is.
     errno.EAGAIN: HostReason.BACKEND_BUSY,
@@ -132,6 +139,7 @@ class HostError(Exception):
         exists: Whether that has an entry of that name.
         owner: The uid of the directory that was reached; None if none was.
         listener: The uid of who listens, if that is what is wrong.
+        path: Which of the two sockets of a host it is about.
         hold: How many seconds a client is to be kept for whom this may pass; 0 if it is final.
     """
 
@@ -145,6 +153,7 @@ class HostError(Exception):
         exists: bool = True,
         owner: int | None = None,
         listener: int | None = None,
+        path: bytes = _SOCKET,
         hold: float = 0.0,
     ) -> None:
         super().__init__(detail)
@@ -154,12 +163,16 @@ class HostError(Exception):
         self.exists = exists
         self.owner = owner
         self.listener = listener
+        self.path = path.decode()
         self.hold = hold
 
 
-# The connected socket, non-blocking; the version of the PROXY header that the backend wants, or 0;
-# whether the host is held while its backend is away; the uid of its directory; and what that is
-# called.
+# What a backend at `handoff-socket` wants in the place of a PROXY header.
+HAND_OVER = -1
+
+# The connected socket, non-blocking; the version of the PROXY header that the backend wants, 0 for
+# none, or `HAND_OVER` if it wants the client's connection itself; whether the host is held while
+# its backend is away; the uid of its directory; and what that is called.
 Found = tuple[socket, int, bool, int, str]
 
 
@@ -169,6 +182,7 @@ class HostsDirectory:
     Args:
         directory_name: what the directory of a host is called.
         check_owner: whether a listener has to be one that the directory's owner may speak for.
+        hands_over: whether backends may have the client's connection itself.
 
     Attributes:
         directory_name: As above.
@@ -181,11 +195,17 @@ class HostsDirectory:
     """
 
     def __init__(
-        self, directory_name: Callable[[Hostname], str], *, check_owner: bool = True
+        self,
+        directory_name: Callable[[Hostname], str],
+        *,
+        check_owner: bool = True,
+        hands_over: bool = False,
     ) -> None:
         self.directory_name = directory_name
         self.connecting_at = 0.0
         self._checks_owner = check_owner
+        self._hands_over = hands_over
+        self._undelivered: OSError | None = None
         # O_PATH: to come back to a directory the right to search it is enough, open(2).
         self._fd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -253,6 +273,22 @@ class HostsDirectory:
         if os.access(UNKNOWN, os.F_OK, follow_symlinks=False):
             return self._connect_default(UNKNOWN)
         raise unknown
+
+    def connect_relayed(self, host: Hostname | None, undelivered: OSError) -> Found:
+        """Connect to the backend of `host` at `tls-socket`, as `connect` does.
+
+        Args:
+            host: as above.
+            undelivered: what came of handing the client over.
+
+        Raises:
+            HostError: as above. If there is no such socket it is about the other one.
+        """
+        self._undelivered = undelivered
+        try:
+            return self.connect(host)
+        finally:
+            self._undelivered = None
 
     def connect_entry(self, entry: str) -> Found:
         """Connect to the backend of an entry of the hosts directory, as `connect` does.
@@ -322,7 +358,7 @@ class HostsDirectory:
             os.chdir(directory_name)
         except OSError as error:
             raise _no_directory(directory_name, error) from None
-        backend = owner = None
+        backend = owner = handoff = None
         holds = False
         try:
             # Of the directory that was reached, whatever links led to it.
@@ -330,6 +366,10 @@ class HostsDirectory:
             owner = directory.st_uid
             if allowed is not None and owner not in allowed:
                 raise _not_theirs(directory_name, owner)
+            if self._hands_over:
+                handoff = self._connect_handoff(directory_name, directory)
+                if isinstance(handoff, socket):
+                    return handoff, HAND_OVER, False, owner, directory_name
             # An entry of that name, whatever it is: a dangling link was put there on purpose, too.
             # Who wants both gets the one that says more.
             if os.access(_SEND_PROXY_V2, os.F_OK, follow_symlinks=False):
@@ -347,17 +387,36 @@ class HostsDirectory:
             if backend is not None:
                 backend.close()
             if isinstance(error, OSError):
-                reason = _NO_BACKEND.get(error.errno or 0, HostReason.BACKEND_FAILED)
-                raise HostError(
-                    reason,
-                    _words(error),
-                    Step.SOCKET,
-                    entry=directory_name,
-                    owner=owner,
-                    hold=read_hold() if holds and reason in _AWAY else 0.0,
-                ) from None
+                fault = _no_backend(directory_name, owner, error)
+                if isinstance(handoff, HostError) and fault.reason is HostReason.NO_SOCKET:
+                    fault = handoff
+                if holds and fault.reason in _AWAY:
+                    fault.hold = read_hold()
+                raise fault from None
             raise
         return backend, proxy, holds, owner, directory_name
+
+    def _connect_handoff(self, entry: str, directory: os.stat_result) -> socket | HostError | None:
+        """Connect to `handoff-socket`, here; return what is wrong, or None if there is none."""
+        if self._undelivered is not None:
+            return _no_backend(entry, directory.st_uid, self._undelivered, _HANDOFF_SOCKET)
+        backend = socket(AF_UNIX, _STREAM)
+        try:
+            self.connecting_at = perf_counter()
+            backend.connect(_HANDOFF_SOCKET)
+            if self._checks_owner:
+                self._check_owner(entry, directory, backend)
+        except FileNotFoundError:
+            fault = None
+        except OSError as error:
+            fault = _no_backend(entry, directory.st_uid, error, _HANDOFF_SOCKET)
+        except HostError as error:
+            fault = error
+            fault.path = _HANDOFF_SOCKET.decode()
+        else:
+            return backend
+        backend.close()
+        return fault
 
     def _check_owner(self, entry: str, directory: os.stat_result, backend: socket) -> None:
         """Make sure that the listener is one that the directory's owner may speak for.
@@ -438,6 +497,13 @@ def _read(path: bytes) -> bytes:
         return b""
     finally:
         os.close(fd)
+
+
+def _no_backend(entry: str, owner: int | None, error: OSError, path: bytes = _SOCKET) -> HostError:
+    """Return what is wrong, if connect(2) failed, or what came after it."""
+    reason = _NO_BACKEND.get(error.errno or 0, HostReason.BACKEND_FAILED)
+    fixed = reason, _words(error), Step.SOCKET
+    return HostError(*fixed, entry=entry, owner=owner, path=path)
 
 
 def _no_directory(directory_name: str, error: OSError) -> HostError:

@@ -11,6 +11,7 @@ from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
+from sniproxy.hand_over import HandOver
 from sniproxy.hosts import HostsDirectory, HostsState
 from sniproxy.log import Log
 from sniproxy.service.descriptors import Share
@@ -35,11 +36,12 @@ async def serve(
     orders: Signals | Worker,
     notifier: Notifier | Worker,
     status: StatusSocket | None = None,
+    hand_over: HandOver | None = None,
 ) -> None:
     """Serve what `listening` accepts, from `hosts`, until an order to end.
 
     There are no more connections and pipes at a time than `share` says. With `status`, what happens
-    is counted for each host, and told there.
+    is counted for each host, and told there. With `hand_over` backends may have clients themselves.
 
     Returns when the last connection has ended, by itself or at the end of the drain.
     """
@@ -49,7 +51,7 @@ async def serve(
     limit = ConnectionLimit(share.connections)
 
     def make_sessions(nursery: trio.Nursery) -> Sessions:
-        return Sessions(config, loop, relay, hosts, log, limit)
+        return Sessions(config, loop, relay, hosts, log, limit, hand_over)
 
     # One line for all workers.
     tasks = [partial(watch_hosts, hosts, log)] if log.worker in (None, 1) else []

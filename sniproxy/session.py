@@ -32,8 +32,9 @@ from sniproxy.engine.relay import READ_EVENTS, OnEnd, Relay
 from sniproxy.engine.tcp import LINGER_0
 from sniproxy.explain import explain
 from sniproxy.first_flight import FirstFlight
+from sniproxy.hand_over import HandOver
 from sniproxy.hello_wait import HelloWait, peek
-from sniproxy.hosts import HostError, HostReason, HostsDirectory
+from sniproxy.hosts import HAND_OVER, Found, HostError, HostReason, HostsDirectory
 from sniproxy.log import Log
 from sniproxy.service.eventlog import Seconds, show_address
 from sniproxy.service.figures import TIMED, Figures, HostFigures
@@ -85,6 +86,9 @@ _ENDINGS = {
     Ending.CUT: "cut",
 }
 
+
+# And the word for one that went on without us.
+_HANDED_OVER = "handed_over"
 
 # Of these, those where the backend has closed, or may have.
 _BACKEND_CLOSED = frozenset({Ending.FINISHED, Ending.FAR_RESET})
@@ -138,6 +142,7 @@ class Sessions:
         hosts: HostsDirectory,
         log: Log,
         limit: ConnectionLimit,
+        hand_over: HandOver | None = None,
     ) -> None:
         self.config = config
         self.loop = loop
@@ -145,6 +150,7 @@ class Sessions:
         self.hosts = hosts
         self.log = log
         self.limit = limit
+        self.hand_over = hand_over
         self.figures: Figures | None = None
         # Clients whose hello has not come whole, and those who are hearing an alert.
         self.waiting: Deadlines[HelloWait] = Deadlines(config.hello_seconds, log.bug)
@@ -332,9 +338,15 @@ class Session:
         is_timed = figures is not None and shared.served % TIMED == 0
         began = time.perf_counter() if is_timed else 0.0
         try:
-            backend, proxy, holds, owner, entry = shared.hosts.connect(self.host)
+            found = shared.hosts.connect(self.host)
+            if found[1] == HAND_OVER:
+                relayed = self._hand_over(found)
+                if relayed is None:
+                    return None
+                found = relayed
         except HostError as error:
             return self._fail(error)
+        backend, proxy, holds, owner, entry = found
         if figures is not None and is_timed:
             connecting_at = shared.hosts.connecting_at
             figures.latencies["lookup"].add(connecting_at - began)
@@ -343,6 +355,32 @@ class Session:
         if holds:
             return self.hold().lend(backend, header, owner, entry)
         self.join(backend, header, owner, entry, is_proxied=bool(header))
+        return None
+
+    def _hand_over(self, found: Found) -> Found | None:
+        """Give the backend the client itself; return whom it is relayed to if that can't be done.
+
+        Raises:
+            HostError: it can't be relayed either.
+        """
+        backend, _, _, owner, entry = found
+        client, shared = self.client, self.shared
+        assert shared.hand_over is not None
+        error = shared.hand_over.give(client, backend)
+        backend.close()
+        if error is not None:
+            return shared.hosts.connect_relayed(self.host, error)
+        # Where another process has a descriptor, too, closing ours does not take it out of the
+        # epoll set: what happens to it would be told to whoever gets the number next.
+        if self.wait is not None or self.held is not None:
+            shared.loop.unwatch(client.fileno())
+        shared.served += 1
+        if shared.figures is not None:
+            self.figures = shared.figures.served(self._host_name(entry), owner)
+        self.is_over = True
+        shared.loop.close(client)
+        self._log_end(0, 0, _HANDED_OVER)
+        self._count_out(0, 0, Ending.FINISHED)
         return None
 
     def join(
@@ -458,6 +496,14 @@ class Session:
 
     def _end(self, up: int, down: int, ending: Ending) -> None:
         """Write the line of a connection that has ended, if that is wanted, and count it out."""
+        self._log_end(up, down, _ENDINGS[ending])
+        self._count_out(up, down, ending)
+
+    def _count_out(self, up: int, down: int, ending: Ending) -> None:
+        left = self.shared.left if self.figures is None else self.figures.left
+        left(up, down, ending)
+
+    def _log_end(self, up: int, down: int, ending: str) -> None:
         shared = self.shared
         if shared.config.log_connections:
             shared.log.event(
@@ -467,10 +513,8 @@ class Session:
                 up=up,
                 down=down,
                 seconds=Seconds(trio.current_time() - self.began),
-                ending=_ENDINGS[ending],
+                ending=ending,
             )
-        left = shared.left if self.figures is None else self.figures.left
-        left(up, down, ending)
 
     # How it ends without a backend.
 

@@ -151,10 +151,15 @@ def _set_client_options(listener: Socket) -> list[tuple[int, int, int]]:
         try:
             listener.setsockopt(*option)
         except OSError as error:
-            if error.errno not in _NOT_FOR_MPTCP or _protocol(listener) != _IPPROTO_MPTCP:
+            if error.errno not in _NOT_FOR_MPTCP or not is_multipath(listener):
                 raise
             missing.append(option)
     return missing
+
+
+def is_multipath(sock: Socket) -> bool:
+    """Tell whether it is a socket of Multipath TCP."""
+    return _protocol(sock) == _IPPROTO_MPTCP
 
 
 def _protocol(sock: Socket) -> int:

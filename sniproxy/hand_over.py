@@ -1,0 +1,118 @@
+"""A client's connection itself, given to a backend: the other way of serving one.
+
+The hello has been looked at, and is still in the socket. So a backend that gets the descriptor,
+SCM_RIGHTS in unix(7), can serve the client as if it had accepted it: it sees the real address, and
+no byte passes by here.
+
+A socket can do more than carry bytes. connect(2) frees it from its peer, and then it can connect
+elsewhere or listen, in the network of whoever made the listening socket, where the backend may have
+no way to. So it gets a filter, SO_ATTACH_FILTER in socket(7), that lets in only what is for our
+port, and no answer to a connect, and that can't be taken away. Accepted sockets inherit it; to make
+one for each would cost as much as all the rest of handing over.
+"""
+
+import array
+import contextlib
+import struct
+from _socket import (
+    IPPROTO_TCP,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    SCM_RIGHTS,
+    SO_RCVTIMEO,
+    SOL_SOCKET,
+    TCP_USER_TIMEOUT,
+    socket,
+)
+
+from sniproxy.engine import tcp
+from sniproxy.service.bpf import Instruction, Program
+
+# asm-generic/socket.h; Python does not have them. SO_GET_FILTER is the same number as the first.
+_SO_ATTACH_FILTER = 26
+_SO_LOCK_FILTER = 44
+
+# struct sock_filter has eight bytes.
+_INSTRUCTION_SIZE = 8
+
+# Instructions: load two bytes or one, keep some bits, compare, return.
+_LOAD_TWO, _LOAD_ONE = 0x28, 0x30
+_AND = 0x54
+_IF_EQUAL = 0x15
+_RETURN = 0x06
+_WHOLE, _NOTHING = 0xFFFFFFFF, 0
+
+# RFC 9293 §3.1: where a segment has its destination port, and its flags; SYN and ACK of these.
+_DESTINATION_PORT, _FLAGS = 2, 13
+_SYN_ACK = 0x12
+
+# With no byte at all a message on a stream carries nothing, unix(7). What it is says nothing.
+_BYTE = b"\0"
+
+# struct timeval: what accept(2) gives a socket whose listener has none, socket(7).
+_NO_TIMEOUT = struct.pack("@ll", 0, 0)
+
+
+class HandOver:
+    """Gives clients of one listening socket to backends.
+
+    Args:
+        listening: a listening socket of plain TCP. It keeps the filter, which does it no harm.
+
+    Raises:
+        OSError: the filter can't be set. EPERM: there is one that somebody has locked.
+    """
+
+    def __init__(self, listening: socket) -> None:
+        instructions = _filter(listening.getsockname()[1])
+        self._program = Program.of(instructions)
+        self._size = len(instructions) * _INSTRUCTION_SIZE
+        self._attach(listening)
+
+    def give(self, client: socket, backend: socket) -> OSError | None:
+        """Give the backend the client's socket, as accept(2) would have made it for the backend.
+
+        What it has inherited for our sake is taken back: that to read waits no longer than a
+        moment, and that bytes may stay unacknowledged for two minutes, which is wrong for a reader
+        who pauses; see `tcp.spare_slow_reader`. Keep-alive stays, and that small pieces are sent at
+        once.
+
+        Args:
+            client: in blocking mode, with its usual low-water mark; it stays open here.
+            backend: just connected; it stays open, too.
+
+        Returns:
+            None; or why the backend could not get it. Then the client can be relayed as any other.
+            EPIPE: the backend has closed. ETOOMANYREFS: too many descriptors are on their way to
+            backends that do not accept.
+        """
+        rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [client.fileno()]))]
+        try:
+            # Who was in the queue before the listening socket had the filter has none.
+            if not client.getsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, self._size):
+                self._attach(client)
+            client.setsockopt(SOL_SOCKET, _SO_LOCK_FILTER, 1)
+            client.setsockopt(SOL_SOCKET, SO_RCVTIMEO, _NO_TIMEOUT)
+            client.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, 0)
+            backend.sendmsg([_BYTE], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                tcp.set_user_timeout(client)
+            return error
+        return None
+
+    def _attach(self, sock: socket) -> None:
+        sock.setsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, bytes(self._program))
+
+
+def _filter(port: int) -> list[Instruction]:
+    """Return what lets a segment in that is for `port`, unless it answers a connect."""
+    return [
+        (_LOAD_TWO, 0, 0, _DESTINATION_PORT),
+        (_IF_EQUAL, 0, 4, port),
+        (_LOAD_ONE, 0, 0, _FLAGS),
+        (_AND, 0, 0, _SYN_ACK),
+        (_IF_EQUAL, 1, 0, _SYN_ACK),
+        (_RETURN, 0, 0, _WHOLE),
+        (_RETURN, 0, 0, _NOTHING),
+    ]
