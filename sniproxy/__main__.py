@@ -7,6 +7,7 @@ import errno
 import sys
 from _socket import SO_REUSEPORT, SOL_SOCKET, socket
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from sniproxy.hosts import HostsDirectory
 from sniproxy.inherited import take_listening_sockets
 from sniproxy.log import Log
 from sniproxy.serve import serve
-from sniproxy.service import privileges, sandbox, standard
+from sniproxy.service import sandbox, standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
@@ -155,16 +156,19 @@ def _hand_over(listening: socket) -> HandOver:
         UsageError: they could take the port from us then.
         FatalError: a system call failed.
     """
-    if is_multipath(listening):
-        raise UsageError("unable to hand over connections (--handoff) of Multipath TCP")
-    has_others = listening.getsockopt(SOL_SOCKET, SO_REUSEPORT)
-    if has_others and listening.getsockname()[1] >= privileges.first_unprivileged_port():
-        raise UsageError(
-            "unable to hand over connections (--handoff) of a listening socket with SO_REUSEPORT, "
-            "unless its port is one that only root may have: backends could listen there, too"
-        )
-    with attempt("hand over connections (--handoff)"):
-        return HandOver(listening)
+    with ExitStack() as stack:
+        stack.callback(listening.close)
+        if is_multipath(listening):
+            raise UsageError("unable to hand over connections (--handoff) of Multipath TCP")
+        if listening.getsockopt(SOL_SOCKET, SO_REUSEPORT):
+            raise UsageError(
+                "unable to hand over connections (--handoff) of a listening socket with "
+                "SO_REUSEPORT: whoever gets one could listen there, too"
+            )
+        with attempt("hand over connections (--handoff)"):
+            hand_over = HandOver(listening)
+        stack.pop_all()
+    return hand_over
 
 
 if __name__ == "__main__":

@@ -9,16 +9,24 @@ elsewhere or listen, in the network of whoever made the listening socket, where 
 no way to. So it gets a filter, SO_ATTACH_FILTER in socket(7), that lets in only what is for our
 port, and no answer to a connect, and that can't be taken away. Accepted sockets inherit it; to make
 one for each would cost as much as all the rest of handing over.
+
+Nor is the backend to hold us up. It has the same socket as we for a moment, and can set SO_LINGER:
+if it has closed the socket before we do, our close(2) waits for the client, who may be its friend.
+A signal ends the wait, and such a backend gets nothing more for a while.
 """
 
 import array
 import contextlib
+import errno
+import signal
 import struct
+import time
 from _socket import (
     IPPROTO_TCP,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
     SCM_RIGHTS,
+    SO_LINGER,
     SO_RCVTIMEO,
     SOL_SOCKET,
     TCP_USER_TIMEOUT,
@@ -27,6 +35,7 @@ from _socket import (
 
 from sniproxy.engine import tcp
 from sniproxy.service.bpf import Instruction, Program
+from sniproxy.service.signals import do_nothing
 
 # asm-generic/socket.h; Python does not have them. SO_GET_FILTER is the same number as the first.
 _SO_ATTACH_FILTER = 26
@@ -49,6 +58,16 @@ _SYN_ACK = 0x12
 # With no byte at all a message on a stream carries nothing, unix(7). What it is says nothing.
 _BYTE = b"\0"
 
+# Seconds after which a close(2) that waits is interrupted: a hundred times what it takes else.
+_LONGEST_CLOSE = 0.001
+
+# Seconds for which the hosts of somebody who makes us wait get no client. So that takes a
+# ten-thousandth of our time.
+_PENALTY = 10.0
+
+# struct linger: not zero if it is on, and seconds.
+_LINGER = struct.Struct("ii")
+
 # struct timeval: what accept(2) gives a socket whose listener has none, socket(7).
 _NO_TIMEOUT = struct.pack("@ll", 0, 0)
 
@@ -60,7 +79,8 @@ class HandOver:
         listening: a listening socket of plain TCP. It keeps the filter, which does it no harm.
 
     Raises:
-        OSError: the filter can't be set. EPERM: there is one that somebody has locked.
+        OSError: the filter can't be set, or there is no timer. EPERM: somebody has locked another
+            filter. ENOSYS: the service manager's filter of system calls has no setitimer(2).
     """
 
     def __init__(self, listening: socket) -> None:
@@ -68,8 +88,12 @@ class HandOver:
         self._program = Program.of(instructions)
         self._size = len(instructions) * _INSTRUCTION_SIZE
         self._attach(listening)
+        self._penalties: dict[int, float] = {}
+        # That of the process: a signal that is ignored interrupts nothing.
+        signal.signal(signal.SIGALRM, do_nothing)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def give(self, client: socket, backend: socket) -> OSError | None:
+    def give(self, client: socket, backend: socket, owner: int) -> OSError | None:
         """Give the backend the client's socket, as accept(2) would have made it for the backend.
 
         What it has inherited for our sake is taken back: that to read waits no longer than a
@@ -80,12 +104,15 @@ class HandOver:
         Args:
             client: in blocking mode, with its usual low-water mark; it stays open here.
             backend: just connected; it stays open, too.
+            owner: the uid of the backend's directory.
 
         Returns:
             None; or why the backend could not get it. Then the client can be relayed as any other.
             EPIPE: the backend has closed. ETOOMANYREFS: too many descriptors are on their way to
             backends that do not accept.
         """
+        if self._penalties and self._has_penalty(owner):
+            return OSError(errno.EPERM, "a backend of the same owner has used SO_LINGER against us")
         rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [client.fileno()]))]
         try:
             # Who was in the queue before the listening socket had the filter has none.
@@ -101,8 +128,46 @@ class HandOver:
             return error
         return None
 
+    def kept(self, client: socket, owner: int) -> "Kept":
+        """Return what is to be closed now in the place of a client that was given away."""
+        return Kept(client, owner, self._penalties)
+
+    def _has_penalty(self, owner: int) -> bool:
+        now = time.monotonic()
+        for each in [each for each, until in self._penalties.items() if until <= now]:
+            del self._penalties[each]
+        return owner in self._penalties
+
     def _attach(self, sock: socket) -> None:
         sock.setsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, bytes(self._program))
+
+
+class Kept:
+    """Our descriptor of a socket that a backend has, too. Nothing but to close it may wait."""
+
+    __slots__ = ("_client", "_owner", "_penalties")
+
+    def __init__(self, client: socket, owner: int, penalties: dict[int, float]) -> None:
+        self._client = client
+        self._owner = owner
+        self._penalties = penalties
+
+    def fileno(self) -> int:
+        """Return its number."""
+        return self._client.fileno()
+
+    def close(self) -> None:
+        """Close it, and take note if the backend makes that wait."""
+        # Most probably it has not yet got round to that, and if it has we know who it was.
+        is_on, seconds = _LINGER.unpack(
+            self._client.getsockopt(SOL_SOCKET, SO_LINGER, _LINGER.size)
+        )
+        if is_on and seconds:
+            self._penalties[self._owner] = time.monotonic() + _PENALTY
+        # Again and again: the first signal may come before the wait.
+        signal.setitimer(signal.ITIMER_REAL, _LONGEST_CLOSE, _LONGEST_CLOSE)
+        self._client.close()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _filter(port: int) -> list[Instruction]:

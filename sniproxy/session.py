@@ -366,19 +366,20 @@ class Session:
         backend, _, _, owner, entry = found
         client, shared = self.client, self.shared
         assert shared.hand_over is not None
-        error = shared.hand_over.give(client, backend)
+        error = shared.hand_over.give(client, backend, owner)
         backend.close()
         if error is not None:
             return shared.hosts.connect_relayed(self.host, error)
-        # Where another process has a descriptor, too, closing ours does not take it out of the
-        # epoll set: what happens to it would be told to whoever gets the number next.
+        # From here on nothing may be asked of the socket that waits for its lock. And where another
+        # process has a descriptor, too, closing ours does not take it out of the epoll set: what
+        # happens to it would be told to whoever gets the number next.
         if self.wait is not None or self.held is not None:
             shared.loop.unwatch(client.fileno())
         shared.served += 1
         if shared.figures is not None:
             self.figures = shared.figures.served(self._host_name(entry), owner)
         self.is_over = True
-        shared.loop.close(client)
+        shared.loop.close(shared.hand_over.kept(client, owner))
         self._log_end(0, 0, _HANDED_OVER)
         self._count_out(0, 0, Ending.FINISHED)
         return None

@@ -17,7 +17,6 @@ accepting thread for the interpreter lock, and a connection cost half as much ag
 import os
 import select
 import time
-from _socket import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -51,6 +50,16 @@ class Watcher(Protocol):
         """End, because `on_event` raised an exception that nobody expected."""
 
 
+class Closable(Protocol):
+    """A socket, or what stands for one."""
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
 class EventLoop:
     """Descriptors, their watchers, and the task that brings them together.
 
@@ -63,7 +72,7 @@ class EventLoop:
         self._epoll = select.epoll()
         self._watchers: dict[int, Watcher] = {}
         self._runnable: deque[Watcher] = deque()
-        self._pending_closes: list[socket] = []
+        self._pending_closes: list[Closable] = []
         # Other tasks ask for a turn too. The edge of a write wakes the set; nobody reads.
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._waker, select.EPOLLIN | select.EPOLLET)
@@ -117,7 +126,7 @@ class EventLoop:
         """How many sockets are still open although they have been closed here."""
         return len(self._pending_closes)
 
-    def close(self, sock: socket) -> None:
+    def close(self, sock: Closable) -> None:
         """Forget `sock`, watched or not, and close it when the events there are have been told.
 
         Not at once: its number could go to a new socket while events of the old one are still

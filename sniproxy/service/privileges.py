@@ -8,7 +8,6 @@ import pwd
 import re
 import stat
 from collections.abc import Collection
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from sniproxy.service import libc
@@ -122,14 +121,6 @@ def become(identity: Identity, keep: Collection[int] = ()) -> None:
     os.setgroups(identity.groups)
     os.setresgid(identity.gid, identity.gid, identity.gid)
     os.setresuid(identity.uid, identity.uid, identity.uid)
-
-
-def first_unprivileged_port() -> int:
-    """Return the lowest port that anybody may bind: ip_unprivileged_port_start in ip(7)."""
-    try:
-        return int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
-    except (OSError, ValueError):
-        return 1024  # there is no /proc, or not all of it
 
 
 def drop_capabilities() -> None:
