@@ -1,6 +1,7 @@
 """Those who wait for something, each for the same time at the most."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Generic, Protocol, TypeVar
 
 import trio
@@ -35,6 +36,7 @@ class Deadlines(Generic[Item]):
         self._on_fault = on_fault
         self._deadlines: dict[Item, float] = {}
         self._added = trio.lowlevel.ParkingLot()
+        self._sleep = trio.CancelScope()
 
     def __contains__(self, item: Item) -> bool:
         return item in self._deadlines
@@ -48,6 +50,18 @@ class Deadlines(Generic[Item]):
         if self._added:
             self._added.unpark()
         return deadline
+
+    def restore(self, deadlines: Mapping[Item, float]) -> None:
+        """Let items wait that have waited before, until their deadlines, on trio's clock."""
+        if deadlines:
+            merged = self._deadlines | dict(deadlines)
+            self._deadlines = dict(sorted(merged.items(), key=itemgetter(1)))
+            self._sleep.deadline = next(iter(self._deadlines.values()))
+            self._added.unpark()
+
+    def deadline(self, item: Item) -> float:
+        """Return until when `item`, which waits, may do so, on trio's clock."""
+        return self._deadlines[item]
 
     def discard(self, item: Item) -> None:
         """Forget `item`, if it waits."""
@@ -70,8 +84,10 @@ class Deadlines(Generic[Item]):
         while True:
             if not self._deadlines:
                 await self._added.park()
-            # Who is added while we sleep has a later deadline.
-            await trio.sleep_until(next(iter(self._deadlines.values()), 0.0))
+            # Who is added while we sleep has a later deadline, but for those who are restored.
+            with trio.CancelScope(deadline=next(iter(self._deadlines.values()), 0.0)) as scope:
+                self._sleep = scope
+                await trio.sleep_forever()
             now = trio.current_time()
             while (item := self.oldest()) is not None and self._deadlines[item] <= now:
                 del self._deadlines[item]

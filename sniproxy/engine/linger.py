@@ -53,6 +53,7 @@ class Linger:
         sock: the socket.
         peer_has_ended: whether the peer has said all that it had to say.
         ending: how it ended, if that was not by the peer's end or for lack of time.
+        moved, final: what its connection has moved, and how that will have ended, for last words.
     """
 
     __slots__ = (
@@ -61,6 +62,7 @@ class Linger:
         "_loop",
         "_on_end",
         "ending",
+        "final",
         "moved",
         "peer_has_ended",
         "sock",
@@ -84,6 +86,7 @@ class Linger:
         self.peer_has_ended = False
         self.ending: Ending | None = None
         self.moved: Moved | None = None
+        self.final = Ending.FINISHED
         self._is_over = False
 
     def start(self, *, is_watched: bool) -> None:
@@ -190,15 +193,18 @@ class LastWords:
         moved: Moved,
         *,
         peer_has_ended: bool,
+        is_watched: bool = True,
+        final: Ending = Ending.FINISHED,
     ) -> None:
         """Keep `sock` until the peer has received all.
 
         Args:
-            sock: a TCP socket whose sending half has been shut down, and which the loop watches
-                for reading; owned from now on.
+            sock: a TCP socket whose sending half has been shut down; owned from now on.
             on_end: called once, when it has been given up, with how it ended, if not as it should.
             moved: what its connection has moved.
             peer_has_ended: whether the end of what the peer says has been read.
+            is_watched: whether the loop watches the socket already, for reading.
+            final: how the connection will have ended, if the peer receives all.
         """
 
         def forget(linger: Linger) -> None:
@@ -208,13 +214,13 @@ class LastWords:
 
         linger = Linger(self._loop, sock, forget, until_acknowledged=True)
         linger.peer_has_ended = peer_has_ended
-        linger.moved = moved
+        linger.moved, linger.final = moved, final
         if peer_has_ended and not tcp.unacknowledged(sock):
             return linger.close()
         self._sending[linger] = -1, trio.current_time()
         if self._added:
             self._added.unpark()
-        linger.start(is_watched=True)
+        linger.start(is_watched=is_watched)
 
     async def run(self) -> None:
         """Close the sockets of those who have received all, until cancelled."""
@@ -236,6 +242,21 @@ class LastWords:
         for linger in (*self._sending, *self._received.items()):
             assert linger.moved is not None
             yield linger.moved
+
+    def sending(self) -> list[Linger]:
+        """Return those who can be suspended: for whom bytes are under way."""
+        return list(self._sending)
+
+    def suspend(self, linger: Linger) -> None:
+        """Let one stand still, so that another process can go on with it, by `add`."""
+        del self._sending[linger]
+        self._loop.unwatch(linger.sock.fileno())
+
+    def resume(self, linger: Linger) -> None:
+        """Go on with one that was suspended."""
+        self._sending[linger] = -1, trio.current_time()
+        self._added.unpark()
+        linger.start(is_watched=False)
 
     def make_room(self) -> bool:
         """Let go who received all the longest ago; return whether there was anybody."""

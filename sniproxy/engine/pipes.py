@@ -52,12 +52,19 @@ class PipePool:
         """Return an empty pipe, or None when none is to be had now."""
         if self._spare:
             return self._spare.pop()
-        if not self._left:
+        if self._left <= 0:
             return None
         try:
             pipe = Pipe()
         except OSError:
             return None
+        self._left -= 1
+        return pipe
+
+    def adopt(self, read_end: int, write_end: int) -> Pipe:
+        """Lend a pipe that another process has made, beyond the limit if need be."""
+        pipe = Pipe.__new__(Pipe)
+        pipe.read_end, pipe.write_end = read_end, write_end
         self._left -= 1
         return pipe
 

@@ -30,6 +30,7 @@ import os
 from _socket import AF_UNIX, MSG_DONTWAIT, SHUT_WR, SO_LINGER, SO_SNDBUF, SOL_SOCKET, socket
 from collections.abc import Callable, Iterator
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
+from typing import NamedTuple
 
 import trio
 
@@ -82,6 +83,84 @@ _FINISHED, _NEAR_RESET, _FAR_RESET = Ending.FINISHED, Ending.NEAR_RESET, Ending.
 # Called when a connection has ended: bytes that went from the near end to the far one,
 # bytes that went back, and how it ended.
 OnEnd = Callable[[int, int, Ending], None]
+
+
+class FlowState(NamedTuple):
+    """Where one direction of a connection stands, for a process that goes on with it.
+
+    Attributes:
+        moved: Bytes that the sink has taken.
+        quiet: Sweeps in a row that found nothing moved, as the upward direction counts them.
+        credit: As it is.
+        ended: Whether the source has said all.
+        pending: What was read and not taken by the sink; or, if the far end reads no more, how it
+            will have ended.
+        piped: Bytes in a pipe.
+        pipe: The two ends of that, if there are any.
+    """
+
+    moved: int
+    quiet: int
+    credit: int
+    ended: bool
+    pending: bytes | Ending | None
+    piped: int
+    pipe: tuple[int, int] | None
+
+
+class Suspended:
+    """A relayed connection that stands still, so that another process can go on with it.
+
+    Nothing is asked of its sockets any more, and whatever happens to them is told to nobody.
+
+    Args:
+        flow: its upward direction.
+
+    Attributes:
+        near, far: The sockets.
+        on_end: Whom its end is told to.
+    """
+
+    def __init__(self, flow: "_Flow") -> None:
+        down = flow.back
+        assert down is not None
+        assert flow.on_end is not None
+        self._up, self._down = flow, down
+        self.near, self.far = flow.source, flow.sink
+        self.on_end: OnEnd = flow.on_end
+        for each in flow, down:
+            if each.asked:
+                # Before another process has the descriptors: closing them would not take them out
+                # of the epoll set then.
+                flow.relay.loop.unwatch(each.source.fileno())
+            each.back = None  # a turn that has been asked for is none of theirs
+
+    def states(self) -> tuple[FlowState, FlowState]:
+        """Return where its directions stand, the upward one first."""
+        return self._up.state(), self._down.state()
+
+    def resume(self) -> None:
+        """Go on."""
+        up, down = self._up, self._down
+        up.back, down.back = down, up
+        for each in up, down:
+            each.stalled = each.piped > 0 or isinstance(each.pending, bytes)
+        try:
+            for each, other in (down, up), (up, down):
+                each.asked = EPOLLOUT if other.stalled else 0
+                # What holds is told at once: that there are bytes, or room for some, or an end.
+                each.watch()
+        except OSError:  # ENOMEM, ENOSPC
+            up.abort()
+
+    def close(self) -> None:
+        """Close what another process has now, and tell nobody."""
+        up, down = self._up, self._down
+        for each in up, down:
+            if each.pipe is not None:
+                each.relay.pipes.scrap(each.pipe)
+                each.pipe = None
+            each.relay.loop.close(each.source)
 
 
 class Relay:
@@ -156,6 +235,28 @@ class Relay:
         except BaseException:
             up.abort()
             raise
+
+    def connections(self) -> list["_Flow"]:
+        """Return those that can be suspended."""
+        return [
+            each
+            for each in self.loop.watchers()
+            if isinstance(each, _Flow) and each.on_end is not None and each.can_be_suspended()
+        ]
+
+    def adopt(
+        self, near: socket, far: socket, on_end: OnEnd, states: tuple[FlowState, FlowState]
+    ) -> Suspended:
+        """Return a connection that another process has suspended, to be resumed here."""
+        up = _Flow(self, near, far, on_end)
+        down = _Flow(self, far, near, None)
+        up.back, down.back = down, up
+        for flow, state in zip((up, down), states, strict=True):
+            flow.moved, flow.quiet, flow.credit, flow.ended = state[:4]
+            flow.pending, flow.piped = state.pending, state.piped
+            if state.pipe is not None:
+                flow.pipe = self.pipes.adopt(*state.pipe)
+        return Suspended(up)
 
     async def run(self) -> None:
         """Look after connections on which nothing moves, until cancelled."""
@@ -235,6 +336,18 @@ class _Flow(Swept):
         # The same number for all: one made anew would be a tenth of an idle connection's memory.
         self.asked = self.asked | READ_EVENTS if self.asked else READ_EVENTS
         self.relay.loop.watch(self.source.fileno(), self, self.asked)
+
+    def can_be_suspended(self) -> bool:
+        """Tell whether all is set up, and nothing is over."""
+        back = self.back
+        return back is not None and bool(self.asked & back.asked & EPOLLIN)
+
+    def state(self) -> FlowState:
+        """Return where it stands."""
+        pipe = None if self.pipe is None else (self.pipe.read_end, self.pipe.write_end)
+        return FlowState(
+            self.moved, self.quiet, self.credit, self.ended, self.pending, self.piped, pipe
+        )
 
     def on_event(self, events: int) -> None:
         """React to what happened to the source; 0 is another turn."""
@@ -514,6 +627,7 @@ class _Flow(Swept):
             lambda other: on_end(up, down, other or ending),
             (on_end, up, down),
             peer_has_ended=self.ended,
+            final=ending,
         )
 
     def abort(self, ending: Ending = Ending.CUT) -> None:
