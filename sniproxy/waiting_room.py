@@ -6,13 +6,15 @@ if there is a backend for them, the next one. Looks become less frequent, and al
 are given little time, so that hosts that are down cost the others nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from heapq import heappop, heappush
 from itertools import islice
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import trio
+
+Value = TypeVar("Value")
 
 # For all the seconds of looks in vain, others have fifty times as many: two percent. Each backend
 # has its share of them; so one that takes long to look for pays for that alone.
@@ -110,6 +112,18 @@ class WaitingRoom:
         if (entry := self._entries.pop(guest, None)) is not None:
             del self._queues[entry].guests[guest]
 
+    def restore(self, guests: Mapping[Guest, str]) -> None:
+        """Let guests wait, each for an entry, who have waited before, and not behind the others."""
+        for guest, entry in guests.items():
+            self.add(guest, entry)
+        self._entries = _by_age(self._entries)
+        for entry in set(guests.values()):
+            self._queues[entry].guests = _by_age(self._queues[entry].guests)
+
+    def entry(self, guest: Guest) -> str | None:
+        """Return what a guest waits for; None if it does not wait."""
+        return self._entries.get(guest)
+
     def oldest(self) -> Guest | None:
         """Return who has waited the longest; None if nobody waits."""
         return next(iter(self._entries), None)
@@ -172,3 +186,7 @@ class WaitingRoom:
             self._on_fault(error)
             guest.abort()
             return None
+
+
+def _by_age(guests: dict[Guest, Value]) -> dict[Guest, Value]:
+    return dict(sorted(guests.items(), key=lambda each: each[0].since))

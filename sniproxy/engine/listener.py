@@ -214,6 +214,7 @@ class Listener:
         self._on_full = on_full
         self._on_exhausted = on_exhausted
         self._watched = False
+        self._is_held = False
         self._exhausted = False
         self._next_check = 0.0
         self._pause = trio.Event()
@@ -240,6 +241,27 @@ class Listener:
             self._pause = trio.Event()
             await trio.sleep(_PAUSE)
 
+    def fileno(self) -> int:
+        """Return the descriptor of the listening socket; -1 if it is closed."""
+        return -1 if self._socket is None else self._socket.fileno()
+
+    def hold(self) -> None:
+        """Accept nobody until `unhold`; who comes waits in the queue."""
+        self._is_held = True
+        self._unwatch()
+
+    def unhold(self) -> None:
+        """Accept again."""
+        self._is_held = False
+        self._resume()
+
+    def leave(self) -> None:
+        """Close the socket, and leave who is in the queue to another process that holds it."""
+        if self._socket is not None:
+            self._unwatch()
+            self._socket.close()
+            self._socket = None
+
     def close(self) -> None:
         """Accept what is in the queue, then close: from now on nobody is let in here.
 
@@ -247,9 +269,7 @@ class Listener:
         """
         if self._socket is not None:
             self._accept(_LAST_BATCH)
-            self._unwatch()
-            self._socket.close()
-            self._socket = None
+            self.leave()
 
     def _accept(self, batch: int) -> None:
         assert self._socket is not None
@@ -289,7 +309,7 @@ class Listener:
             self._on_exhausted(error)
 
     def _resume(self) -> None:
-        if self._socket is not None and not self._watched:
+        if self._socket is not None and not self._watched and not self._is_held:
             try:
                 self._loop.watch(self._socket.fileno(), self, _EVENTS)
             except OSError as error:  # ENOMEM, ENOSPC

@@ -131,28 +131,43 @@ def listen_anywhere(where: str) -> socket.socket:
     """
     if "/" not in where:
         return listen(where)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # Whoever reaches it may connect, as on a TCP port, and as systemd makes sockets: 0666. Its
+    # directory says who that is.
+    return listen_unix(where, socket.SOCK_STREAM, 0o666)
+
+
+def listen_unix(path: str, kind: int, mode: int) -> socket.socket:
+    """Return a Unix socket that listens at a path, in the place of one that nobody listens at.
+
+    Args:
+        path: where.
+        kind: SOCK_STREAM, for one.
+        mode: who may connect.
+
+    Raises:
+        FatalError: as above.
+    """
+    listening = socket.socket(socket.AF_UNIX, kind)
     try:
         try:
-            _bind_unix(listening, where)
+            _bind_unix(listening, path, mode)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            _check_abandoned(where)
+            _check_abandoned(path)
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(where)
-            _bind_unix(listening, where)
+                os.unlink(path)
+            _bind_unix(listening, path, mode)
         listening.listen(_LONGEST_QUEUE)
     except OSError as error:
         listening.close()
-        raise FatalError.of(f"listen on {where}", error) from None
+        raise FatalError.of(f"listen on {path}", error) from None
     return listening
 
 
-def _bind_unix(listening: socket.socket, path: str) -> None:
-    # Whoever reaches it may connect, as on a TCP port, and as systemd makes sockets: 0666. Its
-    # directory says who that is. From the first moment on, so not by chmod(2).
-    before = os.umask(0o111)
+def _bind_unix(listening: socket.socket, path: str, mode: int) -> None:
+    # From the first moment on, so not by chmod(2).
+    before = os.umask(0o777 & ~mode)
     try:
         listening.bind(path)
     finally:
@@ -169,6 +184,6 @@ def _check_abandoned(path: str) -> None:
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as client:
         # 0 is not all that means that there is somebody: EAGAIN, the queue is full; EPROTOTYPE,
-        # it is for datagrams.
+        # it is for datagrams, or packets; as that nobody listens comes first.
         if client.connect_ex(path) != errno.ECONNREFUSED:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

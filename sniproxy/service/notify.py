@@ -71,6 +71,10 @@ class Notifier:
         """Say that the drain has begun."""
         self._say("STOPPING=1")
 
+    def succeeded_by(self, pid: int) -> None:
+        """Say that another process serves from now on in the place of this one."""
+        self._say(f"MAINPID={pid}")
+
     def failed(self, message: str) -> None:
         """Say why the service ends; systemctl status shows it until the next start."""
         self._say(f"STATUS={message}")
