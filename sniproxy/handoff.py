@@ -105,7 +105,7 @@ class Listener(socket.socket):
             left = None if ends is None else max(0.0, ends - time.monotonic())
             # One at a time: the next one is another, if several are ready.
             ready = self._epoll.poll(left, 1)
-            if ready and (accepted := self._hear(ready[0][0], door)):
+            if ready and (accepted := self._hear(*ready[0], door)):
                 return accepted
             if left == 0 and (not ready or turn >= _MOST_AT_ONCE):
                 break
@@ -113,12 +113,14 @@ class Listener(socket.socket):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         raise TimeoutError("timed out")
 
-    def _hear(self, descriptor: int, door: int) -> tuple[socket.socket, Any] | None:
+    def _hear(self, descriptor: int, events: int, door: int) -> tuple[socket.socket, Any] | None:
         """Let in a connection, or one that was silent have its say; return the client, if any."""
         if descriptor == door:
             try:
                 peer, _ = super().accept()
             except BlockingIOError:
+                if events & select.EPOLLHUP:  # after shutdown(2), what accept(2) says if it waits
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
                 return None
             peer.setblocking(False)
         else:
