@@ -23,11 +23,6 @@ from typing import Any
 
 __all__ = ["Listener", "listen"]
 
-# Multipath TCP, RFC 8684; linux/in.h.
-_IPPROTO_MPTCP = 262
-
-_TCP = frozenset({socket.IPPROTO_TCP, _IPPROTO_MPTCP})
-
 # As many descriptors as one message carries, SCM_MAX_FD in unix(7): then it is truncated for no
 # other reason than that there is no place for a descriptor in this process.
 _ROOM = socket.CMSG_SPACE(253 * array("i").itemsize)
@@ -289,7 +284,7 @@ def _client(descriptors: list[int]) -> tuple[socket.socket, Any] | None:
         is_ip = client.family in (socket.AF_INET, socket.AF_INET6)
         # ENOTCONN: it has been reset already, or was never connected.
         with contextlib.suppress(OSError):
-            if is_ip and client.type == socket.SOCK_STREAM and client.proto in _TCP:
+            if is_ip and (client.type, client.proto) == (socket.SOCK_STREAM, socket.IPPROTO_TCP):
                 client.settimeout(socket.getdefaulttimeout())
                 return client, client.getpeername()
     for sock in sockets:
