@@ -10,7 +10,6 @@ nothing else of sniproxy: it may be copied.
 
 import contextlib
 import errno
-import itertools
 import os
 import select
 import socket
@@ -23,8 +22,9 @@ from typing import Any
 
 __all__ = ["Listener", "listen"]
 
-# As many descriptors as one message carries, SCM_MAX_FD in unix(7): then it is truncated for no
-# other reason than that there is no place for a descriptor in this process.
+# As many descriptors as one message carries, SCM_MAX_FD in unix(7). So there is room, too, for the
+# credentials that come in front of one if SO_PASSCRED is set, by PassCredentials= in a unit; and if
+# it does not come, there was no place for it in this process.
 _ROOM = socket.CMSG_SPACE(253 * array("i").itemsize)
 
 # Connections whose message has not come yet. The daemon's comes within a moment, so more than a few
@@ -93,7 +93,9 @@ class Listener(socket.socket):
         """
         timeout = self._timeout
         ends = None if timeout is None else time.monotonic() + timeout
-        for turn in itertools.count(1):
+        turn = 0
+        while True:
+            turn += 1
             door = super().fileno()
             if door < 0:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -103,10 +105,9 @@ class Listener(socket.socket):
             if ready and (accepted := self._hear(*ready[0], door)):
                 return accepted
             if left == 0 and (not ready or turn >= _MOST_AT_ONCE):
-                break
-        if timeout == 0:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        raise TimeoutError("timed out")
+                if timeout == 0:
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                raise TimeoutError("timed out")
 
     def _hear(self, descriptor: int, events: int, door: int) -> tuple[socket.socket, Any] | None:
         """Let in a connection, or one that was silent have its say; return the client, if any."""

@@ -143,14 +143,11 @@ def test_a_client_that_has_said_all_is_still_one(listener: handoff.Listener, pat
 
 
 @pytest.mark.parametrize("default", [None, 7.5, 0.0])
-def test_the_default_timeout_is_the_clients(
-    path: Path, default: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_timeout_is_the_clients(path: Path, default: float | None) -> None:
     """Whatever the descriptor was like before."""
     client, near = tcp_pair()
     near.setblocking(False)
     before = socket.getdefaulttimeout()
-    monkeypatch.setattr(socket, "getdefaulttimeout", lambda: default)
     socket.setdefaulttimeout(default)
     try:
         with handoff.listen(path) as listener:
@@ -163,6 +160,13 @@ def test_the_default_timeout_is_the_clients(
     with client, accepted:
         assert accepted.gettimeout() == default
         assert os.get_blocking(accepted.fileno()) is (default is None)
+
+
+def test_credentials_come_in_front(listener: handoff.Listener, path: Path) -> None:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    with connect(path):
+        assert is_empty(listener)
+        assert is_accepted(listener, hand_over_a_client(path))
 
 
 # The message comes after the connection.
@@ -482,15 +486,6 @@ def test_another_one_was_quicker(listener: handoff.Listener) -> None:
     door = socket.socket.fileno(listener)
     assert listener._hear(door, select.EPOLLIN, door) is None
     assert listener._hear(listener.fileno(), select.EPOLLIN, door) is None
-
-
-def test_another_process_makes_the_socket_wait(path: Path) -> None:
-    with handoff.listen(path) as listener:
-        hand_over_a_client(path).close()
-        with listener.dup() as other:
-            listener.accept()[0].close()
-            other.settimeout(0)
-            assert is_empty(other)
 
 
 def test_a_duplicate_knows_nothing_of_the_silent(listener: handoff.Listener, path: Path) -> None:
