@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -20,7 +19,6 @@ from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory, listen_unix
 from tests.support.certificates import Certificates
 from tests.support.daemon import PATIENCE, Daemon, eventually, start_daemon, unmeasured
-from tests.support.greeting import Greeter, ask
 from tests.support.handing_over import connect, hand_over
 from tests.support.sockets import receive_all, receive_exactly, tcp_pair
 from tests.support.tenants import Page
@@ -157,7 +155,7 @@ def test_the_socket_of_a_unit(path: Path) -> None:
         assert receive_exactly(client, 5) == b"hello"
 
 
-# What it says of the daemon.
+# What it says of the daemon; tests/test_handoff.py has more.
 
 
 def test_the_unit(tmp_path: Path) -> None:
@@ -177,31 +175,6 @@ def test_the_unit(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_who_is_handed_over_stays_when_the_daemon_ends(daemon: Daemon, path: Path) -> None:
-    with handoff.listen(path) as listener, daemon.connect() as client:
-        client.sendall(HELLO)
-        near, address = listener.accept()
-        with near:
-            assert address == client.getsockname()
-            daemon.signal(signal.SIGTERM)
-            assert daemon.wait() == 0
-            assert "cut=0" in daemon.wait_for_log("drained")
-            assert receive_exactly(near, len(HELLO)) == HELLO
-            near.sendall(b"still here")
-            assert receive_exactly(client, 10) == b"still here"
-
-
-def test_a_host_can_have_both_sockets(daemon: Daemon, path: Path) -> None:
-    with Greeter(path.with_name("tls-socket"), b"relayed") as greeter:
-        with handoff.listen(path) as listener, daemon.connect() as client:
-            client.sendall(HELLO)
-            listener.accept()[0].close()
-        assert not greeter.heard
-        assert ask(daemon, NAME) == b"relayed"  # nobody listens any more
-        path.unlink()
-        assert ask(daemon, NAME) == b"relayed"
-
-
 def test_proxy_headers_are_for_the_other_socket(daemon: Daemon, path: Path) -> None:
     path.with_name("send-proxy-v1").touch()
     with RawBackend(path.with_name("tls-socket")) as relayed:
@@ -213,20 +186,6 @@ def test_proxy_headers_are_for_the_other_socket(daemon: Daemon, path: Path) -> N
             client.sendall(HELLO)
             with relayed.accept() as connection:
                 assert connection.recv(6) == b"PROXY "
-
-
-def test_hold_is_for_both(daemon: Daemon, path: Path) -> None:
-    path.with_name("hold").write_text(f"{PATIENCE:.0f}")
-    with daemon.connect() as client:
-        client.sendall(HELLO)
-        with daemon.connect() as other:  # the first one is held when this is refused
-            other.sendall(hellos.hello_bytes("nobody.example"))
-            assert other.recv(1)
-        with handoff.listen(path) as listener:
-            listener.settimeout(PATIENCE)
-            near, address = listener.accept()
-            with near:
-                assert address == client.getsockname()
 
 
 def test_who_was_not_accepted_is_reset(daemon: Daemon, path: Path) -> None:
