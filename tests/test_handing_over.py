@@ -211,6 +211,29 @@ def test_a_client_of_ipv4_at_a_socket_for_both(hosts: Path, path: Path) -> None:
         assert address[:2] == ("::ffff:127.0.0.1", client.getsockname()[1])
 
 
+def test_who_can_connect_can_claim_any_address(path: Path) -> None:
+    """So the directory is to let nobody in but the daemon."""
+    script = """
+import socket, sys
+door = socket.create_server(("192.0.2.7", 0))
+client = socket.create_connection(door.getsockname())
+near, _ = door.accept()
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+socket.send_fds(connection, [b"x"], [near.fileno()])
+"""
+    alone = ["unshare", "--user", "--map-root-user", "--net", "sh", "-euc"]
+    if subprocess.run([*alone, "ip link set lo up"], capture_output=True).returncode:
+        pytest.skip("no right to make namespaces, or no ip (Debian package iproute2)")
+    network = 'ip link set lo up; ip address add 192.0.2.7/32 dev lo; exec "$@"'
+    with handoff.listen(path) as listener:
+        command = [*alone, network, "-", sys.executable, "-I", "-c", script, os.fspath(path)]
+        subprocess.run(command, check=True, env=unmeasured())
+        client, address = listener.accept()
+        client.close()
+    assert address[0] == "192.0.2.7"
+
+
 # The protocol.
 
 
