@@ -75,17 +75,18 @@ class HelloWait:
 
     Attributes:
         events: What the loop has told of the client so far.
+        session: The client's, which is told what came of it.
 
     Raises:
         OSError: the kernel can't watch the client (ENOMEM, ENOSPC).
     """
 
-    __slots__ = ("_client", "_is_over", "_mark", "_reader", "_session", "events")
+    __slots__ = ("_client", "_is_over", "_mark", "_reader", "events", "session")
 
     def __init__(
         self, session: Waiter, client: socket, loop: EventLoop, reader: HelloReader
     ) -> None:
-        self._session = session
+        self.session = session
         self._client = client
         self._reader = reader
         self._mark = _ANY_BYTES
@@ -110,18 +111,18 @@ class HelloWait:
         """Look at what the client has sent so far, and tell the session if that decides."""
         if self.events & EPOLLPRI:
             self.stop()
-            return self._session.on_urgent_data()
+            return self.session.on_urgent_data()
         try:
             hello = self._read()
         except HelloError as error:
             self.stop()
-            return self._session.on_hello_error(error)
+            return self.session.on_hello_error(error)
         if hello is not None:
             self.stop()
-            self._session.on_hello(hello)
+            self.session.on_hello(hello)
         elif self.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             self.stop()
-            self._session.on_client_gone()
+            self.session.on_client_gone()
 
     def _read(self) -> ClientHello | None:
         """Read what is new; return the hello if it is whole."""
@@ -155,15 +156,15 @@ class HelloWait:
 
     def expire(self) -> None:
         """End: the client has taken too long."""
-        self._session.expire()
+        self.session.expire()
 
     def give_way(self) -> None:
         """End: there is no room for a client who says nothing."""
-        self._session.give_way()
+        self.session.give_way()
 
     def abort(self) -> None:
         """End with a reset: something went wrong that nobody expected."""
-        self._session.abort()
+        self.session.abort()
 
     def stop(self) -> None:
         """Wait no more; the socket is as it was."""

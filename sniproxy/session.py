@@ -165,7 +165,10 @@ class Sessions:
     def begin(self, client: socket, address: Address) -> None:
         """Begin the story of an accepted client."""
         self.limit.add()
-        session = Session(self, client, address)
+        self.begin_session(Session(self, client, address))
+
+    def begin_session(self, session: "Session") -> None:
+        """Begin the story of a client who has been counted."""
         try:
             session.begin()
         except Exception as error:  # noqa: BLE001 - a bug met by one connection ends it alone
@@ -285,6 +288,10 @@ class Session:
         self.protocols = b""  # what it offers by ALPN
         self.figures: HostFigures | None = None  # of the host, when it is served and counted
         self.is_over = False
+
+    def age(self) -> float | None:
+        """Return for how many seconds it has been connected; None if nobody is to be told."""
+        return trio.current_time() - self.began if self.began else None
 
     def begin(self) -> None:
         """Look at what the client has sent; wait for the rest if that is no whole hello."""
@@ -419,9 +426,9 @@ class Session:
             on_end = counted.left
         if is_proxied:
             self.entry = entry
-            on_end = self._end_after_header
+            on_end = self.on_end_after_header
         elif shared.config.log_connections:
-            on_end = self._end
+            on_end = self.on_end
         wait = self.held or self.wait
         self.is_over = True
         shared.served += 1
@@ -482,7 +489,7 @@ class Session:
         """Return what the log counts a host by: clients make up names for those that serve any."""
         return entry.encode() if entry.startswith("_") else self.name
 
-    def _end_after_header(self, up: int, down: int, ending: Ending) -> None:
+    def on_end_after_header(self, up: int, down: int, ending: Ending) -> None:
         """Say so if the backend seems to have disliked the header; end as all do."""
         # A server of TLS says something to any hello, if only an alert. One that has closed for the
         # client's sake has said something before.
@@ -493,9 +500,9 @@ class Session:
             if self.shared.figures is not None and self.figures is not None:
                 word = SessionWarning.PROXY_HEADER_UNANSWERED
                 self.shared.figures.note(self.figures, client, word, _UNANSWERED_DETAIL)
-        self._end(up, down, ending)
+        self.on_end(up, down, ending)
 
-    def _end(self, up: int, down: int, ending: Ending) -> None:
+    def on_end(self, up: int, down: int, ending: Ending) -> None:
         """Write the line of a connection that has ended, if that is wanted, and count it out."""
         self._log_end(up, down, _ENDINGS[ending])
         self._count_out(up, down, ending)
@@ -639,16 +646,17 @@ class Held:
         events: What the loop has told of the client so far.
         is_away: Whether it is known that the backend is not there. It may be minutes until it is,
             and a client who has ended meanwhile, which no handshake survives, is let go.
+        session: The client's.
         since: When it was first seen that there is no backend, or none any more, by trio's clock.
 
     Raises:
         OSError: the kernel can't watch the client (ENOMEM, ENOSPC).
     """
 
-    __slots__ = ("_loan", "_loans", "_session", "events", "is_away", "since")
+    __slots__ = ("_loan", "_loans", "events", "is_away", "session", "since")
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self.session = session
         self._loan: tuple[FirstFlight, bool, int, str] | None = None
         self._loans = 0
         self.events = 0
@@ -663,7 +671,7 @@ class Held:
 
     def lend(self, backend: socket, header: bytes, owner: int, entry: str) -> str | None:
         """Lend the client's first flight to a backend; return what to wait for if that is gone."""
-        session = self._session
+        session = self.session
         if self._loans == _MOST_LOANS:
             session.join(backend, header, owner, entry, is_proxied=bool(header))
             return None
@@ -695,7 +703,7 @@ class Held:
         flight, is_proxied, owner, entry = self._loan
         self._end_loan()
         moved, first = flight.settle()
-        self._session.join(flight.backend, first, owner, entry, is_proxied=is_proxied, moved=moved)
+        self.session.join(flight.backend, first, owner, entry, is_proxied=is_proxied, moved=moved)
 
     # What has taken so long is an answer to wait for as long as the client likes.
     expire = on_answer
@@ -706,11 +714,11 @@ class Held:
         flight, _, _, entry = self._loan
         self._end_loan()
         self.is_away, self.since = True, trio.current_time()
-        self._session.shared.loop.close(flight.backend)
-        self._session.shared.room.add(self, entry)
+        self.session.shared.loop.close(flight.backend)
+        self.session.shared.room.add(self, entry)
 
     def _end_loan(self) -> None:
-        self._session.shared.lent.discard(self)
+        self.session.shared.lent.discard(self)
         self._loan = None
 
     def on_away(self) -> None:
@@ -721,33 +729,33 @@ class Held:
     def on_event(self, events: int) -> None:
         """Take note of what happens to the client; let it go if it leaves before it is served."""
         self.events |= events
-        if self._session.is_over:
+        if self.session.is_over:
             return
         if self._loan is not None:
             if events & (_GONE | EPOLLRDHUP):
                 self.on_answer()  # the relay knows what to do
         elif self.events & EPOLLPRI:
-            self._session.on_urgent_data()
+            self.session.on_urgent_data()
         elif self.events & (_GONE | EPOLLRDHUP if self.is_away else _GONE):
-            self._session.on_client_gone()
+            self.session.on_client_gone()
 
     def try_again(self) -> str | None:
         """Look for the backend once more; return what is waited for, None if it is over."""
         self.on_event(0)  # it may have left before it was held
-        return None if self._session.is_over else self._session.connect()
+        return None if self.session.is_over else self.session.connect()
 
     def give_way(self) -> None:
         """End: there is no room for a client who is not served."""
-        self._session.give_way()
+        self.session.give_way()
 
     def stop(self) -> None:
         """Hold the client no longer, for it is given up."""
-        self._session.shared.room.discard(self)
+        self.session.shared.room.discard(self)
         if self._loan is not None:
             flight = self._loan[0]
             self._end_loan()
-            self._session.shared.loop.close(flight.backend)
+            self.session.shared.loop.close(flight.backend)
 
     def abort(self) -> None:
         """End with a reset."""
-        self._session.abort()
+        self.session.abort()

@@ -144,6 +144,11 @@ class Linger:
         """Close the socket, if that has not been done."""
         self._close(None)
 
+    def let_go(self) -> None:
+        """Close the socket, for another process has it, and tell nobody."""
+        self._is_over = True
+        self._loop.close(self.sock)
+
     def abort(self, ending: Ending = Ending.CUT) -> None:
         """Close the socket with a reset, if it has not been closed."""
         if not self._is_over:
@@ -242,6 +247,10 @@ class LastWords:
         for linger in (*self._sending, *self._received.items()):
             assert linger.moved is not None
             yield linger.moved
+
+    def __contains__(self, linger: Linger) -> bool:
+        """Tell whether it can be suspended."""
+        return linger in self._sending
 
     def sending(self) -> list[Linger]:
         """Return those who can be suspended: for whom bytes are under way."""

@@ -71,6 +71,10 @@ class Event(NamedTuple):
     detail: str | None
 
 
+# What is counted for a host.
+_COUNTS: Final = ("served", "ended", "refused", "up", "down")
+
+
 class HostFigures:
     """What was counted for one host.
 
@@ -112,6 +116,22 @@ class HostFigures:
         self.down += down
         self.on_left()
 
+    def tell(self) -> dict[str, Any]:
+        """Return all of it, for a process that goes on counting."""
+        told = {name: getattr(self, name) for name in ("host", "owner", "reasons", *_COUNTS)}
+        return told | {"last": [*self.last] if self.last else None}
+
+    def add(self, told: dict[str, Any]) -> None:
+        """Add what another process has counted for the same host."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + told[name])
+        for reason, count in (told["reasons"] or {}).items():
+            self.reasons = self.reasons or {}
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        if told["last"]:
+            before = [Event(*each) for each in told["last"]]
+            self.last = deque([*before, *(self.last or ())], maxlen=_MOST_LAST)
+
     def is_idle(self) -> bool:
         """Tell whether it may be forgotten."""
         return self.served == self.ended
@@ -140,6 +160,35 @@ class Figures:
         # Bytes of hosts that are not among these any more; and such as have connections still.
         self._up = self._down = 0
         self._others: list[HostFigures] = []
+
+    def tell(self) -> dict[str, Any]:
+        """Return all of it, for a process that goes on counting."""
+        self._fold()
+        latencies = {kind: [each.seconds, each.buckets] for kind, each in self.latencies.items()}
+        return {
+            "hosts": [each.tell() for each in self.hosts.values()],
+            "reasons": self.reasons,
+            "latencies": latencies,
+            "moved": [self._up, self._down],
+        }
+
+    def add(self, told: dict[str, Any]) -> None:
+        """Add what another process has counted."""
+        self._up += told["moved"][0]
+        self._down += told["moved"][1]
+        for reason, count in told["reasons"].items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        for kind, (seconds, buckets) in told["latencies"].items():
+            latency = self.latencies[kind]
+            latency.seconds += seconds
+            latency.buckets = [
+                ours + theirs for ours, theirs in zip(latency.buckets, buckets, strict=True)
+            ]
+        for host in told["hosts"]:
+            figures = self._find(host["host"], host["owner"])
+            figures.add(host)
+            if figures.last:
+                self._refused[figures.host] = None
 
     def uptime(self) -> float:
         """Return how many seconds it has been counted for."""

@@ -1,0 +1,301 @@
+"""The old copy's side: it listens for a new one, and gives that everything."""
+
+import os
+import socket as std
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from select import EPOLLIN
+from typing import Any, Final
+
+import trio
+
+from sniproxy.engine.listener import Listener
+from sniproxy.engine.loop import EventLoop
+from sniproxy.service.eventlog import Seconds
+from sniproxy.session import Sessions
+from sniproxy.upgrade.letters import (
+    BATCH,
+    DONE,
+    END,
+    GIVEN,
+    HELLO,
+    LISTEN,
+    MOST_DESCRIPTORS,
+    NEVER_MIND,
+    READY,
+    START,
+    TAKEN,
+    VERSION,
+    YES,
+    Letter,
+    Message,
+    UpgradeError,
+    Way,
+    write_memory,
+)
+from sniproxy.upgrade.portable import Parcel, Portable, suspend_each
+
+# Descriptors of one connection, at the most: two sockets, and a pipe for each direction.
+_MOST_OF_ONE: Final = 6
+
+# Seconds that a batch may stand still until the new copy has it; it takes some milliseconds. With
+# another look it is less than a second.
+_BATCH_PATIENCE: Final = 0.5
+
+# Seconds for every other answer. It is Python's start that takes the longest.
+_PATIENCE: Final = 10.0
+
+# Seconds between two looks at that.
+_LOOK_EVERY: Final = 0.1
+
+# Looks for connections in vain, one in each turn of the loop, until it is believed that there are
+# none: who was accepted last is connected in the next turn.
+_LOOKS: Final = 3
+
+
+class Door:
+    """Waits for a new copy, one at a time.
+
+    Args:
+        listening: where it connects; owned from now on.
+        listener: of clients, which the new copy gets, too.
+        facts: what it is told to begin with.
+        sessions: what it is given.
+        on_given: called with the process id of the new copy, when that has all.
+    """
+
+    def __init__(
+        self,
+        listening: std.socket,
+        listener: Listener,
+        facts: dict[str, Any],
+        sessions: Sessions,
+        on_given: Callable[[int], None],
+    ) -> None:
+        self._listening = listening
+        self._listener = listener
+        self._facts = facts
+        self._sessions = sessions
+        self._on_given = on_given
+        self._giving: _Giving | None = None
+        self._began = trio.lowlevel.ParkingLot()
+        self._loop: EventLoop = sessions.loop
+        self._loop.watch(listening.fileno(), self, EPOLLIN)
+
+    async def run(self) -> None:
+        """See to it that nobody is waited for too long, until cancelled."""
+        while True:
+            if self._giving is None:
+                await self._began.park()
+            await trio.sleep(_LOOK_EVERY)
+            if self._giving is not None:
+                self._giving.look_at_clock()
+
+    def on_event(self, events: int) -> None:
+        """Let a new copy in."""
+        try:
+            sock, _ = self._listening.accept()
+        except OSError:  # EAGAIN, it has gone; EMFILE
+            return
+        sock.setblocking(False)
+        way = Way(sock)
+        if not way.is_ours():
+            return way.close()
+        self._loop.unwatch(self._listening.fileno())
+        sockets = [self._listener.fileno(), self._listening.fileno()]
+        self._giving = _Giving(
+            way, self._sessions, self._listener, self._facts, sockets, self._on_over
+        )
+        self._began.unpark()
+
+    def abort(self) -> None:
+        """Nothing: what is wrong with one copy is not with the next."""
+
+    def close(self) -> None:
+        """Let nobody in any more; who was being given all keeps what it has."""
+        if self._giving is not None:
+            self._giving.give_up("the old copy was asked to end")
+        if self._listening.fileno() != -1:
+            self._loop.unwatch(self._listening.fileno())
+            self._listening.close()
+
+    def _on_over(self, pid: int | None) -> None:
+        """Go on, or end if the copy with that process id has all."""
+        self._giving = None
+        if pid is None:
+            self._loop.watch(self._listening.fileno(), self, EPOLLIN)
+        else:
+            self._listening.close()
+            self._on_given(pid)
+
+
+class _Giving:
+    """One attempt."""
+
+    def __init__(
+        self,
+        way: Way,
+        sessions: Sessions,
+        listener: Listener,
+        facts: dict[str, Any],
+        sockets: list[int],
+        on_over: Callable[[int | None], None],
+    ) -> None:
+        self._way = way
+        self._sessions = sessions
+        self._listener = listener
+        self._facts = facts
+        self._sockets = sockets
+        self._on_over = on_over
+        self._expected: Letter = HELLO
+        self._since = time.monotonic()
+        self._began = 0.0
+        self._candidates: Iterator[Portable] = iter(())
+        self._batch: list[Portable] = []
+        self._given = self._looks = 0
+        self._longest = 0.0
+        self._is_over = False
+        self._watched = way.fileno()
+        sessions.loop.watch(self._watched, self, EPOLLIN)
+
+    def on_event(self, events: int) -> None:
+        """React to what the new copy says; 0 is another turn."""
+        try:
+            if events == 0:
+                if not self._is_over and not self._batch:
+                    self._give_next()
+                return
+            while not self._is_over:
+                message = self._way.receive()
+                message.close()  # nothing is in any
+                self._understand(message)
+        except BlockingIOError:
+            return
+        except (UpgradeError, OSError) as error:
+            self.give_up(str(error))
+
+    def abort(self) -> None:
+        """Give up, because of a bug."""
+        self.give_up("a bug")
+
+    def look_at_clock(self) -> None:
+        """Give up if the answer takes too long."""
+        patience = _BATCH_PATIENCE if self._expected is TAKEN else _PATIENCE
+        if not self._is_over and time.monotonic() - self._since > patience:
+            self.give_up("the new copy does not answer")
+
+    def _understand(self, message: Message) -> None:
+        if message.letter == END:
+            raise UpgradeError("the new copy has ended")
+        if message.letter == NEVER_MIND:
+            raise UpgradeError(str(message.content.get("why")))
+        if message.letter != self._expected:
+            raise UpgradeError(f"the new copy says {message.letter!a}")
+        if self._expected is HELLO:
+            version = message.content.get("version")
+            if version != VERSION:
+                raise UpgradeError(f"version {version} of the protocol is not {VERSION}, ours")
+            self._say(LISTEN, READY, self._sockets, version=VERSION, facts=self._facts)
+        elif self._expected is READY:
+            self._began = time.monotonic()
+            self._say(START, YES, open=self._sessions.limit.open)
+        elif self._expected is YES:
+            self._give_next()
+        elif self._expected is TAKEN:
+            # From here on it is theirs, whatever happens.
+            self._longest = max(self._longest, time.monotonic() - self._since)
+            for each in self._batch:
+                each.close()
+            self._given += len(self._batch)
+            self._batch = []
+            self._say(GIVEN, END)
+            self._sessions.loop.call_soon(self)  # the others have their turn in between
+
+    def _say(
+        self, letter: Letter, expected: Letter, fds: list[int] | None = None, **content: Any
+    ) -> None:
+        self._way.send(letter, fds, **content)
+        self._expected, self._since = expected, time.monotonic()
+
+    def _give_next(self) -> None:
+        """Give a batch; or look once more, and end when there is nobody."""
+        parcel = Parcel()
+        records = []
+        parcel.put(-1)  # that of the memory
+        try:
+            for each in self._suspend():
+                self._batch.append(each)
+                records.append(each.describe(parcel))
+                if len(parcel.fds) + _MOST_OF_ONE > MOST_DESCRIPTORS:
+                    break
+            if records:
+                self._looks = 0
+                parcel.fds[0] = write_memory(records, parcel.blob)
+                try:
+                    self._say(BATCH, TAKEN, parcel.fds)
+                finally:
+                    os.close(parcel.fds[0])
+                return
+        except OSError as error:
+            return self.give_up(str(error))
+        self._looks += 1
+        if self._looks < _LOOKS:
+            # Not before: if the new copy hung, nobody would be let in.
+            self._listener.hold()
+            self._sessions.loop.call_soon(self)
+        else:
+            self._end()
+
+    def _suspend(self) -> Iterator[Portable]:
+        """Yield those who are to be given, until a look has found nobody."""
+        yield from self._candidates
+        self._candidates = suspend_each(self._sessions)
+        yield from self._candidates
+
+    def _end(self) -> None:
+        """Tell what was counted, and leave."""
+        sessions = self._sessions
+        figures = None if sessions.figures is None else sessions.figures.tell()
+        counted = {"counts": asdict(sessions.counts()), "figures": figures}
+        memory = write_memory(counted)
+        try:
+            self._way.send(DONE, [memory])
+        finally:
+            os.close(memory)
+        self._leave()
+        sessions.log.event(
+            "upgraded",
+            pid=self._way.pid,
+            given=self._given,
+            left=sessions.limit.open,
+            seconds=Seconds(time.monotonic() - self._began),
+            longest=Seconds(self._longest),
+        )
+        self._listener.leave()
+        self._on_over(self._way.pid)
+
+    def give_up(self, why: str) -> None:
+        """Go on with what there is."""
+        if self._is_over:
+            return
+        batch, self._batch = self._batch, []
+        for each in batch:
+            each.resume()
+        try:
+            self._way.send(NEVER_MIND, why=why)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has gone
+        except OSError:
+            # It has not heard it. If we closed the way it would believe that we are dead, and that
+            # the batch is its own.
+            self._way.keep_open()
+        self._leave()
+        self._sessions.log.upgrade_failed(why, self._way.pid, self._given)
+        self._listener.unhold()
+        self._on_over(None)
+
+    def _leave(self) -> None:
+        self._is_over = True
+        self._sessions.loop.unwatch(self._watched)
+        self._way.close()
