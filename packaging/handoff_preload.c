@@ -185,12 +185,7 @@ static int accept_client(int listener, struct sockaddr *addr, socklen_t *addrlen
     }
 }
 
-/* They have names of their own in C, since the headers declare libc's with other types. */
-int handoff_accept4(int, struct sockaddr *restrict, socklen_t *restrict, int) __asm__("accept4");
-int handoff_accept(int, struct sockaddr *restrict, socklen_t *restrict) __asm__("accept");
-
-int handoff_accept4(int listener, struct sockaddr *restrict addr, socklen_t *restrict addrlen,
-                    int flags)
+static int accept_any(int listener, struct sockaddr *addr, socklen_t *addrlen, int flags)
 {
     if (!is_ours(listener))
         return next_accept4()(listener, addr, addrlen, flags);
@@ -203,7 +198,16 @@ int handoff_accept4(int listener, struct sockaddr *restrict addr, socklen_t *res
     return client;
 }
 
-int handoff_accept(int listener, struct sockaddr *restrict addr, socklen_t *restrict addrlen)
+/* They have names of their own in C, since the headers declare libc's with other types. */
+int handoff_accept(int, struct sockaddr *restrict, socklen_t *restrict) __asm__("accept");
+int handoff_accept4(int, struct sockaddr *restrict, socklen_t *restrict, int) __asm__("accept4");
+
+int handoff_accept(int fd, struct sockaddr *restrict addr, socklen_t *restrict addrlen)
 {
-    return handoff_accept4(listener, addr, addrlen, 0);
+    return accept_any(fd, addr, addrlen, 0);
+}
+
+int handoff_accept4(int fd, struct sockaddr *restrict addr, socklen_t *restrict addrlen, int flags)
+{
+    return accept_any(fd, addr, addrlen, flags);
 }
