@@ -17,21 +17,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.interop.clients import NAME, Visit, curl
-from tests.support.backends import host_directory, listen_unix
+from tests.interop.clients import NAME
+from tests.support.backends import host_directory
 from tests.support.certificates import Certificates
 from tests.support.daemon import PATIENCE, Daemon, eventually, start_daemon
-from tests.support.sockets import receive_all, reset, tcp_pair, unix_pair
+from tests.support.sockets import Noise, receive_all, reset, tcp_pair, unix_pair
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/preload"
 SOURCE = ROOT / "packaging/handoff_preload.c"
+
+PROGRAMS = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 # A client's address that is not the first to come to mind.
 CLIENT = "127.0.0.9"
@@ -66,7 +68,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_script_called_wrongly() -> None:
-    for arguments in ("--what",), ("--output",), ("--output", "/tmp", "more"):
+    for arguments in ("--what",), ("--output",), ("--output", ".", "more"):
         ran = run(SCRIPT, *arguments)
         assert (ran.returncode, ran.stdout) == (100, "")
         assert ran.stderr.startswith("preload: fatal: unable to understand the arguments: usage: ")
@@ -396,22 +398,25 @@ def test_listeners_of_other_names_are_as_they_were(
     monkeypatch.chdir(tmp_path)
     if not name.startswith("\0"):
         Path(name).parent.mkdir(exist_ok=True)
-    with listen(name) as listener, connect(listener) as peer:
-        with accept(listener)[0] as accepted:
-            assert accepted.family == socket.AF_UNIX
-            peer.sendall(b"!")
-            assert accepted.recv(1) == b"!"
+    with listen(name) as listener, connect(listener) as peer, accept(listener)[0] as accepted:
+        assert accepted.family == socket.AF_UNIX
+        peer.sendall(b"!")
+        assert accepted.recv(1) == b"!"
 
 
 def test_listeners_of_other_kinds_are_as_they_were(accept: Accepting, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with socket.create_connection(listener.getsockname()) as peer:
-            accepted, raw, size = accept(listener, room=16)
-            assert (int.from_bytes(raw[2:4]), size) == (peer.getsockname()[1], 16)
-            assert is_that_of(accepted, peer)
-    with listen(tmp_path / "handoff-socket", socket.SOCK_SEQPACKET) as listener:
-        with connect(listener) as peer:
-            assert is_that_of(accept(listener)[0], peer)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as peer,
+    ):
+        accepted, raw, size = accept(listener, room=16)
+        assert (int.from_bytes(raw[2:4]), size) == (peer.getsockname()[1], 16)
+        assert is_that_of(accepted, peer)
+    with (
+        listen(tmp_path / "handoff-socket", socket.SOCK_SEQPACKET) as listener,
+        connect(listener) as peer,
+    ):
+        assert is_that_of(accept(listener)[0], peer)
 
 
 @pytest.mark.parametrize(
@@ -464,3 +469,295 @@ def test_memory_and_threads_that_are_cancelled(tmp_path: Path, listener: socket.
             )
         assert (ran.returncode, ran.stderr) == (0, "")
         assert ran.stdout == "16\n" * 9 + "cancelled\n0 lost\n"
+
+
+# Servers, behind the daemon.
+
+
+def needs(program: str, package: str) -> pytest.MarkDecorator:
+    there = shutil.which(program, path=PROGRAMS)
+    return pytest.mark.skipif(
+        there is None, reason=f"{program} is not installed (Debian package {package})"
+    )
+
+
+class Site:
+    """A host of the daemon's, and a server with the library.
+
+    Attributes:
+        host: The host's directory.
+        place: Where files of the server's are.
+        daemon: Who hands over.
+        library: What the server is started with.
+        authority: Whom clients trust.
+        pem: The server's certificate and key.
+    """
+
+    def __init__(
+        self, host: Path, place: Path, daemon: Daemon, certificates: Certificates, library: Path
+    ) -> None:
+        self.host = host
+        self.place = place
+        self.daemon = daemon
+        self.library = library
+        self.authority = certificates.authority
+        pair = certificates.for_client(NAME)
+        self.pem = place / "pem"
+        self.pem.write_bytes(pair.certificate.read_bytes() + pair.key.read_bytes())
+
+    def filled_in(self, configuration: str) -> str:
+        """Return a configuration with our paths in it."""
+        return configuration.replace("PLACE", str(self.place)).replace("HOST", str(self.host))
+
+    def output(self) -> str:
+        """Return what the server has said."""
+        return (self.place / "output").read_text()
+
+    @contextmanager
+    def served_by(
+        self, *command: str, at: str = "handoff-socket"
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a server, which listens at that socket."""
+        with (self.place / "output").open("wb") as output:
+            server = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={"PATH": PROGRAMS, "LD_PRELOAD": str(self.library)},
+            )
+        try:
+            eventually(lambda: server.poll() is not None or self._listens_at(at))
+            assert server.poll() is None, self.output()
+            yield server
+        finally:
+            server.terminate()
+            server.wait(PATIENCE)
+
+    def _listens_at(self, name: str) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return not probe.connect_ex(str(self.host / name))
+
+    def get(self, *options: str, paths: Sequence[str] = ("/",)) -> str:
+        """Return what a client gets, whose address is CLIENT, on one connection."""
+        outcome = self.try_to_get(*options, paths=paths)
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        return outcome.stdout
+
+    def try_to_get(
+        self, *options: str, paths: Sequence[str] = ("/",)
+    ) -> subprocess.CompletedProcess[str]:
+        """Return what came of trying."""
+        port = self.daemon.address[1]
+        return run(
+            *("curl", "--disable", "--noproxy", "*", "--silent", "--show-error"),
+            *("--cacert", self.authority, "--interface", CLIENT),
+            *("--connect-to", f"::127.0.0.1:{port}", *options),
+            *(f"https://{NAME}:{port}{path}" for path in paths),
+        )
+
+
+@pytest.fixture
+def site(tmp_path: Path, certificates: Certificates, library: Path) -> Iterator[Site]:
+    hosts = tmp_path / "hosts"
+    hosts.mkdir()
+    with start_daemon(hosts, "--handoff") as daemon:
+        yield Site(host_directory(hosts, NAME), tmp_path, daemon, certificates, library)
+
+
+NGINX = """
+    daemon off;
+    user root;  # who may read here; it is not meant for others
+    pid PLACE/nginx.pid;
+    worker_processes 3;
+    events {}
+    http {
+        log_format seen "saw $remote_addr $remote_port for $request_uri";
+        access_log PLACE/access seen;
+        error_log PLACE/error;
+        client_body_temp_path PLACE/tmp;
+        server {
+            listen unix:HOST/handoff-socket ssl;
+            ssl_certificate PLACE/pem;
+            ssl_certificate_key PLACE/pem;
+            root PLACE/files;
+            location = / { return 200 "$remote_addr $remote_port $connection_requests\\n"; }
+            location = /new { return 404; }
+            location = /moved { return 301 /elsewhere; }
+        }
+    }
+"""
+
+
+@needs("nginx", "nginx-light")
+def test_nginx(site: Site) -> None:
+    def configure(text: str) -> None:
+        (site.place / "nginx.conf").write_text(site.filled_in(text))
+
+    configure(NGINX)
+    files = site.place / "files"
+    files.mkdir()
+    (files / "big").write_bytes(b"".join(Noise().blocks(5_000_000)))
+    command = ("nginx", "-e", "stderr", "-p", str(site.place), "-c", str(site.place / "nginx.conf"))
+    with site.served_by(*command) as nginx:
+        # The address is the client's, on a page and in the log; and that for two requests.
+        pages = site.get("--write-out", "%{local_ip} %{local_port}\n", paths=("/", "/")).split("\n")
+        assert pages == [f"{pages[1]} 1", pages[1], f"{pages[1]} 2", pages[1], ""]
+        assert pages[1].startswith(f"{CLIENT} ")
+        access = site.place / "access"
+        eventually(lambda: access.read_text().count(f"saw {pages[1]} for /\n") == 2)
+        site.get("--output", str(site.place / "got"), paths=["/big"])
+        assert (site.place / "got").read_bytes() == (files / "big").read_bytes()
+        # It says nothing of a port that clients don't know.
+        redirect = site.get(
+            "--write-out", "%{redirect_url}", "--output", "/dev/null", paths=["/moved"]
+        )
+        assert redirect == f"https://{NAME}/elsewhere"
+        # Whichever worker takes it.
+        children = Path(f"/proc/{nginx.pid}/task/{nginx.pid}/children")
+        workers = children.read_text().split()
+        assert len(workers) == 3
+        for worker in workers:
+            assert "sniproxy-handoff.so" in Path(f"/proc/{worker}/maps").read_text()
+        for _ in range(10):
+            assert site.get().startswith(f"{CLIENT} ")
+        # A reload, with the same socket. No client is lost meanwhile.
+        inode = (site.host / "handoff-socket").stat().st_ino
+        configure(NGINX.replace("return 404", "return 200 new"))
+        nginx.send_signal(signal.SIGHUP)
+        eventually(lambda: site.get(paths=["/new"]) == "new")
+        eventually(lambda: not set(workers) & set(children.read_text().split()))
+        assert site.get().startswith(f"{CLIENT} ")
+        assert (site.host / "handoff-socket").stat().st_ino == inode
+        # Nobody who is silent stops it, and that is no more than a line in its log.
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.connect(str(site.host / "handoff-socket"))
+            assert receive_all(silent) == b""
+        assert site.get().startswith(f"{CLIENT} ")
+        log = (site.place / "error").read_text()
+        assert re.fullmatch(r".* accept4\(\) failed \(103: .*\n", log), log
+    assert not (site.host / "handoff-socket").exists()
+
+
+HAPROXY = """
+    global
+        log stdout format raw local0
+    defaults
+        mode http
+        timeout client 10s
+        log global
+        log-format "saw %ci, and sent %ST"
+    frontend tls
+        bind unix@HOST/handoff-socket ssl crt PLACE/pem
+        http-request deny if { src 127.0.0.9 } { path /private }
+        http-request return status 200 content-type text/plain lf-string "%[src] to %[dst]\\n"
+"""
+
+
+@needs("haproxy", "haproxy")
+def test_haproxy(site: Site) -> None:
+    (site.place / "haproxy.cfg").write_text(site.filled_in(HAPROXY))
+    with site.served_by("haproxy", "-f", str(site.place / "haproxy.cfg")):
+        assert site.get() == f"{CLIENT} to 127.0.0.1\n"
+        # Its rules know the address, too.
+        code = ("--output", "/dev/null", "--write-out", "%{http_code}")
+        assert site.get(*code, paths=["/private"]) == "403"
+        assert site.get(*code, paths=["/public"]) == "200"
+        wanted = {f"saw {CLIENT}, and sent {sent}" for sent in (200, 403)}
+        eventually(lambda: wanted <= set(site.output().splitlines()))
+
+
+PYTHON = """
+import asyncio, os, socket, socketserver, ssl, sys
+
+way, host, pem = sys.argv[1:]
+path = f"{host}/handoff-socket"
+tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+tls.load_cert_chain(pem)
+
+
+def answer(peer, connection):
+    # What servers set for clients of TCP, and not for what they take for a Unix socket.
+    set = [
+        bool(connection.getsockopt(level, option))
+        for level, option in [
+            (socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        ]
+    ]
+    body = f"{peer[0]} {set}".encode()
+    return b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+
+    def finish_request(self, connection, peer):
+        with tls.wrap_socket(connection, server_side=True) as stream:
+            stream.recv(10_000)
+            stream.sendall(answer(peer, connection=stream))
+
+
+async def serve():
+    async def finish_request(reader, writer):
+        await reader.readuntil(b"\\r\\n\\r\\n")
+        peer, connection = map(writer.get_extra_info, ["peername", "socket"])
+        writer.write(answer(peer, connection))
+        writer.close()
+
+    await (await asyncio.start_unix_server(finish_request, path, ssl=tls)).serve_forever()
+
+
+if way == "asyncio":
+    asyncio.run(serve())
+with Server(path, None) as server:
+    server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize("way", ["socketserver", "asyncio"])
+def test_python(site: Site, way: str) -> None:
+    (site.place / "server.py").write_text(PYTHON)
+    program = (sys.executable, site.place / "server.py")
+    with site.served_by(*map(str, program), way, str(site.host), str(site.pem)):
+        assert site.get() == f"{CLIENT} [True, True]"
+
+
+CADDY = """
+{
+    admin off
+    auto_https off
+    storage file_system PLACE
+}
+https://a.example {
+    bind unix/HOST/handoff-socket
+    tls PLACE/pem PLACE/pem
+    respond "caddy"
+}
+"""
+
+
+@needs("caddy", "caddy")
+def test_a_program_in_go_does_not_notice_it(site: Site) -> None:
+    """It asks the kernel without the C library. So it gets a Unix socket: one byte, and an end."""
+    (site.place / "Caddyfile").write_text(site.filled_in(CADDY))
+    command = ("caddy", "run", "--config", str(site.place / "Caddyfile"))
+    with site.served_by(*command) as caddy:
+        # It is there, which is of no use.
+        assert "sniproxy-handoff.so" in Path(f"/proc/{caddy.pid}/maps").read_text()
+        outcome = site.try_to_get()
+        assert outcome.returncode == 35, outcome.stderr  # in the handshake
+    # What is said to do instead.
+    (site.place / "Caddyfile").write_text(
+        site.filled_in(CADDY).replace("handoff-socket", "tls-socket")
+    )
+    with site.served_by(*command, at="tls-socket"):
+        assert site.get() == "caddy"
+
+
+def test_where_the_library_is_missing_the_server_says_so(site: Site) -> None:
+    site.library = site.place / "missing.so"
+    (site.place / "server.py").write_text(PYTHON)
+    program = (sys.executable, site.place / "server.py")
+    with site.served_by(*map(str, program), "asyncio", str(site.host), str(site.pem)):
+        assert site.try_to_get().returncode == 35
+        assert "missing.so' from LD_PRELOAD cannot be preloaded" in site.output()
