@@ -1,6 +1,6 @@
 /* What shows in C alone, for a test that compiles it with packaging/handoff_preload.c:
  *
- *   preload_check LISTENER    accept clients with room for addresses of all sizes, then be cancelled
+ *   preload_check LISTENER    accept with room for addresses of all sizes; then be cancelled
  *
  * Each client is in the queue before this starts. The sanitizers say what is wrong with memory.
  */
@@ -29,10 +29,12 @@ static int descriptors(void)
 
 static void *wait_for_clients(void *unused)
 {
-    for (;;) { /* a silent one may come first */
-        int client = accept(listener, NULL, NULL);
+    for (;;) { /* there may be a client, or a silent connection */
+        int client = accept(listener, NULL, NULL), before;
+        pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
         if (client >= 0)
             close(client);
+        pthread_setcancelstate(before, NULL);
     }
     return unused;
 }
