@@ -29,10 +29,11 @@
 
 static const char NAME[] = "handoff-socket";
 
-/* The daemon sends right after connect(2), so nothing but the scheduler can make us wait: a tenth
- * of a second is long for that. Whoever stays silent holds up a server that has one thread, and it
- * may be any user that can connect. So no longer than what a client would hardly notice. */
-static const struct timespec PATIENCE = {.tv_nsec = 100 * 1000 * 1000};
+/* The daemon sends right after connect(2), so there is something to wait for only if it has lost
+ * its processor in between: to others, or to a quota, which stops a process for a tenth of a second.
+ * So twice that; and no longer, since a server that has one thread does nothing else meanwhile, and
+ * whoever can connect to it may be silent. */
+static const struct timespec PATIENCE = {.tv_nsec = 200 * 1000 * 1000};
 
 typedef int accept4_function(int, struct sockaddr *restrict, socklen_t *restrict, int);
 
@@ -141,8 +142,8 @@ static bool adopt(int client, struct sockaddr *addr, socklen_t *addrlen, int fla
     return true;
 }
 
-/* Whether two more descriptors can be had: one for a connection, one for the client in it. If it
- * were one, the client would be lost. So with EMFILE both stay in the queue, as accept(2) has it. */
+/* Whether two more descriptors can be had: one for a connection, one for the client in it. With one
+ * the client would be lost; with EMFILE both stay in the queue, as accept(2) has it. */
 static bool has_room(int any)
 {
     int first = fcntl(any, F_DUPFD_CLOEXEC, 0);

@@ -295,24 +295,34 @@ def test_nobody_speaks(accept: Accepting, listener: socket.socket) -> None:
 
 def test_the_message_comes_later(accept: Accepting, listener: socket.socket) -> None:
     """And signals come meanwhile, as they may at any time."""
-    client, ours = tcp_pair()
     here = threading.get_ident()
     heard: list[int] = []
 
-    def speak(peer: socket.socket) -> None:
+    def speak(peer: socket.socket, ours: socket.socket) -> None:
         for _ in range(5):
-            time.sleep(0.002)
+            time.sleep(0.001)
             signal.pthread_kill(here, signal.SIGUSR1)
         socket.send_fds(peer, [b"\0"], [ours.fileno()])
 
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
-    try:
+    def is_accepted() -> bool:
+        client, ours = tcp_pair()
         with client, ours, connect(listener) as peer:
-            speaker = threading.Thread(target=speak, args=[peer])
+            speaker = threading.Thread(target=speak, args=[peer, ours])
             speaker.start()
-            accepted = accept(listener)[0]
-            speaker.join()
-            assert is_that_of(accepted, client)
+            try:
+                return is_that_of(accept(listener)[0], client)
+            except ConnectionAbortedError:
+                return False
+            finally:
+                speaker.join()
+
+    def hear(number: int, frame: object) -> None:
+        heard.append(number)
+
+    before = signal.signal(signal.SIGUSR1, hear)
+    try:
+        # Where much else runs, it may come too late a time or two.
+        assert any(is_accepted() for _ in range(5))
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert heard
