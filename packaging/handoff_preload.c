@@ -70,9 +70,11 @@ static bool is_ours(int listener)
         return false;
     const char *path = name.bytes + offsetof(struct sockaddr_un, sun_path);
     const char *slash = strrchr(path, '/'), *last = slash ? slash + 1 : path;
+    if (strncmp(last, NAME, sizeof NAME - 1))
+        return false;
     /* The kernel tells what was bound. HAProxy binds handoff-socket.PID.tmp, and renames that. */
     const char *rest = last + sizeof NAME - 1;
-    if (strncmp(last, NAME, sizeof NAME - 1) || (*rest && *rest != '.'))
+    if (*rest && (*rest != '.' || strcmp(strrchr(rest, '.'), ".tmp")))
         return false;
     int type;
     size = sizeof type;

@@ -407,7 +407,14 @@ def test_at_the_limit_of_descriptors_clients_stay_in_the_queue(
 @pytest.mark.parametrize(
     "name",
     [
-        *("tls-socket", "handoff-socket2", "a.handoff-socket", "handoff-socke", "handoff-socket/x"),
+        *(
+            "tls-socket",
+            "handoff-socket2",
+            "handoff-socket.sock",
+            "a.handoff-socket",
+            "handoff-socke",
+            "handoff-socket/x",
+        ),
         pytest.param(f"\0{os.getpid()}/handoff-socket", id="no path"),
     ],
 )
