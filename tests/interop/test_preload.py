@@ -618,6 +618,7 @@ NGINX = """
             root PLACE/files;
             location = / { return 200 "$remote_addr $remote_port $connection_requests\\n"; }
             location = /new { return 404; }
+            location = /here { return 200 "$server_addr $server_port."; }
             location = /moved { return 301 /elsewhere; }
         }
     }
@@ -643,7 +644,8 @@ def test_nginx(site: Site) -> None:
         eventually(lambda: access.read_text().count(f"saw {pages[1]} for /\n") == 2)
         site.get("--output", str(site.place / "got"), paths=["/big"])
         assert (site.place / "got").read_bytes() == (files / "big").read_bytes()
-        # It says nothing of a port that clients don't know.
+        # What it knows of itself is where it listens. So it tells nobody of a port.
+        assert site.get(paths=["/here"]) == f"unix:{site.host}/handoff-socket ."
         redirect = site.get(
             "--write-out", "%{redirect_url}", "--output", "/dev/null", paths=["/moved"]
         )

@@ -260,6 +260,16 @@ def test_stunnel(site: Site) -> None:
     assert site.get() == f"{CLIENT}\n"
 
 
+def test_who_has_more_rights_than_who_starts_it_has_no_library(site: Site) -> None:
+    """ld.so(8), secure-execution mode."""
+    site.machine.root("cp /bin/cat /srv/cat; cp /bin/cat /srv/rights; chmod u+s /srv/rights")
+    [preload] = re.findall("with\n`(LD_PRELOAD=\\S+) nginx", PAGE.text)
+    assert "`grep sniproxy-handoff /proc/PID/maps`" in PAGE.text
+    for program, has_it in ("cat", True), ("rights", False):
+        maps = site.machine.tenant("two", f"{preload} /srv/{program} /proc/self/maps")
+        assert ("sniproxy-handoff" in maps) == has_it
+
+
 @needs("apache2", "apache2-bin")
 def test_apache(site: Site) -> None:
     """It "listens on no Unix socket"."""
