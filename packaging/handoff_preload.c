@@ -125,10 +125,11 @@ static int receive(int connection, int flags)
 /* Makes it what accept4 returns. False if it is no TCP connection, or none any more. */
 static bool adopt(int client, struct sockaddr *addr, socklen_t *addrlen, int flags)
 {
-    int type, nonblocking = (flags & SOCK_NONBLOCK) != 0;
+    int protocol, nonblocking = (flags & SOCK_NONBLOCK) != 0;
     struct sockaddr_storage peer;
-    socklen_t size = sizeof type;
-    if (getsockopt(client, SOL_SOCKET, SO_TYPE, &type, &size) < 0 || type != SOCK_STREAM)
+    socklen_t size = sizeof protocol;
+    if (getsockopt(client, SOL_SOCKET, SO_PROTOCOL, &protocol, &size) < 0
+            || protocol != IPPROTO_TCP)
         return false;
     size = sizeof peer;
     if (getpeername(client, (struct sockaddr *)&peer, &size) < 0

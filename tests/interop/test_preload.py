@@ -336,9 +336,11 @@ def bad_messages(stack: ExitStack) -> dict[str, list[int]]:
     reset(gone)
     datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     datagrams.connect(("127.0.0.1", 9))
+    # The one of another family whose protocol has TCP's number: NETLINK_XFRM, in netlink.h.
+    netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.IPPROTO_TCP)
     listening = socket.create_server(("127.0.0.1", 0))
     file = (ROOT / "LICENSE").open()
-    for thing in near, far, *pair, ours, datagrams, listening, file:
+    for thing in near, far, *pair, ours, datagrams, netlink, listening, file:
         stack.enter_context(closing(thing))
     eventually(lambda: ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or is_closed(ours))
     return {
@@ -347,6 +349,7 @@ def bad_messages(stack: ExitStack) -> dict[str, list[int]]:
         "four": [pair[0].fileno(), pair[1].fileno(), near.fileno(), far.fileno()],
         "a Unix socket": [near.fileno()],
         "datagrams": [datagrams.fileno()],
+        "no TCP": [netlink.fileno()],
         "a listening socket": [listening.fileno()],
         "a file": [file.fileno()],
         "gone": [ours.fileno()],
