@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -603,6 +604,20 @@ def site(tmp_path: Path, certificates: Certificates, library: Path) -> Iterator[
         yield Site(host_directory(hosts, NAME), tmp_path, daemon, certificates, library)
 
 
+@pytest.fixture
+def site_for_both(tmp_path: Path, certificates: Certificates, library: Path) -> Iterator[Site]:
+    """The same; the daemon has one socket for IPv6 and IPv4."""
+    try:
+        socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True).close()
+    except OSError as error:
+        pytest.skip(f"there is no IPv6 here: {error.strerror}")
+    hosts = tmp_path / "hosts"
+    hosts.mkdir()
+    both = partial(start_daemon, address=("::", 0), family=socket.AF_INET6, dual_stack=True)
+    with both(hosts, "--handoff") as daemon:
+        yield Site(host_directory(hosts, NAME), tmp_path, daemon, certificates, library)
+
+
 NGINX = """
     daemon off;
     user root;  # who may read here; it is not meant for others
@@ -620,6 +635,7 @@ NGINX = """
             ssl_certificate_key PLACE/pem;
             root PLACE/files;
             location = / { return 200 "$remote_addr $remote_port $connection_requests\\n"; }
+            location = /big { deny 127.0.0.8; }
             location = /new { return 404; }
             location = /here { return 200 "$server_addr $server_port."; }
             location = /moved { return 301 /elsewhere; }
@@ -679,6 +695,22 @@ def test_nginx(site: Site) -> None:
     assert not (site.host / "handoff-socket").exists()
 
 
+CODE = ("--output", "/dev/null", "--write-out", "%{http_code}")
+
+
+@needs("nginx", "nginx-light")
+def test_addresses_and_rules_of_ipv4_where_the_daemon_listens_for_both(site_for_both: Site) -> None:
+    site = site_for_both
+    (site.place / "files").mkdir()
+    (site.place / "files/big").touch()
+    (site.place / "nginx.conf").write_text(site.filled_in(NGINX))
+    command = ("nginx", "-e", "stderr", "-p", str(site.place), "-c", str(site.place / "nginx.conf"))
+    with site.served_by(*command):
+        assert site.get().startswith(f"::ffff:{CLIENT} ")
+        assert site.get(*CODE, paths=["/big"]) == "200"
+        assert site.get(*CODE, "--interface", "127.0.0.8", paths=["/big"]) == "403"
+
+
 HAPROXY = """
     global
         log stdout format raw local0
@@ -700,11 +732,20 @@ def test_haproxy(site: Site) -> None:
     with site.served_by("haproxy", "-f", str(site.place / "haproxy.cfg")):
         assert site.get() == f"{CLIENT} to 127.0.0.1\n"
         # Its rules know the address, too.
-        code = ("--output", "/dev/null", "--write-out", "%{http_code}")
-        assert site.get(*code, paths=["/private"]) == "403"
-        assert site.get(*code, paths=["/public"]) == "200"
+        assert site.get(*CODE, paths=["/private"]) == "403"
+        assert site.get(*CODE, paths=["/public"]) == "200"
         wanted = {f"saw {CLIENT}, and sent {sent}" for sent in (200, 403)}
         eventually(lambda: wanted <= set(site.output().splitlines()))
+
+
+@needs("haproxy", "haproxy")
+def test_the_same_for_haproxy(site_for_both: Site) -> None:
+    site = site_for_both
+    (site.place / "haproxy.cfg").write_text(site.filled_in(HAPROXY))
+    with site.served_by("haproxy", "-f", str(site.place / "haproxy.cfg")):
+        assert site.get() == f"::ffff:{CLIENT} to ::ffff:127.0.0.1\n"
+        assert site.get(*CODE, paths=["/private"]) == "403"
+        assert site.get(*CODE, "--interface", "127.0.0.8", paths=["/private"]) == "200"
 
 
 PYTHON = """
