@@ -19,7 +19,7 @@ from sniproxy.hosts import HostsDirectory
 from sniproxy.inherited import take_listening_sockets
 from sniproxy.log import Log
 from sniproxy.serve import serve
-from sniproxy.service import sandbox, standard
+from sniproxy.service import privileges, sandbox, standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
 from sniproxy.service.options import OptionParser, service_fields
@@ -126,6 +126,8 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
         # What `hold` contains is read there.
         forbidden = sandbox.enter([Path()]) if config.sandbox else ["nothing"]
     log.event("sandbox", forbids=",".join(forbidden))
+    if hand_over is not None:
+        log.event("handoff", guarded="yes" if hand_over.is_guarded else "no")
     try:
         run_service(
             config,
@@ -167,6 +169,8 @@ def _hand_over(listening: socket) -> HandOver:
             )
         with attempt("hand over connections (--handoff)"):
             hand_over = HandOver(listening)
+            # There is nothing else that a right would be needed for, unless we are root.
+            privileges.drop_capabilities()
         stack.pop_all()
     return hand_over
 

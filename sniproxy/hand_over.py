@@ -8,7 +8,8 @@ A socket can do more than carry bytes. connect(2) frees it from its peer, and th
 elsewhere or listen, in the network of whoever made the listening socket, where the backend may have
 no way to. So it gets a filter, SO_ATTACH_FILTER in socket(7), that lets in only what is for our
 port, and no answer to a connect, and that can't be taken away. Accepted sockets inherit it; to make
-one for each would cost as much as all the rest of handing over.
+one for each would cost as much as all the rest of handing over. Newer kernels want CAP_NET_ADMIN
+for that; who has it not does without.
 
 Nor is the backend to hold us up. It has the same socket as we for a moment, and can set SO_LINGER:
 if it has closed the socket before we do, our close(2) waits for the client, who may be its friend.
@@ -22,6 +23,8 @@ import signal
 import struct
 import time
 from _socket import (
+    AF_INET,
+    AF_INET6,
     IPPROTO_TCP,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
@@ -30,6 +33,7 @@ from _socket import (
     SO_RCVTIMEO,
     SOL_SOCKET,
     TCP_USER_TIMEOUT,
+    inet_pton,
     socket,
 )
 
@@ -44,8 +48,8 @@ _SO_LOCK_FILTER = 44
 # struct sock_filter has eight bytes.
 _INSTRUCTION_SIZE = 8
 
-# Instructions: load two bytes or one, keep some bits, compare, return.
-_LOAD_TWO, _LOAD_ONE = 0x28, 0x30
+# Instructions: load four bytes, two or one, keep some bits, compare, return.
+_LOAD_FOUR, _LOAD_TWO, _LOAD_ONE = 0x20, 0x28, 0x30
 _AND = 0x54
 _IF_EQUAL = 0x15
 _RETURN = 0x06
@@ -54,6 +58,11 @@ _WHOLE, _NOTHING = 0xFFFFFFFF, 0
 # RFC 9293 §3.1: where a segment has its destination port, and its flags; SYN and ACK of these.
 _DESTINATION_PORT, _FLAGS = 2, 13
 _SYN_ACK = 0x12
+
+# Where the destination address is, from the beginning of the header of IP: SKF_NET_OFF in
+# linux/filter.h, and RFC 791 §3.1 and RFC 8200 §3.
+_NETWORK = 0xFFF00000
+_DESTINATION = {AF_INET: _NETWORK + 16, AF_INET6: _NETWORK + 24}
 
 # With no byte at all a message on a stream carries nothing, unix(7). What it is says nothing.
 _BYTE = b"\0"
@@ -78,16 +87,24 @@ class HandOver:
     Args:
         listening: a listening socket of plain TCP. It keeps the filter, which does it no harm.
 
+    Attributes:
+        is_guarded: Whether what is given away can do no more than carry bytes.
+
     Raises:
-        OSError: the filter can't be set, or there is no timer. EPERM: somebody has locked another
-            filter. ENOSYS: the service manager's filter of system calls has no setitimer(2).
+        OSError: the filter can't be set, though we may; or there is no timer. ENOSYS: the service
+            manager's filter of system calls has no setitimer(2).
     """
 
     def __init__(self, listening: socket) -> None:
-        instructions = _filter(listening.getsockname()[1])
+        instructions = _filter(listening)
         self._program = Program.of(instructions)
         self._size = len(instructions) * _INSTRUCTION_SIZE
-        self._attach(listening)
+        try:
+            self._attach(listening)
+        except PermissionError:
+            self.is_guarded = False
+        else:
+            self.is_guarded = True
         self._penalties: dict[int, float] = {}
         # That of the process: a signal that is ignored interrupts nothing.
         signal.signal(signal.SIGALRM, do_nothing)
@@ -115,10 +132,11 @@ class HandOver:
             return OSError(errno.EPERM, "a backend of the same owner has used SO_LINGER against us")
         rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [client.fileno()]))]
         try:
-            # Who was in the queue before the listening socket had the filter has none.
-            if not client.getsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, self._size):
-                self._attach(client)
-            client.setsockopt(SOL_SOCKET, _SO_LOCK_FILTER, 1)
+            if self.is_guarded:
+                # Who was in the queue before the listening socket had the filter has none.
+                if not client.getsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, self._size):
+                    self._attach(client)
+                client.setsockopt(SOL_SOCKET, _SO_LOCK_FILTER, 1)
             client.setsockopt(SOL_SOCKET, SO_RCVTIMEO, _NO_TIMEOUT)
             client.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, 0)
             backend.sendmsg([_BYTE], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -158,26 +176,38 @@ class Kept:
 
     def close(self) -> None:
         """Close it, and take note if the backend makes that wait."""
-        # Most probably it has not yet got round to that, and if it has we know who it was.
         is_on, seconds = _LINGER.unpack(
             self._client.getsockopt(SOL_SOCKET, SO_LINGER, _LINGER.size)
         )
-        if is_on and seconds:
-            self._penalties[self._owner] = time.monotonic() + _PENALTY
+        began = time.monotonic()
         # Again and again: the first signal may come before the wait.
         signal.setitimer(signal.ITIMER_REAL, _LONGEST_CLOSE, _LONGEST_CLOSE)
         self._client.close()
         signal.setitimer(signal.ITIMER_REAL, 0)
+        # Both: there are other reasons for the one as for the other.
+        if is_on and seconds and time.monotonic() - began >= _LONGEST_CLOSE:
+            self._penalties[self._owner] = began + _PENALTY
 
 
-def _filter(port: int) -> list[Instruction]:
-    """Return what lets a segment in that is for `port`, unless it answers a connect."""
-    return [
-        (_LOAD_TWO, 0, 0, _DESTINATION_PORT),
-        (_IF_EQUAL, 0, 4, port),
+def _filter(listening: socket) -> list[Instruction]:
+    """Return what lets a segment in that is for where we listen, unless it answers a connect."""
+    host, port = listening.getsockname()[:2]
+    family = listening.family
+    address = inet_pton(family, host.partition("%")[0])
+    wanted = [(_LOAD_TWO, _DESTINATION_PORT, port)]
+    if any(address):  # else it is any of ours, and nobody else gets that port for another one
+        words = struct.unpack(f"!{len(address) // 4}I", address)
+        start = _DESTINATION[family]
+        wanted += [(_LOAD_FOUR, start + 4 * number, word) for number, word in enumerate(words)]
+    last: list[Instruction] = [
         (_LOAD_ONE, 0, 0, _FLAGS),
         (_AND, 0, 0, _SYN_ACK),
         (_IF_EQUAL, 1, 0, _SYN_ACK),
         (_RETURN, 0, 0, _WHOLE),
         (_RETURN, 0, 0, _NOTHING),
     ]
+    instructions: list[Instruction] = []
+    for left, (load, offset, value) in zip(range(len(wanted), 0, -1), wanted, strict=True):
+        to_nothing = 2 * (left - 1) + len(last) - 1
+        instructions += [(load, 0, 0, offset), (_IF_EQUAL, 0, to_nothing, value)]
+    return instructions + last

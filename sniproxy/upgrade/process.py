@@ -2,19 +2,12 @@
 
 import os
 import socket as std
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any
+from collections.abc import Mapping
 
 import trio
 
-from sniproxy.engine.listener import Listener
-from sniproxy.service.fatal import FatalError
-from sniproxy.session import Sessions
 from sniproxy.upgrade import letters
 from sniproxy.upgrade.giving import Door
-from sniproxy.upgrade.taking import Taking
 
 # What the supervisor tells a process, that one that takes its place has to know.
 _FROM_SUPERVISOR = ("NOTIFY_SOCKET", "WATCHDOG_USEC")
