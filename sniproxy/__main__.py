@@ -4,6 +4,7 @@
 import sniproxy.service.process1  # noqa: F401  # isort: skip
 
 import errno
+import os
 import sys
 from _socket import SO_REUSEPORT, SOL_SOCKET, socket
 from collections.abc import Sequence
@@ -16,13 +17,13 @@ from sniproxy.engine.listener import is_multipath
 from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.hand_over import HandOver
 from sniproxy.hosts import HostsDirectory
-from sniproxy.inherited import take_listening_sockets
+from sniproxy.inherited import take_listening_sockets, use_given_socket
 from sniproxy.log import Log
 from sniproxy.serve import serve
 from sniproxy.service import privileges, sandbox, standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
-from sniproxy.service.options import OptionParser, service_fields
+from sniproxy.service.options import OptionParser, service_fields, socket_path
 from sniproxy.service.start import (
     drop_privileges,
     open_status_socket,
@@ -32,6 +33,7 @@ from sniproxy.service.start import (
 )
 from sniproxy.service.syslogd import Syslog
 from sniproxy.session import LATENCIES
+from sniproxy.upgrade.process import Upgrade
 from sniproxy_hostname import directory_namer
 
 # What keeps the hosts directory from being searched until somebody mends it.
@@ -57,17 +59,21 @@ _HOW_TO_CALL = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon with the arguments `argv`; return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
 
     def body(syslogd: Syslog | None) -> None:
-        config = _config(argv)
-        if config is not None:
-            _run(config, syslogd)
+        asked = _understand(arguments)
+        if isinstance(asked, Config):
+            path = asked.upgrade_socket
+            _run(asked, arguments, syslogd, None if path is None else Upgrade(path))
+        elif asked is not None:
+            _upgrade(asked, syslogd)
 
     return run_program("sniproxy", body)
 
 
-def _config(argv: Sequence[str] | None) -> Config | None:
-    """Return what the options ask for; None if there is nothing to serve."""
+def _understand(argv: Sequence[str]) -> Config | str | None:
+    """Return what the options ask for: a copy to be upgraded; None if there is nothing to serve."""
     parser = OptionParser("sniproxy", _DESCRIPTION, f"cd /srv/hosts && {_EXAMPLE}")
     parser.add_argument(
         "--hashed",
@@ -84,20 +90,70 @@ def _config(argv: Sequence[str] | None) -> Config | None:
         action="store_true",
         help="give the client's connection itself to a host that listens at handoff-socket",
     )
+    parser.add_argument(
+        "--upgrade-socket",
+        type=socket_path,
+        metavar="PATH",
+        help="take over from the copy that listens there, with all its connections, if there is "
+        "one; and listen there for the next one",
+    )
+    parser.add_argument(
+        "--upgrade",
+        type=socket_path,
+        metavar="PATH",
+        help="start a copy in the background that takes over from the one that listens there, with "
+        "the options of that, and end when it has",
+    )
     parser.add_service_options()
     options = parser.understand(argv)
     if options is None:
         return None
+    if options.upgrade is not None:
+        if len(argv) > len(("--upgrade", "PATH")):
+            parser.error("--upgrade takes no other options: the copy has those of the old one")
+        return str(options.upgrade)
     return Config(
         hashed=options.hashed,
         check_owner=not options.no_owner_check,
         hands_over=options.handoff,
+        upgrade_socket=options.upgrade_socket,
         **service_fields(options),
     )
 
 
-def _run(config: Config, syslogd: Syslog | None) -> None:
-    [(listening, _)] = take_listening_sockets(_HOW_TO_CALL)
+def _upgrade(path: str, syslogd: Syslog | None) -> None:
+    """Have a copy take over from the one that listens at `path`; return when it has.
+
+    Raises:
+        FatalError: it has not. In the copy: as `_run`.
+    """
+    with attempt("start a copy"):
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+    if pid:
+        os.close(writing)
+        if not os.read(reading, 1):
+            raise FatalError("unable to upgrade: the new copy has said why")
+        return
+    os.close(reading)
+    # Not to be ended by the terminal of whoever has called us.
+    os.setsid()
+    upgrade = Upgrade(path, partial(os.write, writing, b"+"), has_to_be_there=True)
+    config = _understand(upgrade.arguments)
+    assert isinstance(config, Config)
+    assert upgrade.hosts is not None
+    with attempt("enter the hosts directory of the old copy"):
+        os.fchdir(upgrade.hosts)
+    _run(config, upgrade.arguments, syslogd, upgrade)
+
+
+def _run(
+    config: Config, arguments: Sequence[str], syslogd: Syslog | None, upgrade: Upgrade | None
+) -> None:
+    if upgrade is not None and upgrade.listening is not None:
+        listening = use_given_socket(upgrade.listening)
+    else:
+        [(listening, _)] = take_listening_sockets(_HOW_TO_CALL)
     hand_over = _hand_over(listening) if config.hands_over else None
     # All that is needed later is opened now: there may be no way to it in another root directory,
     # for another user, or in the sandbox.
@@ -105,7 +161,8 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
         standard.replace_copies_of_input()
         log = Log(syslogd)
         log.is_json = config.log_json
-    status = open_status_socket(config, "sniproxy", LATENCIES)
+    given = None if upgrade is None else upgrade.status
+    status = open_status_socket(config, "sniproxy", LATENCIES, given)
     share = share_descriptors(config, MOST_PIPES, log)
     try:
         namer = directory_namer(config.hashed)
@@ -113,7 +170,7 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
         raise UsageError(
             f"unable to hash names: Python's package blake3 is needed: {error}"
         ) from None
-    notifier = Notifier()
+    notifier = Notifier(os.environ if upgrade is None else upgrade.environment)
     drop_privileges(config)
     if syslogd is not None and config.chroot:
         syslogd.stay()
@@ -122,6 +179,9 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
     except OSError as error:
         kind = UsageError if error.errno in _NO_HOSTS else FatalError
         raise kind.of("search the hosts directory (the working directory)", error) from None
+    if upgrade is not None:
+        told = None if status is None else (status.path, status.fileno())
+        upgrade.introduce(arguments, hosts.fileno(), told)
     with attempt("enter the sandbox (--no-sandbox does without)"):
         # What `hold` contains is read there.
         forbidden = sandbox.enter([Path()]) if config.sandbox else ["nothing"]
@@ -142,6 +202,7 @@ def _run(config: Config, syslogd: Syslog | None) -> None:
                 log,
                 status=status,
                 hand_over=hand_over,
+                upgrade=upgrade,
             ),
             listening.close,
             status=status,

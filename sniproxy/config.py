@@ -18,6 +18,9 @@ class Config(ServiceOptions):
     # Whether backends may have the clients' connections themselves.
     hands_over: bool = False
 
+    # The path of the socket at which a new copy takes over from us; None for none.
+    upgrade_socket: str | None = None
+
     # Seconds from accept to a connected backend, however the client spaces its bytes. A hello of
     # two packets, each lost twice, is across in six: TCP sends again after one second, then two.
     hello_seconds: float = 10.0

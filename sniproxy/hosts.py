@@ -237,6 +237,10 @@ class HostsDirectory:
             return None
         return HostsState.IN_PLACE if os.path.samestat(here, there) else HostsState.REPLACED
 
+    def fileno(self) -> int:
+        """Return the descriptor of the directory."""
+        return self._fd
+
     def close(self) -> None:
         """Close the descriptor of the directory."""
         os.close(self._fd)

@@ -4,6 +4,7 @@ Or else, where an option says so, sockets that we bind.
 """
 
 import os
+import socket as std
 from _socket import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -54,6 +55,21 @@ def take_listening_sockets(
     except OSError as error:
         raise FatalError.of(f"use the socket of {where}", error) from error
     return taken
+
+
+def use_given_socket(given: std.socket) -> socket:
+    """Return the listening socket that the copy of the program before us has given.
+
+    What a supervisor has passed is left alone.
+
+    Raises:
+        FatalError: a system call failed.
+    """
+    with attempt("start"), given:
+        standard.open_missing()
+        for descriptor in listen_fds.take():
+            os.close(descriptor)
+        return take_listening_socket(given.fileno())
 
 
 def open_listening_sockets(places: Sequence[str]) -> list[socket]:

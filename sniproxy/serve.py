@@ -21,6 +21,7 @@ from sniproxy.service.status import StatusSocket
 from sniproxy.service.workers import Worker
 from sniproxy.serving import serve_until_drained
 from sniproxy.session import Sessions
+from sniproxy.upgrade.process import Upgrade
 
 # Seconds between two looks at the hosts directory: an administrator who has moved it is to hear of
 # that within ten.
@@ -37,11 +38,13 @@ async def serve(
     notifier: Notifier | Worker,
     status: StatusSocket | None = None,
     hand_over: HandOver | None = None,
+    upgrade: Upgrade | None = None,
 ) -> None:
     """Serve what `listening` accepts, from `hosts`, until an order to end.
 
     There are no more connections and pipes at a time than `share` says. With `status`, what happens
     is counted for each host, and told there. With `hand_over` backends may have clients themselves.
+    With `upgrade` another copy may take over.
 
     Returns when the last connection has ended, by itself or at the end of the drain.
     """
@@ -67,6 +70,7 @@ async def serve(
         tasks=tasks,
         hosts=hosts.path,
         status=status,
+        upgrade=upgrade,
     )
     pipes.close()
 

@@ -12,6 +12,7 @@ from sniproxy.engine.listener import Address, Listener
 from sniproxy.engine.loop import EventLoop
 from sniproxy.service.drain import drain
 from sniproxy.service.eventlog import EventLog, show_address
+from sniproxy.service.fatal import FatalError
 from sniproxy.service.figures import Figures, HostFigures
 from sniproxy.service.notify import Counts, Notifier
 from sniproxy.service.signals import Signals
@@ -49,6 +50,27 @@ class Sessions(Protocol):
 
 
 Some = TypeVar("Some", bound=Sessions)
+Taken = TypeVar("Taken", bound=Sessions, contravariant=True)
+
+
+class Upgrading(Protocol[Taken]):
+    """Upgrades without a cut, from a copy of the program before us and to one after us."""
+
+    async def begin(self, sessions: Taken) -> None:
+        """Wait until clients may be accepted.
+
+        Raises:
+            FatalError: we are to end.
+        """
+
+    async def run(
+        self, sessions: Taken, listener: Listener, on_given: Callable[[int | None], None]
+    ) -> None:
+        """Call `on_given` when it is time to end: with the process id of the copy that has all."""
+
+    def close(self) -> None:
+        """Let no copy in any more."""
+
 
 # Begins the story of an accepted client.
 Begin = Callable[[Some, socket, Address], None]
@@ -68,6 +90,7 @@ async def serve_until_drained(
     on_drain: Callable[[], None] = lambda: None,
     hosts: bytes | None = None,
     status: StatusSocket | None = None,
+    upgrade: Upgrading[Some] | None = None,
 ) -> None:
     """Serve what the sockets accept, until an order to end.
 
@@ -84,9 +107,21 @@ async def serve_until_drained(
         on_drain: called when nobody is accepted any more.
         hosts: the directory that is served, for the line `listening`.
         status: where it is told what was counted; closed when the drain begins.
+        upgrade: of a program with one listening socket.
 
     Returns when the last connection has ended, by itself or at the end of the drain.
+
+    Raises:
+        FatalError: the copy that was to give us everything goes on.
     """
+    successor: int | None = None
+
+    def on_given(pid: int | None) -> None:
+        nonlocal successor
+        successor = pid
+        orders.drain.set()
+
+    failure: FatalError | None = None
     # Two lifetimes. What serves must outlive those who are served.
     async with trio.open_nursery() as service:
         await service.start(orders.receive)
@@ -104,15 +139,25 @@ async def serve_until_drained(
                 )
                 for sock, begin in listening
             ]
+            service.start_soon(sessions.run)
+            if status is not None:
+                sessions.count_in(status.figures)
+            if upgrade is not None:
+                try:
+                    await upgrade.begin(sessions)
+                except FatalError as error:
+                    failure = error
+                    listeners[0].leave()
+                    service.cancel_scope.cancel()
+                    await trio.sleep_forever()
+                service.start_soon(upgrade.run, sessions, listeners[0], on_given)
             for listener in listeners:
                 service.start_soon(listener.run)
-            service.start_soon(sessions.run)
             service.start_soon(notifier.run, sessions.counts)
             service.start_soon(log.run)
             for task in tasks:
                 service.start_soon(task)
             if status is not None:
-                sessions.count_in(status.figures)
                 service.start_soon(status.run, sessions, log.bug, log.worker)
             notifier.ready()
             orders.on_status = lambda: log.status(sessions.counts())
@@ -122,15 +167,23 @@ async def serve_until_drained(
                 log.event("listening", address=address, capacity=limit.capacity, hosts=hosts)
 
             await orders.drain.wait()
+            if upgrade is not None:
+                upgrade.close()
             for listener in listeners:
                 listener.close()
             if status is not None:
                 status.close()
             on_drain()
-            notifier.stopping()
+            if successor is None:
+                notifier.stopping()
+            else:
+                notifier.succeeded_by(successor)
             log.event("draining", open=limit.open)
             await drain(limit.wait_until_empty, orders.end, drain_seconds)
             cut = sessions.cut()
         service.cancel_scope.cancel()
+    if failure is not None:
+        loop.shut()
+        raise failure
     log.event("drained", served=sessions.served, refused=sessions.refused, cut=cut)
     loop.shut()

@@ -146,7 +146,7 @@ class OptionParser(argparse.ArgumentParser):
         )
         self.add_argument(
             "--status-socket",
-            type=_socket_path,
+            type=socket_path,
             metavar="PATH",
             help="tell there what was counted, in all and for each host; sniproxy-status reads it",
         )
@@ -248,7 +248,12 @@ def _seconds(text: str, most: int) -> float:
     raise argparse.ArgumentTypeError(f"{text!a} is not a number of seconds from 0 to {most}")
 
 
-def _socket_path(text: str) -> str:
+def socket_path(text: str) -> str:
+    """Return the path of a Unix socket.
+
+    Raises:
+        argparse.ArgumentTypeError: no socket can have it.
+    """
     try:
         return bind.check_path(text)
     except ValueError as error:

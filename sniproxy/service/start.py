@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
+from socket import socket
 from syslog import LOG_ERR, LOG_WARNING
 
 import trio
@@ -76,7 +77,10 @@ def share_descriptors(options: ServiceOptions, most_pipes: int, log: EventLog) -
 
 
 def open_status_socket(
-    options: ServiceOptions, program: str, kinds: tuple[str, ...]
+    options: ServiceOptions,
+    program: str,
+    kinds: tuple[str, ...],
+    given: tuple[str, socket] | None = None,
 ) -> StatusSocket | None:
     """Open the status socket, if that is asked for; to be called before privileges are dropped.
 
@@ -84,14 +88,22 @@ def open_status_socket(
         options: say where.
         program: its name.
         kinds: what is timed.
+        given: the one of a copy of the program before us, and its path.
 
     Raises:
         FatalError: it can't be opened.
     """
+    listening = None
+    if given is not None:
+        if given[0] == options.status_socket:
+            listening = given[1]
+        else:
+            given[1].close()
     if options.status_socket is None:
         return None
     with attempt("open the status socket"):
-        return StatusSocket(options.status_socket, program, kinds, options.workers)
+        fixed = options.status_socket, program, kinds, options.workers
+        return StatusSocket(*fixed, listening)
 
 
 def drop_privileges(options: ServiceOptions, keep: Collection[int] | None = None) -> None:

@@ -86,17 +86,27 @@ class StatusSocket:
         program: the name of the program.
         kinds: what is timed.
         workers: how many processes serve.
+        listening: the socket, if there is one already.
 
     Attributes:
+        path: As above.
         figures: What this process has counted.
 
     Raises:
         FatalError: it can't be made.
     """
 
-    def __init__(self, path: str, program: str, kinds: tuple[str, ...], workers: int) -> None:
-        self._listening = listen_anywhere(path)
+    def __init__(
+        self,
+        path: str,
+        program: str,
+        kinds: tuple[str, ...],
+        workers: int,
+        listening: std.socket | None = None,
+    ) -> None:
+        self._listening = listening or listen_anywhere(path)
         self._listening.setblocking(False)
+        self.path = path
         self.figures = Figures(kinds)
         self._program = program
         self._accepting: trio.CancelScope | None = None
@@ -107,6 +117,10 @@ class StatusSocket:
         self._asking: dict[int, int] = {}  # uid: how many
         # Of whoever makes work, and rests; those who hear all do not wait for the others.
         self._turns = {False: trio.Lock(), True: trio.Lock()}
+
+    def fileno(self) -> int:
+        """Return the descriptor of the listening socket."""
+        return self._listening.fileno()
 
     def close(self) -> None:
         """Stop listening, so that another copy can; whoever is being told is told the rest."""

@@ -111,6 +111,9 @@ class Worker:
     def stopping(self) -> None:
         """Nothing: it was told to."""
 
+    def succeeded_by(self, pid: int) -> None:
+        """Nothing: likewise."""
+
     async def run(self, counts: Callable[[], Counts]) -> None:
         """Until cancelled, keep the entry up to date, from inside the loop that serves."""
         try:

@@ -61,6 +61,7 @@ class Door:
         listening: where it connects; owned from now on.
         listener: of clients, which the new copy gets, too.
         facts: what it is told to begin with.
+        fds: descriptors that belong to that.
         sessions: what it is given.
         on_given: called with the process id of the new copy, when that has all.
     """
@@ -70,12 +71,14 @@ class Door:
         listening: std.socket,
         listener: Listener,
         facts: dict[str, Any],
+        fds: list[int],
         sessions: Sessions,
         on_given: Callable[[int], None],
     ) -> None:
         self._listening = listening
         self._listener = listener
         self._facts = facts
+        self._fds = fds
         self._sessions = sessions
         self._on_given = on_given
         self._giving: _Giving | None = None
@@ -103,7 +106,7 @@ class Door:
         if not way.is_ours():
             return way.close()
         self._loop.unwatch(self._listening.fileno())
-        sockets = [self._listener.fileno(), self._listening.fileno()]
+        sockets = [self._listener.fileno(), self._listening.fileno(), *self._fds]
         self._giving = _Giving(
             way, self._sessions, self._listener, self._facts, sockets, self._on_over
         )
@@ -222,20 +225,19 @@ class _Giving:
         """Give a batch; or look once more, and end when there is nobody."""
         parcel = Parcel()
         records = []
-        parcel.put(-1)  # that of the memory
         try:
             for each in self._suspend():
                 self._batch.append(each)
                 records.append(each.describe(parcel))
-                if len(parcel.fds) + _MOST_OF_ONE > MOST_DESCRIPTORS:
+                if 1 + len(parcel.fds) + _MOST_OF_ONE > MOST_DESCRIPTORS:
                     break
             if records:
                 self._looks = 0
-                parcel.fds[0] = write_memory(records, parcel.blob)
+                memory = write_memory(records, parcel.blob)
                 try:
-                    self._say(BATCH, TAKEN, parcel.fds)
+                    self._say(BATCH, TAKEN, [memory, *parcel.fds])
                 finally:
-                    os.close(parcel.fds[0])
+                    os.close(memory)
                 return
         except OSError as error:
             return self.give_up(str(error))

@@ -40,10 +40,10 @@ class Taking:
     Args:
         way: to the old copy; owned from now on.
         sessions: where the connections go.
-        on_over: called when the old copy has given all that it will ever give.
+        on_over: called when the old copy gives no more, with whether we are the only one now.
     """
 
-    def __init__(self, way: Way, sessions: Sessions, on_over: Callable[[], None]) -> None:
+    def __init__(self, way: Way, sessions: Sessions, on_over: Callable[[bool], None]) -> None:
         self._way = way
         self._sessions = sessions
         self._on_over = on_over
@@ -96,15 +96,15 @@ class Taking:
             self._own()
         elif message.letter == NEVER_MIND:
             self._drop()
-            self._end(str(message.content.get("why")))
+            self._end(str(message.content.get("why")), is_alone=False)
         elif message.letter == DONE:
             self._add_counts(message)
-            self._end("")
+            self._end(None, is_alone=True)
         elif message.letter == END:
             # It is dead, or it would have said so. We have what it has sent, and the listening
             # socket.
             self._own()
-            self._end("the old copy has died")
+            self._end("the old copy has died", is_alone=True)
         else:
             message.close()
             raise UpgradeError(f"the old copy says {message.letter!a}")
@@ -160,12 +160,12 @@ class Taking:
         with contextlib.suppress(OSError):
             self._way.send(NEVER_MIND, why=why)
         self._drop()
-        self._end(why)
+        self._end(why, is_alone=False)
 
-    def _end(self, why: str) -> None:
-        """Go on alone."""
-        if not self._start.is_set() and why != "the old copy has died":
-            self._refusal = why
+    def _end(self, why: str | None, *, is_alone: bool) -> None:
+        """Go on with what we have; or with nothing, if it has not begun."""
+        if not self._start.is_set() and not is_alone:
+            self._refusal = str(why)
             self._start.set()
             return
         self._start.set()
@@ -178,9 +178,9 @@ class Taking:
             pid=self._way.pid,
             taken=self._taken,
             seconds=Seconds(time.monotonic() - self._began if self._began else 0.0),
-            detail=why or None,
+            detail=why,
         )
-        self._on_over()
+        self._on_over(is_alone)
 
     def _leave(self) -> None:
         if not self._is_over:
