@@ -181,7 +181,7 @@ def _run(
         raise kind.of("search the hosts directory (the working directory)", error) from None
     if upgrade is not None:
         told = None if status is None else (status.path, status.fileno())
-        upgrade.introduce(arguments, hosts.fileno(), told)
+        upgrade.introduce(arguments, listening.fileno(), hosts.fileno(), told, log.upgrade_failed)
     with attempt("enter the sandbox (--no-sandbox does without)"):
         # What `hold` contains is read there.
         forbidden = sandbox.enter([Path()]) if config.sandbox else ["nothing"]
@@ -206,6 +206,7 @@ def _run(
             ),
             listening.close,
             status=status,
+            upgrade=upgrade,
         )
     finally:
         notifier.close()

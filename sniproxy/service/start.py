@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from socket import socket
 from syslog import LOG_ERR, LOG_WARNING
+from typing import Protocol
 
 import trio
 
@@ -20,7 +21,15 @@ from sniproxy.service.options import ServiceOptions, look_up_user
 from sniproxy.service.signals import Signals, ignore_habits
 from sniproxy.service.status import StatusSocket
 from sniproxy.service.syslogd import Syslog
-from sniproxy.service.workers import Worker, Workers
+from sniproxy.service.workers import Upgrading, Worker, Workers
+
+
+class Upgrade(Upgrading, Protocol):
+    """Upgrades, as far as they concern several processes."""
+
+    def become(self, worker: Worker, workers: int) -> None:
+        """Take note that this process is that worker, of so many, from now on."""
+
 
 # Seconds between two looks at what is to be looked at.
 _CHECK_EVERY = 1.0
@@ -141,6 +150,7 @@ def run_service(
     stop_listening: Callable[[], None],
     on_check: Callable[[], None] | None = None,
     status: StatusSocket | None = None,
+    upgrade: Upgrade | None = None,
 ) -> None:
     """Serve, in this process or in several, until asked to end.
 
@@ -154,6 +164,7 @@ def run_service(
         on_check: called once a second in the first process. It may raise a FatalError, which ends
             the program.
         status: closed likewise.
+        upgrade: to another copy of the program, and from one.
 
     Raises:
         FatalError: serving ended with an error, which has been logged; or as above.
@@ -171,12 +182,14 @@ def run_service(
     if options.workers > 1:
         with attempt("start the workers"):
             workers = Workers(options.workers, notifier, log.worker_died, log.status)
-            worker = workers.run(on_drain, on_check or (lambda: None))
+            worker = workers.run(on_drain, on_check or (lambda: None), upgrade)
         if worker is None:
             if status is not None:
                 status.end()
             return
         log.worker = worker.number
+        if upgrade is not None:
+            upgrade.become(worker, options.workers)
         orders = supervisor = worker
         on_check = None
     try:

@@ -5,28 +5,36 @@ that it shares the memory of all that. Each waits for the same socket; EPOLLEXCL
 kernel wake one of them for a connection and not all. One that dies is replaced.
 
 Only the first process is meant by signals, and only it speaks to the supervisor. It tells the
-workers what to do through a pipe each: a signal could come before a worker can take it, and twice
-where a supervisor signals the whole group. The end of that pipe says that the first process is
+workers what to do through a pair of sockets each: a signal could come before a worker can take it,
+and twice where a supervisor signals the whole group. The end of that says that the first process is
 gone, and that is an order to drain, too: nobody would look after the worker any more. What workers
 count they write into memory that all share.
+
+Where another copy of the program takes over, each worker gives that what it has, and ends.
 """
 
 import contextlib
 import mmap
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
+from sniproxy.service.fatal import FatalError
 from sniproxy.service.notify import Counts, Notifier
 from sniproxy.service.signals import do_nothing
 
 _DRAIN: Final = b"d"
 _END: Final = b"e"
+_GIVE: Final = b"g"  # with a socket, to who takes over
+
+# What a worker says: that it goes on, for who was to take over does not.
+_GOES_ON: Final = b"o"
 
 _ORDERS: Final = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
@@ -82,13 +90,17 @@ class Worker:
     Attributes:
         number: Which one it is, from 1.
         drain, end: Set when it is told to.
+        on_give: Called with a socket when it is told to give all that it has.
     """
 
-    def __init__(self, shared: SharedCounts, index: int, orders: int, report_every: float) -> None:
+    def __init__(
+        self, shared: SharedCounts, index: int, orders: socket.socket, report_every: float
+    ) -> None:
         self.number = index + 1
         self.drain = trio.Event()
         self.end = trio.Event()
         self.on_status: Callable[[], None] = lambda: None  # the first process is asked
+        self.on_give: Callable[[socket.socket], None] = socket.socket.close
         self._shared = shared
         self._orders = orders
         self._report_every = report_every
@@ -98,12 +110,21 @@ class Worker:
         task_status.started()
         while True:
             await trio.lowlevel.wait_readable(self._orders)
-            order = os.read(self._orders, 1)
+            order, fds, _, _ = socket.recv_fds(self._orders, 1, 1)
+            if order == _GIVE:
+                for fd in fds:  # none if there was no descriptor left for it
+                    self.on_give(socket.socket(fileno=fd))
+                continue
             if order == _END:
                 self.end.set()
             self.drain.set()
             if not order:
                 return
+
+    def goes_on(self) -> None:
+        """Say that who was to take over does not."""
+        with contextlib.suppress(OSError):  # the first process is gone
+            self._orders.send(_GOES_ON)
 
     def ready(self) -> None:
         """Nothing: the first entry says so."""
@@ -124,8 +145,26 @@ class Worker:
             self._shared.write(self.number - 1, counts())
 
 
+class Upgrading(Protocol):
+    """Upgrades, as far as they concern the first process among several."""
+
+    @property
+    def is_taking(self) -> bool:
+        """Whether there is a copy before us that has not given all yet."""
+
+    def on_started(self) -> None:
+        """Forget what is meant for workers: all of them have been started."""
+
+    def look(self, workers: "Workers") -> None:
+        """Look whether there is something to be done."""
+
+
 class Workers:
     """The workers, seen from the first process.
+
+    Attributes:
+        is_giving: Whether they give all to another copy. Who has done that ends, and is not
+            replaced as long as this is so.
 
     Args:
         count: how many there are to be.
@@ -150,19 +189,26 @@ class Workers:
         seconds = notifier.watchdog or _REPORT_EVERY * _REPORTS_IN_WATCHDOG
         self._report_every = min(_REPORT_EVERY, seconds / _REPORTS_IN_WATCHDOG)
         self._check_every = min(_CHECK_EVERY, seconds / 2)
-        self._alive: dict[int, tuple[int, int, float]] = {}  # pid: index, pipe, birth
+        self.is_giving = False
+        self._given: list[int] = []  # indices of those who have ended meanwhile
+        # pid: index, way, birth
+        self._alive: dict[int, tuple[int, socket.socket, float]] = {}
         self._start_at = dict.fromkeys(range(count), 0.0)  # index: when it is to be started
         self._counts_of_ended = Counts()  # of those who have ended
         self._ordered = b""
 
     def run(
-        self, on_drain: Callable[[], None], on_check: Callable[[], None] = lambda: None
+        self,
+        on_drain: Callable[[], None],
+        on_check: Callable[[], None] = lambda: None,
+        upgrade: Upgrading | None = None,
     ) -> Worker | None:
         """Start the workers, and look after them until a signal has asked for the end.
 
         Args:
             on_drain: called when that signal has come.
             on_check: called every now and then, at least once a second.
+            upgrade: looks as often.
 
         Returns:
             In a new process what it needs to be a worker; in the first one None, at the end, when
@@ -170,6 +216,7 @@ class Workers:
 
         Raises:
             OSError: the first workers can't be started (EAGAIN, ENOMEM).
+            FatalError: those that were to take over have ended instead, and said why.
         """
         # Blocked, so that none is lost between two looks. Not ignored: SIGCHLD would not be sent at
         # all, and of the others those would be thrown away that have come before.
@@ -179,6 +226,7 @@ class Workers:
             signal.signal(order, do_nothing)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         is_ready = False
+        self._has_to_take = upgrade is not None and upgrade.is_taking
         while self._alive or not self._ordered:
             now = time.monotonic()
             for index in [each for each, due in self._start_at.items() if due <= now]:
@@ -197,9 +245,15 @@ class Workers:
                     return worker
             if not is_ready and all(map(self._shared.has_entry, range(self._count))):
                 is_ready = True
+                self._has_to_take = False
                 self._notifier.ready()
             self._notify()
             on_check()
+            if upgrade is not None:
+                upgrade.on_started()
+                upgrade.look(self)
+                if self._ordered == _GIVE:
+                    break
             received = signal.sigtimedwait(
                 wanted, self._check_every if is_ready else _FIRST_CHECK_EVERY
             )
@@ -221,30 +275,72 @@ class Workers:
 
     def _start(self, index: int) -> Worker | None:
         """Start a worker; return what it needs to be one in its process, None in this one."""
-        reading, writing = os.pipe2(os.O_CLOEXEC)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             pid = os.fork()
         except OSError:
-            os.close(reading)
-            os.close(writing)
+            ours.close()
+            theirs.close()
             raise
         if pid == 0:
-            # Whoever holds a writing end keeps its worker waiting for orders.
+            # Whoever holds our end keeps a worker waiting for orders.
             for _, other, _ in self._alive.values():
-                os.close(other)
-            os.close(writing)
+                other.close()
+            ours.close()
             self._notifier.close()
-            return Worker(self._shared, index, reading, self._report_every)
-        os.close(reading)
-        self._alive[pid] = index, writing, time.monotonic()
+            return Worker(self._shared, index, theirs, self._report_every)
+        theirs.close()
+        ours.setblocking(False)
+        self._alive[pid] = index, ours, time.monotonic()
         del self._start_at[index]
         return None
 
     def _order(self, order: bytes) -> None:
         self._ordered = order
-        for _, pipe, _ in self._alive.values():
-            with contextlib.suppress(BrokenPipeError):  # it has just ended
-                os.write(pipe, order)
+        for _, way, _ in self._alive.values():
+            with contextlib.suppress(OSError):  # it has just ended
+                way.send(order)
+
+    @property
+    def alive(self) -> int:
+        """How many there are."""
+        return len(self._alive)
+
+    def give(self, ways: Sequence[socket.socket]) -> None:
+        """Have each worker give all that it has, by a way of its own."""
+        self.is_giving = True
+        for (_, orders, _), way in zip(list(self._alive.values()), ways, strict=True):
+            with contextlib.suppress(OSError):  # it has just ended
+                socket.send_fds(orders, [_GIVE], [way.fileno()])
+
+    def go_on(self) -> None:
+        """Let nobody give any more, and replace those who have ended."""
+        self.is_giving = False
+        now = time.monotonic()
+        while self._given:
+            self._start_at[self._given.pop()] = now
+
+    def somebody_goes_on(self) -> bool:
+        """Tell whether a worker has said that who was to take over does not."""
+        said = False
+        for _, way, _ in self._alive.values():
+            with contextlib.suppress(OSError):
+                said |= way.recv(1) == _GOES_ON
+        return said
+
+    def end(self, successor: int) -> None:
+        """End: another process has what they had, and all of them have ended."""
+        self._notifier.succeeded_by(successor)
+        self._ordered = _GIVE
+
+    def add_counts(self, counts: Counts) -> None:
+        """Add what was counted before us."""
+        self._counts_of_ended = self._counts_of_ended.plus(counts)
+
+    @property
+    def counts_of_ended(self) -> Counts:
+        """What those have counted who have ended, but for those who have given all."""
+        return self._counts_of_ended
 
     def _reap(self) -> None:
         """Take note of workers that have ended, and have them replaced."""
@@ -254,9 +350,16 @@ class Workers:
                 return
             if pid not in self._alive:
                 continue  # a child of the program that has become this one by exec
-            index, pipe, born = self._alive.pop(pid)
-            os.close(pipe)
+            index, way, born = self._alive.pop(pid)
+            way.close()
             counts, _ = self._shared.read(index)
+            if self.is_giving and status == 0:
+                # Who goes on counts what it has counted.
+                self._shared.clear(index)
+                self._given.append(index)
+                continue
+            if self._has_to_take:
+                raise FatalError("unable to start: a worker has ended")
             self._counts_of_ended = self._counts_of_ended.plus(replace(counts, open=0))
             self._shared.clear(index)
             if not self._ordered:

@@ -32,6 +32,8 @@ from sniproxy.upgrade.letters import (
     Message,
     UpgradeError,
     Way,
+    accept,
+    check_hello,
     write_memory,
 )
 from sniproxy.upgrade.portable import Parcel, Portable, suspend_each
@@ -55,35 +57,40 @@ _LOOKS: Final = 3
 
 
 class Door:
-    """Waits for a new copy, one at a time.
+    """Waits for a new copy, one at a time, or for the word of the first process.
 
     Args:
-        listening: where it connects; owned from now on.
         listener: of clients, which the new copy gets, too.
-        facts: what it is told to begin with.
-        fds: descriptors that belong to that.
         sessions: what it is given.
         on_given: called with the process id of the new copy, when that has all.
+
+    Attributes:
+        on_failure: Called when a new copy has not taken all.
     """
 
     def __init__(
-        self,
-        listening: std.socket,
-        listener: Listener,
-        facts: dict[str, Any],
-        fds: list[int],
-        sessions: Sessions,
-        on_given: Callable[[int], None],
+        self, listener: Listener, sessions: Sessions, on_given: Callable[[int], None]
     ) -> None:
-        self._listening = listening
+        self.on_failure: Callable[[], None] = lambda: None
+        self._listening: std.socket | None = None
+        self._facts: dict[str, Any] = {}
+        self._fds: list[int] = []
         self._listener = listener
-        self._facts = facts
-        self._fds = fds
         self._sessions = sessions
         self._on_given = on_given
         self._giving: _Giving | None = None
         self._began = trio.lowlevel.ParkingLot()
         self._loop: EventLoop = sessions.loop
+
+    def open(self, listening: std.socket, facts: dict[str, Any], fds: list[int]) -> None:
+        """Wait for a new copy.
+
+        Args:
+            listening: where it connects; owned from now on.
+            facts: what it is told to begin with.
+            fds: descriptors that belong to that.
+        """
+        self._listening, self._facts, self._fds = listening, facts, fds
         self._loop.watch(listening.fileno(), self, EPOLLIN)
 
     async def run(self) -> None:
@@ -97,19 +104,20 @@ class Door:
 
     def on_event(self, events: int) -> None:
         """Let a new copy in."""
-        try:
-            sock, _ = self._listening.accept()
-        except OSError:  # EAGAIN, it has gone; EMFILE
-            return
-        sock.setblocking(False)
-        way = Way(sock)
-        if not way.is_ours():
-            return way.close()
-        self._loop.unwatch(self._listening.fileno())
-        sockets = [self._listener.fileno(), self._listening.fileno(), *self._fds]
-        self._giving = _Giving(
-            way, self._sessions, self._listener, self._facts, sockets, self._on_over
-        )
+        if self._listening is not None and (way := accept(self._listening)) is not None:
+            self._loop.unwatch(self._listening.fileno())
+            sockets = [self._listener.fileno(), self._listening.fileno(), *self._fds]
+            self._begin(way, HELLO, sockets)
+
+    def give(self, sock: std.socket) -> None:
+        """Give all to a copy that the first process has met."""
+        if self._giving is not None:
+            return sock.close()
+        self._begin(Way(sock), READY, [])
+
+    def _begin(self, way: Way, expected: Letter, sockets: list[int]) -> None:
+        fixed = self._sessions, self._listener, self._facts, sockets
+        self._giving = _Giving(way, *fixed, expected, self._on_over)
         self._began.unpark()
 
     def abort(self) -> None:
@@ -119,7 +127,7 @@ class Door:
         """Let nobody in any more; who was being given all keeps what it has."""
         if self._giving is not None:
             self._giving.give_up("the old copy was asked to end")
-        if self._listening.fileno() != -1:
+        if self._listening is not None and self._listening.fileno() != -1:
             self._loop.unwatch(self._listening.fileno())
             self._listening.close()
 
@@ -127,9 +135,12 @@ class Door:
         """Go on, or end if the copy with that process id has all."""
         self._giving = None
         if pid is None:
-            self._loop.watch(self._listening.fileno(), self, EPOLLIN)
+            if self._listening is not None:
+                self._loop.watch(self._listening.fileno(), self, EPOLLIN)
+            self.on_failure()
         else:
-            self._listening.close()
+            if self._listening is not None:
+                self._listening.close()
             self._on_given(pid)
 
 
@@ -143,6 +154,7 @@ class _Giving:
         listener: Listener,
         facts: dict[str, Any],
         sockets: list[int],
+        expected: Letter,
         on_over: Callable[[int | None], None],
     ) -> None:
         self._way = way
@@ -151,7 +163,7 @@ class _Giving:
         self._facts = facts
         self._sockets = sockets
         self._on_over = on_over
-        self._expected: Letter = HELLO
+        self._expected = expected
         self._since = time.monotonic()
         self._began = 0.0
         self._candidates: Iterator[Portable] = iter(())
@@ -196,10 +208,9 @@ class _Giving:
         if message.letter != self._expected:
             raise UpgradeError(f"the new copy says {message.letter!a}")
         if self._expected is HELLO:
-            version = message.content.get("version")
-            if version != VERSION:
-                raise UpgradeError(f"version {version} of the protocol is not {VERSION}, ours")
-            self._say(LISTEN, READY, self._sockets, version=VERSION, facts=self._facts)
+            check_hello(message)
+            told = {"version": VERSION, "facts": self._facts, "workers": 0}
+            self._say(LISTEN, READY, self._sockets, **told)
         elif self._expected is READY:
             self._began = time.monotonic()
             self._say(START, YES, open=self._sessions.limit.open)

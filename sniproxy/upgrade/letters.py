@@ -79,10 +79,14 @@ class Way:
 
     Args:
         sock: of the type SOCK_SEQPACKET, connected; owned from now on.
+
+    Attributes:
+        pid: The process id of the other copy.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        sock.setblocking(False)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         self.pid, self._uid, _ = _UCRED.unpack(credentials)
 
@@ -198,6 +202,30 @@ def listen(path: str) -> socket.socket:
     return listening
 
 
+def accept(listening: socket.socket) -> Way | None:
+    """Return the way to a copy that has connected; None if there is none."""
+    try:
+        sock, _ = listening.accept()
+    except OSError:  # EAGAIN: it has gone; EMFILE
+        return None
+    way = Way(sock)
+    if way.is_ours():
+        return way
+    way.close()
+    return None
+
+
+def check_hello(message: Message) -> None:
+    """Make sure that a message is the first one of a copy that speaks as we do.
+
+    Raises:
+        UpgradeError: it is not.
+    """
+    version = message.content.get("version")
+    if message.letter != HELLO or version != VERSION:
+        raise UpgradeError(f"version {version} of the protocol is not {VERSION}, ours")
+
+
 def meet(path: str) -> tuple[Way, Message] | None:
     """Return the way to the copy that serves now, and what it says to begin with.
 
@@ -208,6 +236,7 @@ def meet(path: str) -> tuple[Way, Message] | None:
         FatalError: there is one, and it can't be replaced in this way.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # It may be busy with another copy.
     sock.settimeout(_PATIENCE)
     try:
         sock.connect(path)
@@ -218,6 +247,7 @@ def meet(path: str) -> tuple[Way, Message] | None:
         sock.close()
         raise FatalError.of(f"take over from the copy at {path}", error) from None
     way = Way(sock)
+    way.wait(_PATIENCE)
     try:
         if not way.is_ours():
             raise UpgradeError("it belongs to somebody else")

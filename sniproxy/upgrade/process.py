@@ -1,4 +1,8 @@
-"""What a process does: it may take over from one before it, and it gives to one after it."""
+"""What a process does: it may take over from one before it, and it gives to one after it.
+
+Among several processes the first one meets the other copy, and each worker gives, or takes, by a
+way of its own. There may be other numbers of workers before and after.
+"""
 
 import os
 import socket as std
@@ -9,8 +13,10 @@ import trio
 
 from sniproxy.engine.listener import Listener
 from sniproxy.service.fatal import FatalError
+from sniproxy.service.workers import Worker, Workers
 from sniproxy.session import Sessions
 from sniproxy.upgrade import letters
+from sniproxy.upgrade.first_process import FirstProcess
 from sniproxy.upgrade.giving import Door
 from sniproxy.upgrade.taking import Taking
 
@@ -45,16 +51,20 @@ class Upgrade:
         has_to_be_there: bool = False,
     ) -> None:
         self.listening: std.socket | None = None
+        self.hosts: int | None = None
         self.status: tuple[str, std.socket] | None = None
         self.arguments: list[str] = []
         self.environment: Mapping[str, str] = os.environ
-        self._way: letters.Way | None = None
-        self._door: Door | None = None
+        self._on_taken = on_taken
         self._facts: dict[str, Any] = {}
         self._fds: list[int] = []
-        self.hosts: int | None = None
-        self._on_taken = on_taken
-        self._is_alone = True
+        self._door: Door | None = None
+        self._worker: Worker | None = None
+        self._first: FirstProcess | None = None
+        # To the copy before us: from its first process, and from each that serves.
+        self._way: letters.Way | None = None
+        self._ways: list[letters.Way] = []
+        self._taking: list[Taking] = []
         self._is_over = trio.Event()
         met = letters.meet(path)
         if met is None:
@@ -63,27 +73,43 @@ class Upgrade:
             self._listening = letters.listen(path)
             return
         self._way, message = met
-        listening, door, *others = message.fds
         facts = message.content["facts"]
-        # The other end of the way may have been made by a copy before that.
-        self._way.pid = facts["pid"]
+        listening, door, self.hosts, *others = message.fds
         self.listening = std.socket(fileno=listening)
         self._listening = std.socket(fileno=door)
-        self.hosts, *others = others
-        for fd in others:
-            self.status = facts["status"], std.socket(fileno=fd)
+        if facts["status"] is not None:
+            self.status = facts["status"], std.socket(fileno=others.pop(0))
         self.arguments = facts["arguments"]
         self.environment = {**os.environ, **facts["environment"]}
+        # The other end of the way may have been made by a copy before that one.
+        self._way.pid = facts["pid"]
+        if message.content["workers"]:
+            self._ways = [letters.Way(std.socket(fileno=fd)) for fd in others]
+        else:
+            self._ways, self._way = [self._way], None
+
+    @property
+    def is_taking(self) -> bool:
+        """Whether there is a copy before us that has not given all yet."""
+        return bool(self._way or self._ways)
 
     def introduce(
-        self, arguments: Sequence[str], hosts: int, status: tuple[str, int] | None
+        self,
+        arguments: Sequence[str],
+        listening: int,
+        hosts: int,
+        status: tuple[str, int] | None,
+        log_failure: Callable[[str, int], None],
     ) -> None:
         """Take note of what the next copy is to know.
 
         Args:
             arguments: our command line.
+            listening: the descriptor of the listening socket.
             hosts: the descriptor of the hosts directory.
             status: the path of our status socket, and its descriptor.
+            log_failure: called, in the first process among several, with why an upgrade has failed,
+                and the process id of the new copy.
         """
         environment = self.environment
         self._facts = {
@@ -95,6 +121,11 @@ class Upgrade:
             "status": status and status[0],
         }
         self._fds = [hosts] if status is None else [hosts, status[1]]
+        fds = [listening, *self._fds]
+        known = self._listening, self._way, self._facts, fds
+        self._first = FirstProcess(*known, self._on_taken, log_failure)
+
+    # --- A process that serves
 
     async def begin(self, sessions: Sessions) -> None:
         """Wait until clients may be accepted; what the copy before us has comes by and by.
@@ -102,11 +133,16 @@ class Upgrade:
         Raises:
             FatalError: that goes on, and we are to end.
         """
-        if self._way is None:
+        ways, self._ways = self._ways, []
+        self._taking = [Taking(way, sessions, self._on_over) for way in ways]
+        for taking in self._taking:
+            await taking.wait_for_start()
+        if not ways:
             self._is_over.set()
-            return
-        taking = Taking(self._way, sessions, self._on_over)
-        await taking.wait_for_start()
+
+    def _on_over(self) -> None:
+        if all(taking.is_over for taking in self._taking):
+            self._is_over.set()
 
     async def run(
         self, sessions: Sessions, listener: Listener, on_given: Callable[[int | None], None]
@@ -120,23 +156,47 @@ class Upgrade:
                 goes on, and what it has given us has ended.
         """
         await self._is_over.wait()
-        if not self._is_alone:
+        if not all(taking.is_whole for taking in self._taking):
             listener.leave()
-            self._listening.close()
             await sessions.limit.wait_until_empty()
             return on_given(None)
-        known = self._facts, self._fds
-        self._door = Door(self._listening, listener, *known, sessions, on_given)
+        self._door = Door(listener, sessions, on_given)
+        if self._worker is None:
+            if self._taking:
+                self._on_taken()
+            self._door.open(self._listening, self._facts, self._fds)
+        else:
+            self._door.on_failure = self._worker.goes_on
+            self._worker.on_give = self._door.give
         await self._door.run()
-
-    def _on_over(self, is_alone: bool) -> None:
-        self._is_alone = is_alone
-        self._is_over.set()
-        if is_alone:
-            self._on_taken()
 
     def close(self) -> None:
         """Let no copy in any more."""
         if self._door is not None:
             self._door.close()
         self._listening.close()
+
+    # --- Several processes
+
+    def become(self, worker: Worker, workers: int) -> None:
+        """Take note that this process is that worker, of so many, from now on."""
+        self._worker = worker
+        self._listening.close()
+        if self._way is not None:
+            self._way.close()
+        mine = self._ways[worker.number - 1 :: workers]
+        for way in self._ways:
+            if way not in mine:
+                way.close()
+        self._ways = mine
+
+    def on_started(self) -> None:
+        """Forget what is meant for workers: all of them have been started."""
+        for way in self._ways:
+            way.close()
+        self._ways = []
+
+    def look(self, workers: Workers) -> None:
+        """Look, in the first process, whether there is something to be done."""
+        assert self._first is not None
+        self._first.look(workers)

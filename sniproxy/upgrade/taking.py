@@ -40,10 +40,14 @@ class Taking:
     Args:
         way: to the old copy; owned from now on.
         sessions: where the connections go.
-        on_over: called when the old copy gives no more, with whether we are the only one now.
+        on_over: called when the old copy gives no more.
+
+    Attributes:
+        is_over: Whether that is so.
+        is_whole: Whether it has given all that it had, or has died.
     """
 
-    def __init__(self, way: Way, sessions: Sessions, on_over: Callable[[bool], None]) -> None:
+    def __init__(self, way: Way, sessions: Sessions, on_over: Callable[[], None]) -> None:
         self._way = way
         self._sessions = sessions
         self._on_over = on_over
@@ -53,9 +57,11 @@ class Taking:
         self._taken = 0
         self._began = 0.0
         self._refusal = ""
-        self._is_over = False
+        self.is_over = self.is_whole = False
         self._start = trio.Event()
         sessions.loop.watch(way.fileno(), self, EPOLLIN)
+        with contextlib.suppress(OSError):  # it has gone, and that will be told
+            way.send(READY)
 
     async def wait_for_start(self) -> None:
         """Wait until clients may be accepted.
@@ -64,8 +70,6 @@ class Taking:
             FatalError: the old copy goes on; it may have said why.
         """
         with trio.move_on_after(_PATIENCE):
-            with contextlib.suppress(OSError):  # it has gone, and that will be told
-                self._way.send(READY)
             await self._start.wait()
         if not self._start.is_set():
             self._refusal = "it does not answer"
@@ -76,7 +80,7 @@ class Taking:
     def on_event(self, events: int) -> None:
         """React to what the old copy says."""
         try:
-            while not self._is_over:
+            while not self.is_over:
                 self._understand(self._way.receive())
         except BlockingIOError:
             return
@@ -155,7 +159,7 @@ class Taking:
 
     def _refuse(self, why: str) -> None:
         """Take no more, and say so."""
-        if self._is_over:
+        if self.is_over:
             return
         with contextlib.suppress(OSError):
             self._way.send(NEVER_MIND, why=why)
@@ -180,10 +184,11 @@ class Taking:
             seconds=Seconds(time.monotonic() - self._began if self._began else 0.0),
             detail=why,
         )
-        self._on_over(is_alone)
+        self.is_whole = is_alone
+        self._on_over()
 
     def _leave(self) -> None:
-        if not self._is_over:
-            self._is_over = True
+        if not self.is_over:
+            self.is_over = True
             self._sessions.loop.unwatch(self._way.fileno())
             self._way.close()
