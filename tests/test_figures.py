@@ -37,6 +37,17 @@ def test_who_is_handed_over_is_served_too(counted: Figures) -> None:
     assert counted.show()["handed_over"] == 2
 
 
+def test_another_process_goes_on_counting_who_was_handed_over(counted: Figures) -> None:
+    counted.hand_over("a.example", 1000).left(0, 0, "finished")
+    after = Figures(("lookup",))
+    after.handed_over = 0
+    after.add(counted.tell())
+    assert (after.handed_over, after.hosts["a.example"].handed_over) == (1, 1)
+    # Who hands nothing over has nothing to tell.
+    after.add(Figures(("lookup",)).tell())
+    assert after.handed_over == 1
+
+
 def test_the_last_twenty_refusals_of_a_host_are_kept(counted: Figures) -> None:
     for number in range(25):
         counted.refused_at("a.example", 1000, "no_socket", f"192.0.2.{number}:1", "why" * 200)

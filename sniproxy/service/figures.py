@@ -72,7 +72,7 @@ class Event(NamedTuple):
 
 
 # What is counted for a host.
-_COUNTS: Final = ("served", "ended", "refused", "up", "down")
+_COUNTS: Final = ("served", "ended", "refused", "handed_over", "up", "down")
 
 
 class HostFigures:
@@ -174,12 +174,15 @@ class Figures:
             "reasons": self.reasons,
             "latencies": latencies,
             "moved": [self._up, self._down],
+            "handed_over": self.handed_over,
         }
 
     def add(self, told: dict[str, Any]) -> None:
         """Add what another process has counted."""
         self._up += told["moved"][0]
         self._down += told["moved"][1]
+        if told["handed_over"] is not None:
+            self.handed_over = (self.handed_over or 0) + told["handed_over"]
         for reason, count in told["reasons"].items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
         for kind, (seconds, buckets) in told["latencies"].items():
