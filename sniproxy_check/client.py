@@ -2,6 +2,7 @@
 
 import select
 import socket
+from contextlib import closing
 from typing import Final
 
 from sniproxy.hand_over import HandOver
@@ -54,23 +55,25 @@ class Clients:
                 return accepted
             accepted.close()  # of somebody else: anybody here can connect
 
-    def give(self, backend: socket.socket) -> None:
+    def give(self, backend: socket.socket, owner: int) -> None:
         """Give a backend the daemon's end of the last connection, as soon as a hello is there.
 
         Args:
             backend: connected; it is closed.
+            owner: the uid of the backend's directory.
 
         Raises:
             OSError: it could not be given.
         """
         assert self._accepted is not None
         accepted, self._accepted = self._accepted, None
-        with accepted, backend:
+        # The backend is not to hold us up, either.
+        with backend, closing(self._hand_over.kept(accepted, owner)):
             waiting = select.poll()
             waiting.register(accepted, select.POLLIN)
             if not waiting.poll(self._seconds * 1000):
                 raise TimeoutError
-            if (error := self._hand_over.give(accepted, backend)) is not None:
+            if (error := self._hand_over.give(accepted, backend, owner)) is not None:
                 raise error
 
     def _forget(self) -> None:

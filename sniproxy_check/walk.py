@@ -261,7 +261,8 @@ class Walk:
 
         def give(_: socket.socket) -> None:
             assert clients is not None
-            clients.give(connect())
+            found = _patiently(lambda: self._connect(entry))
+            clients.give(found[0], found[2])
 
         try:
             if clients is None:

@@ -413,7 +413,7 @@ def test_clients_are_those_of_ours() -> None:
     backend, far = unix_pair()
     with stranger, far, clients.connect() as client:
         client.sendall(b"hello")
-        clients.give(backend)
+        clients.give(backend, 0)
         assert backend.fileno() == -1
         _, [descriptor], _, _ = socket.recv_fds(far, 1, 1)
         assert far.recv(1) == b""
@@ -431,7 +431,7 @@ def test_a_backend_that_has_gone_is_told_of() -> None:
     with clients.connect() as client:
         client.sendall(b"hello")
         with pytest.raises(BrokenPipeError):
-            clients.give(backend)
+            clients.give(backend, 0)
         with pytest.raises(ConnectionResetError):
             client.recv(1)  # since nobody has read what it has said
     clients.close()
@@ -441,7 +441,7 @@ def test_what_is_never_said_is_not_waited_for() -> None:
     clients = Clients(0.01)
     backend, far = unix_pair()
     with far, clients.connect(), pytest.raises(TimeoutError):
-        clients.give(backend)
+        clients.give(backend, 0)
     with clients.connect() as client:  # of which nobody has the other end any more
         clients.close()
         assert client.recv(1) == b""
