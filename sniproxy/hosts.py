@@ -294,6 +294,30 @@ class HostsDirectory:
         finally:
             self._undelivered = None
 
+    def try_handoff(self, entry: str) -> None:
+        """Connect to the `handoff-socket` of an entry, if it has one, and close the connection.
+
+        Raises:
+            HostError: as above, whatever there is beside that socket; and a link to nothing counts,
+                too, where `connect` does as if there were none.
+        """
+        self._away = True
+        try:
+            os.chdir(entry)
+            directory = os.stat(_HERE)
+            found = self._connect_handoff(entry, directory)
+            if found is None and os.access(_HANDOFF_SOCKET, os.F_OK, follow_symlinks=False):
+                error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+                found = _no_backend(entry, directory.st_uid, error, _HANDOFF_SOCKET)
+        except OSError as error:
+            raise _no_directory(entry, error) from None
+        finally:
+            self._return()
+        if isinstance(found, socket):
+            found.close()
+        elif found is not None:
+            raise found
+
     def connect_entry(self, entry: str) -> Found:
         """Connect to the backend of an entry of the hosts directory, as `connect` does.
 

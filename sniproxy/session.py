@@ -230,6 +230,8 @@ class Sessions:
     def count_in(self, figures: Figures) -> None:
         """Count there, from now on, what happens to the connections of each host."""
         figures.on_left = self.limit.remove
+        if self.hand_over is not None:
+            figures.handed_over = 0
         self.figures = figures
 
     def moved(self) -> Iterator[tuple[HostFigures, int, int]]:
@@ -384,7 +386,7 @@ class Session:
             shared.loop.unwatch(client.fileno())
         shared.served += 1
         if shared.figures is not None:
-            self.figures = shared.figures.served(self._host_name(entry), owner)
+            self.figures = shared.figures.hand_over(self._host_name(entry), owner)
         self.is_over = True
         shared.loop.close(shared.hand_over.kept(client, owner))
         self._log_end(0, 0, _HANDED_OVER)

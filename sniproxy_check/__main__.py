@@ -19,7 +19,7 @@ from sniproxy.service.fatal import FatalError, UsageError, attempt, print_out
 from sniproxy.service.options import OptionParser
 from sniproxy_check.entries import Listing
 from sniproxy_check.finding import Finding, Result
-from sniproxy_check.report import find_hidden, name_users, show_json, show_table
+from sniproxy_check.report import find_hidden, name_users, printable, show_json, show_table
 from sniproxy_check.view import View, view_of_process
 from sniproxy_check.walk import Walk, find_shared
 from sniproxy_hostname import InvalidHostname, directory_namer
@@ -30,6 +30,9 @@ _ALL_SERVED, _SOMETHING_WRONG = 0, 1
 
 # Whom the units run the daemon as.
 _USUAL_USER: Final = "sniproxy"
+
+# Hosts that a note names: a line of a terminal.
+_HOSTS_SHOWN: Final = 3
 
 # Seconds for a handshake: as long as the daemon gives a client, cut in half, for there may be many.
 _HANDSHAKE_SECONDS: Final = 5.0
@@ -70,6 +73,9 @@ def _parser() -> OptionParser:
         "modes what that user may do)",
     )
     parser.add_argument("--chroot", action="store_true", help="the daemon is started with --chroot")
+    parser.add_argument(
+        "--handoff", action="store_true", help="the daemon is started with --handoff"
+    )
     parser.add_argument(
         "--handshake", action="store_true", help="ask all hosts for a TLS handshake"
     )
@@ -116,7 +122,7 @@ def _run(argv: Sequence[str] | None) -> int:
         else each
         for each in results
     ]
-    notes = list(_notes(view, user, options))
+    notes = [*_notes(view, user, options), *_notes_of(results)]
     if options.json:
         print_out(show_json(results, notes))
     else:
@@ -134,10 +140,13 @@ def _view(options: argparse.Namespace) -> tuple[View, str]:
     """
     identity = None
     hashed, check_owner = options.hashed, not options.no_owner_check
+    hands_over = options.handoff
     user = options.user
     if options.pid is not None:
-        identity, is_hashed, checks = view_of_process(options.pid)
-        hashed, check_owner = hashed or is_hashed, check_owner and checks
+        seen = view_of_process(options.pid)
+        identity = seen.identity
+        hashed, check_owner = hashed or seen.hashed, check_owner and seen.check_owner
+        hands_over = hands_over or seen.hands_over
     if user is None and options.pid is None and os.geteuid() != 0 and _exists(_USUAL_USER):
         user = _USUAL_USER
     if user is not None:
@@ -148,7 +157,15 @@ def _view(options: argparse.Namespace) -> tuple[View, str]:
         user = user.partition(":")[0]
     elif identity is not None:
         user = _user_name(identity.uid)
-    view = View(options.hosts, options.pid, identity, options.chroot, hashed, check_owner)
+    view = View(
+        options.hosts,
+        options.pid,
+        identity,
+        chroot=options.chroot,
+        hashed=hashed,
+        check_owner=check_owner,
+        hands_over=hands_over,
+    )
     return view, user or _USUAL_USER
 
 
@@ -184,6 +201,16 @@ def _notes(view: View, user: str, options: argparse.Namespace) -> Iterator[str]:
         yield "what a root directory of its own hides from the daemon, only root can see"
     if not options.handshake and not options.names:
         yield "no handshakes: name hosts for them, or --handshake"
+
+
+def _notes_of(results: Sequence[Result]) -> Iterator[str]:
+    """Say what is worth knowing of hosts, and nothing that has to be mended."""
+    idle = [each.name or each.entry for each in results if each.has_idle_handoff]
+    if idle:
+        shown = ", ".join(map(printable, idle[:_HOSTS_SHOWN]))
+        more = f" and {len(idle) - _HOSTS_SHOWN} more" if len(idle) > _HOSTS_SHOWN else ""
+        yield f"handoff-socket counts only with --handoff, and is not used: {shown}{more}"
+    yield from sorted({each.unasked for each in results if each.unasked is not None})
 
 
 # The child, and what it says.
@@ -258,6 +285,7 @@ def _work(pipe: IO[str], view: View, user: str, options: argparse.Namespace, nam
             namer,
             hashed=view.hashed,
             check_owner=view.check_owner,
+            hands_over=view.hands_over,
             identity=None if is_root or _is_us(view.identity) else view.identity,
             user=user,
             chroot=view.chroot and not is_root,

@@ -15,8 +15,12 @@ from sniproxy_check.finding import CheckReason, Finding
 from sniproxy_hostname import Hostname, InvalidHostname
 from sniproxy_hostname._unicode import from_unicode
 
+# The two sockets of a host: whose bytes are relayed, and who gets connections themselves.
+TLS_SOCKET: Final = "tls-socket"
+HANDOFF_SOCKET: Final = "handoff-socket"
+
 # What the daemon looks for in the directory of a host.
-ENTRIES: Final = ("tls-socket", "send-proxy-v1", "send-proxy-v2", "hold")
+ENTRIES: Final = (TLS_SOCKET, HANDOFF_SOCKET, "send-proxy-v1", "send-proxy-v2", "hold")
 
 # What other programs call the first version.
 _OF_OTHERS: Final = ("send-proxy",)
@@ -93,15 +97,22 @@ def _like_a_hash(entry: str, *, hashed: bool) -> Finding:
     return Finding(CheckReason.NEVER_MATCHES, detail, mend)
 
 
-def check_files(place: str, files: Sequence[str], sockets: Sequence[str]) -> list[Finding]:
+def check_files(
+    place: str, files: Sequence[str], sockets: Sequence[str], *, hands_over: bool
+) -> list[Finding]:
     """Say which entries of a host's directory are not what somebody takes them for.
 
     Args:
         place: the directory.
         files: the names in it.
         sockets: those of sockets among them.
+        hands_over: whether the daemon looks for `handoff-socket`.
     """
     findings = []
+    # But `hold`: it is so short that `old` is nearly the same.
+    missing = [each for each in ENTRIES if each not in files and each != "hold"]
+    if not hands_over and HANDOFF_SOCKET in missing:
+        missing.remove(HANDOFF_SOCKET)  # nobody has meant what does not count
     if "send-proxy-v1" in files and "send-proxy-v2" in files:
         detail = f"{place} has send-proxy-v1 and send-proxy-v2: version 2 is sent"
         mend = f"rm {shlex.quote(place)}/send-proxy-v1"
@@ -114,22 +125,22 @@ def check_files(place: str, files: Sequence[str], sockets: Sequence[str]) -> lis
             detail = f"this version knows no {name}, so {path} does nothing"
             mend = _move(path, f"{place}/send-proxy-v1")
             findings.append(Finding(CheckReason.UNKNOWN_FILE, detail, mend))
-        elif (meant := _meant(name, files, sockets)) is not None:
+        elif (meant := _meant(name, missing, files, sockets)) is not None:
             detail = f"{path} does nothing: it has to be called {meant}"
             findings.append(Finding(CheckReason.MISSPELT, detail, _move(path, f"{place}/{meant}")))
     return findings
 
 
-def _meant(name: str, files: Sequence[str], sockets: Sequence[str]) -> str | None:
+def _meant(
+    name: str, missing: Sequence[str], files: Sequence[str], sockets: Sequence[str]
+) -> str | None:
     """Return what an entry was to be called, if that is not there and nothing else is as likely."""
-    # But `hold`: it is so short that `old` is nearly the same.
-    missing = [each for each in ENTRIES if each not in files and each != "hold"]
     alike = difflib.get_close_matches(name.lower(), missing, n=1, cutoff=_ALIKE)
     if alike:
         return alike[0]
-    # Whatever it is called: there is no other socket for a backend.
-    if sockets == [name] and "tls-socket" in missing:
-        return "tls-socket"
+    # Whatever it is called: there is no other socket for a backend, and no link to this one.
+    if sockets == [name] and TLS_SOCKET in missing and HANDOFF_SOCKET not in files:
+        return TLS_SOCKET
     return None
 
 

@@ -15,6 +15,9 @@ class CheckReason(StrEnum):
     ABSOLUTE_IN_CHROOT = "absolute_in_chroot"  # a link leads to another place in there
     TWO_PROXY_HEADERS = "two_proxy_headers"  # of which one is sent
     UNCLEAR_HOLD = "unclear_hold"  # not as long as is written there
+    HANDOFF_IS_OFF = "handoff_is_off"  # the only socket is one that the daemon does not look for
+    NOT_HANDED_OVER = "not_handed_over"  # of two sockets, the one that comes first is out of order
+    NOT_RELAYED = "not_relayed"  # of two sockets, the one for when the other fails is
     SHARED_PROCESS = "shared_process"  # one process answers for hosts of several owners
 
 
@@ -59,6 +62,9 @@ class Result(NamedTuple):
         is_asked: Whether there was a handshake.
         expires: When its certificate ends, in Unix time, if that was seen.
         findings: What is wrong: what keeps it from being served is the first.
+        is_handed_over: Whether its backend gets the connections of clients themselves.
+        has_idle_handoff: Whether it is served, and has a socket for that which does not count.
+        unasked: Why there was no handshake, if there was to be one and it is no fault of the host.
     """
 
     entry: str
@@ -68,6 +74,9 @@ class Result(NamedTuple):
     is_asked: bool = False
     expires: float | None = None
     findings: tuple[Finding, ...] = ()
+    is_handed_over: bool = False
+    has_idle_handoff: bool = False
+    unasked: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` makes the same of."""

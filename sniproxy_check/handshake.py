@@ -121,7 +121,12 @@ class _Shake(Protocol):
 
 
 def probe(
-    connect: Callable[[], socket.socket], name: str, *, proxy: int, seconds: float = 5.0
+    connect: Callable[[], socket.socket],
+    name: str,
+    *,
+    proxy: int,
+    seconds: float = 5.0,
+    on_hello: Callable[[socket.socket], None] | None = None,
 ) -> Probe:
     """Find out how a backend answers a client that wants a name.
 
@@ -131,15 +136,16 @@ def probe(
         name: The server name that the client sends, in its ASCII form (A-labels).
         proxy: The version of the PROXY header that the daemon sends it; 0 for none.
         seconds: How long one connection may take. Two that fail may so take twice as long.
+        on_hello: Called each time when that socket has sent all up to the end of its ClientHello.
 
     Raises:
-        Exception: What the first call of `connect` raised, as it was. Later ones are spoken of in
-            the detail.
+        Exception: What the first call of `connect` or of `on_hello` raised, as it was. Later ones
+            are spoken of in the detail.
         ValueError: `name` can be no server name.
     """
 
     def shake(context: ssl.SSLContext, *, header: int) -> ssl.SSLObject:
-        return _shake_hands(connect, name, context, seconds, header=header)
+        return _shake_hands(connect, name, context, seconds, header=header, on_hello=on_hello)
 
     try:
         tls = shake(_lenient(), header=proxy)
@@ -250,13 +256,14 @@ def _shake_hands(
     seconds: float,
     *,
     header: int,
+    on_hello: Callable[[socket.socket], None] | None,
 ) -> ssl.SSLObject:
     """Connect, shake hands, say good-bye.
 
     Raises:
         _FailedError: It didn't come to a handshake.
         ssl.SSLCertVerificationError: It did, and the context objects.
-        Exception: What `connect` raised.
+        Exception: What `connect` or `on_hello` raised.
     """
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = context.wrap_bio(incoming, outgoing, server_hostname=name)
@@ -289,6 +296,8 @@ def _shake_hands(
                 flight = outgoing.read()
                 flights += bool(flight)
                 _send(sock, flight, deadline)
+            if not heard and on_hello is not None:
+                on_hello(sock)
             try:
                 chunk = _receive(sock, deadline)
             except TimeoutError as error:

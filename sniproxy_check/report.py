@@ -16,6 +16,8 @@ _WARNINGS: Final = frozenset(
     {
         Answer.CERTIFICATE_EXPIRES_SOON,
         CheckReason.MISSPELT,
+        CheckReason.NOT_HANDED_OVER,
+        CheckReason.NOT_RELAYED,
         CheckReason.SHARED_PROCESS,
         CheckReason.TWO_PROXY_HEADERS,
         CheckReason.UNCLEAR_HOLD,
@@ -49,6 +51,10 @@ def find_hidden(result: Result, *, chroot: bool) -> Result:
     )
 
 
+# What is said of one of two sockets, which does not keep the host from being served.
+_OF_ONE_SOCKET: Final = frozenset({CheckReason.NOT_HANDED_OVER, CheckReason.NOT_RELAYED})
+
+
 def _find_hidden(finding: Finding, *, chroot: bool) -> Finding:
     missing = finding.missing
     if missing is None or not os.path.lexists(missing):
@@ -56,12 +62,16 @@ def _find_hidden(finding: Finding, *, chroot: bool) -> Finding:
     if chroot:
         detail = f"{finding.detail}; it is here, but not in the daemon's root directory"
         mend = "ln -sfnr SOCKET_IN_HOSTS LINK  # a link within the hosts directory, and relative"
-        return Finding(CheckReason.ABSOLUTE_IN_CHROOT, detail, mend)
+        return _as_hidden(finding, CheckReason.ABSOLUTE_IN_CHROOT, detail, mend)
     detail = f"{finding.detail}; it is here, but the daemon's root directory does not have it"
     directory = missing if os.path.isdir(missing) else os.path.dirname(missing)
     place = one_line(directory)
     mend = f"systemctl edit sniproxy.service  # and add: BindReadOnlyPaths={place}"
-    return Finding(CheckReason.HIDDEN, detail, mend)
+    return _as_hidden(finding, CheckReason.HIDDEN, detail, mend)
+
+
+def _as_hidden(finding: Finding, word: CheckReason, detail: str, mend: str) -> Finding:
+    return Finding(finding.word if finding.word in _OF_ONE_SOCKET else word, detail, mend)
 
 
 def show_json(results: Sequence[Result], notes: Sequence[str]) -> str:
@@ -77,6 +87,7 @@ def _json_of(result: Result) -> dict[str, Any]:
         "served": is_served(result),
         "owner": result.owner,
         "listener": result.listener and dict(zip(("pid", "uid"), result.listener, strict=True)),
+        "handed_over": result.is_handed_over,
         "handshake": result.is_asked,
         "expires": result.expires,
         "findings": [
@@ -107,18 +118,21 @@ def _rows(result: Result) -> Iterator[tuple[str, str, str]]:
     """Yield state, colour and text of the lines of a host."""
     served = is_served(result)
     if served:
-        yield "served", _YELLOW if result.findings else _GREEN, _until(result)
+        yield "served", _YELLOW if result.findings else _GREEN, _more(result)
     for finding in result.findings:
         colour = _YELLOW if finding.word in _WARNINGS and served else _RED
         yield finding.word, colour, printable(name_users(finding.detail))
         yield "  mend", "", printable(finding.mend)
 
 
-def _until(result: Result) -> str:
-    if result.expires is None:
-        return "" if result.is_asked else "(no handshake)"
-    day = time.strftime("%Y-%m-%d", time.gmtime(result.expires))
-    return f"certificate until {day}"
+def _more(result: Result) -> str:
+    told = ["handed over"] if result.is_handed_over else []
+    if not result.is_asked:
+        return " ".join([*told, "(no handshake)"])
+    if result.expires is not None:
+        day = time.strftime("%Y-%m-%d", time.gmtime(result.expires))
+        told.append(f"certificate until {day}")
+    return ", ".join(told)
 
 
 def name_users(text: str) -> str:

@@ -38,6 +38,7 @@ class View(NamedTuple):
         chroot: Whether the hosts directory is to be the root directory.
         hashed: Whether directories are named by hashes.
         check_owner: Whether the daemon checks who listens.
+        hands_over: Whether it hands clients over.
     """
 
     hosts: str | None
@@ -46,6 +47,7 @@ class View(NamedTuple):
     chroot: bool
     hashed: bool
     check_owner: bool
+    hands_over: bool = False
 
     def enter(self, names: Sequence[str] = ()) -> Listing:
         """Look that way from now on, with no way back.
@@ -89,8 +91,17 @@ class View(NamedTuple):
                 os.close(directory)
 
 
-def view_of_process(process: int) -> tuple[privileges.Identity, bool, bool]:
-    """Return as whom a daemon runs, whether its names are hashes, and whether it checks owners.
+class Seen(NamedTuple):
+    """As whom a daemon runs, and its options, as in `View`."""
+
+    identity: privileges.Identity
+    hashed: bool
+    check_owner: bool
+    hands_over: bool
+
+
+def view_of_process(process: int) -> Seen:
+    """Return how a daemon looks at hosts.
 
     Raises:
         UsageError: there is no such process, or it is no sniproxy.
@@ -103,8 +114,12 @@ def view_of_process(process: int) -> tuple[privileges.Identity, bool, bool]:
     fields = dict(line.split(":", 1) for line in status.splitlines())
     uid, gid = int(fields["Uid"].split()[1]), int(fields["Gid"].split()[1])
     groups = [int(each) for each in fields["Groups"].split()]
-    identity = privileges.Identity(uid, gid, groups)
-    return identity, b"--hashed" in arguments, b"--no-owner-check" not in arguments
+    return Seen(
+        privileges.Identity(uid, gid, groups),
+        hashed=b"--hashed" in arguments,
+        check_owner=b"--no-owner-check" not in arguments,
+        hands_over=b"--handoff" in arguments,
+    )
 
 
 def may(identity: privileges.Identity, path: str, status: os.stat_result, right: int) -> bool:

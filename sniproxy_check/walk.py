@@ -12,10 +12,11 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from sniproxy.explain import Cause, Entry, Fault, Way, explain, go
 from sniproxy.hosts import (
+    HAND_OVER,
     HOLD_SECONDS,
     MOST_HOLD_SECONDS,
     HostError,
@@ -27,9 +28,13 @@ from sniproxy.hosts import (
 )
 from sniproxy.service.privileges import Identity
 from sniproxy_check import entries, view
+from sniproxy_check.client import Clients
+from sniproxy_check.entries import HANDOFF_SOCKET, TLS_SOCKET
 from sniproxy_check.finding import CheckReason, Finding, Result, one_line
 from sniproxy_check.handshake import Answer, probe
 from sniproxy_hostname import Hostname
+
+T = TypeVar("T")
 
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid; unix(7)
 
@@ -54,6 +59,14 @@ _MEND_ANSWER: Final = {
     Answer.CERTIFICATE_EXPIRES_SOON: "# renew the certificate for {name}, and reload the backend",
 }
 
+# And where the backend is at `handoff-socket`.
+_MEND_DIRECT: Final = _MEND_ANSWER | {
+    Answer.CLOSES_AT_ONCE: "# look into its log; if it takes no descriptors it is for tls-socket",
+    Answer.SILENT: "# look whether it hangs; if it takes no descriptors it is for tls-socket",
+    Answer.SPEAKS_PLAIN_HTTP: "# have the backend speak TLS there",
+    Answer.WANTS_PROXY_HEADER: "# have the backend expect no header there: it sees the client",
+}
+
 
 class Walk:
     """Looks hosts up, in the working directory.
@@ -62,6 +75,7 @@ class Walk:
         directory_name: what the directory of a host is called.
         hashed: whether that is a hash.
         check_owner: whether listeners have to belong to the owner of the directory.
+        hands_over: whether `handoff-socket` counts.
         identity: the user of the daemon, if we are somebody else and could not become that one.
         user: whom rights are to be given to, for the commands that mend.
         chroot: whether absolute links lead elsewhere for the daemon, and we are not in its root.
@@ -75,6 +89,7 @@ class Walk:
         *,
         hashed: bool,
         check_owner: bool,
+        hands_over: bool = False,
         identity: Identity | None,
         user: str,
         chroot: bool,
@@ -88,8 +103,11 @@ class Walk:
         self._user = user
         self._chroot = chroot
         self._seconds = seconds
+        self._hands_over = hands_over
         # The entries themselves are looked up, so that hashes can be, too.
-        self._hosts = HostsDirectory(str, check_owner=check_owner)
+        self._hosts = HostsDirectory(str, check_owner=check_owner, hands_over=hands_over)
+        # The same, where nobody can be handed over: what `tls-socket` is like by itself.
+        self._relayed = HostsDirectory(str, check_owner=check_owner)
 
     def look_named(self, name: Hostname) -> Result:
         """Look at a host that was named, and shake hands with its backend."""
@@ -116,11 +134,12 @@ class Walk:
             return Result(entry, name, findings=(wrong,))
         if name is None and not self._hashed:
             name = entry
-        findings = entries.check_files(entry, *self._listing.files_of(entry))
+        files, sockets = self._listing.files_of(entry)
+        findings = entries.check_files(entry, files, sockets, hands_over=self._hands_over)
         unclear = self._find_unclear_hold(entry)
         links = self._find_absolute_links(entry)
         try:
-            backend, proxy, owner, served_by = self._connect(entry)
+            backend, proxy, owner, served_by = _patiently(lambda: self._connect(entry))
         except HostError as error:
             fault = explain(self._hosts, error)
             failed = self._show(entry, fault, error)
@@ -129,55 +148,140 @@ class Walk:
             if is_missing and findings:
                 failed = failed._replace(mend="# the command above mends this, too")
             found = [*findings, failed] if is_missing else [failed, *findings]
+            if is_missing:
+                found = [*self._find_idle_handoff(entry), *found]
+            found += self._find_other(error.entry, error.path, fault.owner, error)
             return Result(entry, name, fault.owner, findings=(*links, *found, *unclear))
+        is_direct = proxy == HAND_OVER
+        path = HANDOFF_SOCKET if is_direct else TLS_SOCKET
         with backend:
             pid, uid, _ = _UCRED.unpack(
                 backend.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             )
-        findings = [*links, *self._find_barred(entry, owner), *findings, *unclear]
-        if not handshake or name is None or name.startswith("_"):
-            return Result(served_by, name, owner, (pid, uid), findings=tuple(findings))
-        asked, expires = self._shake_hands(entry, name, proxy)
-        findings += asked
+        barred = self._find_barred(entry, path, owner)
+        other = self._find_other(served_by, path, owner)
+        if barred and is_direct and not other and os.path.lexists(f"{served_by}/{TLS_SOCKET}"):
+            barred = [_of_one(barred[0], HANDOFF_SOCKET)]
+        findings = [*links, *barred, *findings, *other, *unclear]
         fixed = served_by, name, owner, (pid, uid)
-        return Result(*fixed, is_asked=True, expires=expires, findings=tuple(findings))
+        result = Result(
+            *fixed,
+            is_handed_over=is_direct,
+            has_idle_handoff=bool(self._find_idle_handoff(served_by)),
+            findings=tuple(findings),
+        )
+        if not handshake or name is None or name.startswith("_"):
+            return result
+        return self._ask(result, entry, name, proxy)
 
     def _connect(self, entry: str) -> tuple[socket.socket, int, int, str]:
-        """Connect as the daemon does; wait for a place in a backlog that is full.
+        """Connect as the daemon does.
 
         Raises:
             HostError: there is no backend to be had.
         """
-        for left in reversed(range(_TRIES)):
-            try:
-                if os.path.lexists(entry):
-                    backend, proxy, _, owner, served_by = self._hosts.connect_entry(entry)
-                else:  # it may be one of those that are served all the same
-                    backend, proxy, _, owner, served_by = self._hosts.connect(_as_host(entry))
-            except HostError as error:
-                if error.reason is not HostReason.BACKEND_BUSY or not left:
-                    raise
-                time.sleep(_PAUSE)
-            else:
-                return socket.socket(fileno=backend.detach()), proxy, owner, served_by
-        raise AssertionError("the last look ends in one way or the other")
+        if os.path.lexists(entry):
+            backend, proxy, _, owner, served_by = self._hosts.connect_entry(entry)
+        else:  # it may be one of those that are served all the same
+            backend, proxy, _, owner, served_by = self._hosts.connect(_as_host(entry))
+        return socket.socket(fileno=backend.detach()), proxy, owner, served_by
 
-    def _shake_hands(self, entry: str, name: str, proxy: int) -> tuple[list[Finding], float | None]:
+    def _find_idle_handoff(self, entry: str) -> list[Finding]:
+        """Say if there is a socket for handing over that the daemon does not look for."""
+        path = f"{entry}/{HANDOFF_SOCKET}"
+        if self._hands_over or not os.path.lexists(path):
+            return []
+        detail = f"{path} does nothing: the daemon is started without --handoff"
+        return [Finding(CheckReason.HANDOFF_IS_OFF, detail, "# start the daemon with --handoff")]
+
+    def _find_other(
+        self, entry: str, used: str, owner: int | None, error: HostError | None = None
+    ) -> list[Finding]:
+        """Say what is wrong with the other one of a host's two sockets, if it has both.
+
+        Args:
+            entry: that of the host.
+            used: the one that the lookup ended at.
+            owner: of its directory.
+            error: why there is no backend, if that is so.
+        """
+        is_of_socket = error is None or (
+            # A directory that others may write in is wrong for both.
+            error.step in (Step.SOCKET, Step.OWNER)
+            and error.reason is not HostReason.WRITABLE_BY_OTHERS
+        )
+        if not self._hands_over or not is_of_socket:
+            return []
+        other = TLS_SOCKET if used == HANDOFF_SOCKET else HANDOFF_SOCKET
+        if not os.path.lexists(f"{entry}/{other}"):
+            return []
+        try:
+            _patiently(lambda: self._try(entry, other))
+        except HostError as failure:
+            found = [self._show(entry, explain(self._hosts, failure), failure)]
+        else:
+            found = self._find_barred(entry, other, owner)
+        return [_of_one(each, other) for each in found]
+
+    def _try(self, entry: str, path: str) -> None:
+        """Connect to one of a host's sockets, as the daemon does if the other one is of no use.
+
+        Raises:
+            HostError: what is wrong with it.
+        """
+        if path == HANDOFF_SOCKET:
+            self._hosts.try_handoff(entry)
+        else:
+            self._relayed.connect_entry(entry)[0].close()
+
+    def _ask(self, result: Result, entry: str, name: str, proxy: int) -> Result:
+        """Ask a backend that was reached for a handshake."""
+        if proxy != HAND_OVER:
+            asked, expires = self._shake_hands(entry, name, proxy)
+        else:
+            try:
+                clients = Clients(self._seconds)
+            except OSError as error:
+                why = f"no handshakes with whom clients are handed over to: {error.strerror}"
+                return result._replace(unasked=f"{why}, for TCP over loopback")
+            try:
+                asked, expires = self._shake_hands(entry, name, 0, clients)
+            finally:
+                clients.close()
+        findings = (*result.findings, *asked)
+        return result._replace(is_asked=True, expires=expires, findings=findings)
+
+    def _shake_hands(
+        self, entry: str, name: str, proxy: int, clients: Clients | None = None
+    ) -> tuple[list[Finding], float | None]:
+        """Shake hands; with `clients`, over connections that the backend is given."""
+
         def connect() -> socket.socket:
-            return self._connect(entry)[0]
+            return _patiently(lambda: self._connect(entry))[0]
+
+        def give(_: socket.socket) -> None:
+            assert clients is not None
+            found = _patiently(lambda: self._connect(entry))
+            clients.give(found[0], found[2])
 
         try:
-            said = probe(connect, name, proxy=proxy, seconds=self._seconds)
+            if clients is None:
+                said = probe(connect, name, proxy=proxy, seconds=self._seconds)
+            else:
+                here = clients.connect
+                said = probe(here, name, proxy=proxy, seconds=self._seconds, on_hello=give)
         except HostError as error:
             fault = explain(self._hosts, error)
             return [self._show(entry, fault, error)], None
         except OSError as error:
-            detail = f"the connection to {entry}/tls-socket failed: {error.strerror}"
+            path = TLS_SOCKET if clients is None else HANDOFF_SOCKET
+            detail = f"the connection to {entry}/{path} failed: {error.strerror or error}"
             mend = _MEND_ANSWER[Answer.CLOSES_AT_ONCE]
             return [Finding(HostReason.BACKEND_FAILED, detail, mend)], None
         if said.answer is Answer.SPEAKS_TLS:
             return [], said.expires
-        mend = _MEND_ANSWER[said.answer].format(
+        mends = _MEND_ANSWER if clients is None else _MEND_DIRECT
+        mend = mends[said.answer].format(
             place=shlex.quote(entry), name=name, sent=proxy, wanted=said.wants
         )
         return [Finding(said.answer, said.detail, mend)], said.expires
@@ -214,21 +318,23 @@ class Walk:
         """Say which links lead elsewhere in the daemon's root directory, if that is not ours."""
         if not self._chroot:
             return []
+        sockets = (HANDOFF_SOCKET, TLS_SOCKET) if self._hands_over else (TLS_SOCKET,)
+        links = [link for each in sockets for link in go(f"{entry}/{each}").links]
         return [
             Finding(
                 CheckReason.ABSOLUTE_IN_CHROOT,
                 f"{path} -> {target}: with --chroot that is {target} in the hosts directory",
                 f"ln -sfn RELATIVE_PATH {shlex.quote(path)}",
             )
-            for path, target in go(f"{entry}/tls-socket").links
+            for path, target in dict.fromkeys(links)  # those that lead to the directory once
             if target.startswith("/")
         ]
 
-    def _find_barred(self, entry: str, owner: int) -> list[Finding]:
+    def _find_barred(self, entry: str, path: str, owner: int | None) -> list[Finding]:
         """Say what bars the daemon's user, as far as modes tell, from where we have been."""
         if self._identity is None:
             return []
-        way = go(f"{entry}/tls-socket")
+        way = go(f"{entry}/{path}")
         for each in way.directories:
             if not view.may(self._identity, each.path, each.status, view.SEARCH):
                 return [self._barred(way, each, "searched", owner)]
@@ -237,7 +343,7 @@ class Walk:
             return [self._barred(way, last, "written", owner)]
         return []
 
-    def _barred(self, way: Way, barred: Entry, done: str, owner: int) -> Finding:
+    def _barred(self, way: Way, barred: Entry, done: str, owner: int | None) -> Finding:
         detail = f"socket: {way}: {barred} may not be {done} by {self._user}, by its mode"
         is_meant = barred.status.st_uid == owner
         return Finding(HostReason.PERMISSION_DENIED, detail, self._grant(barred, is_meant=is_meant))
@@ -270,7 +376,7 @@ class Walk:
 
     def _mend(self, entry: str, fault: Fault, error: HostError) -> str:
         place = shlex.quote(entry)
-        path = f"{place}/tls-socket"
+        path = f"{place}/{error.path}"
         links = [link for link, _ in fault.way.links] if fault.way is not None else []
         if fault.step is Step.HOSTS:
             return f"setfacl --modify user:{self._user}:x ."
@@ -294,7 +400,7 @@ class Walk:
             if links:
                 return f"ln -sfn DIRECTORY {place}"
             return f"rm {place} && mkdir {place}"
-        if os.path.islink(f"{entry}/tls-socket"):
+        if os.path.islink(f"{entry}/{error.path}"):
             if fault.cause is Cause.NOBODY_LISTENS:
                 return "# start the backend, which is to listen there"
             return f"ln -sfn SOCKET {path}"
@@ -324,6 +430,30 @@ class Walk:
     def close(self) -> None:
         """Close the hosts directory."""
         self._hosts.close()
+        self._relayed.close()
+
+
+def _patiently(look: Callable[[], T]) -> T:
+    """Return what a look gives; wait for a place in a backlog that is full.
+
+    Raises:
+        HostError: there is no backend to be had.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            return look()
+        except HostError as error:
+            if error.reason is not HostReason.BACKEND_BUSY or not left:
+                raise
+            time.sleep(_PAUSE)
+    raise AssertionError("the last look ends in one way or the other")
+
+
+def _of_one(finding: Finding, path: str) -> Finding:
+    """Return what is wrong with one of two sockets, as it matters while the other serves."""
+    word = CheckReason.NOT_HANDED_OVER if path == HANDOFF_SOCKET else CheckReason.NOT_RELAYED
+    detail = f"{path} can't be used ({finding.word}): {finding.detail}"
+    return finding._replace(word=word, detail=detail)
 
 
 def find_shared(results: Sequence[Result]) -> dict[str, Finding]:

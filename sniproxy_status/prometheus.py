@@ -21,6 +21,8 @@ _BOUNDS: Final = range(4, _BUCKETS, 2)
 
 _PREFIX: Final = "sniproxy"
 
+_HANDED_OVER: Final = "Of those served, those that backends have got themselves."
+
 Labels = Mapping[str, str]
 Sample = tuple[str, Labels, float]  # what is behind the metric's name, its labels, and its value
 
@@ -50,6 +52,10 @@ def show(report: Report, path: str, most_hosts: int = MOST_HOSTS) -> Iterator[st
         yield from _metric("connections_served_total", "counter", "Connections served so far.", [
             ("", here, total.served)
         ])  # fmt: skip
+        if report.hands_over:
+            yield from _metric("connections_handed_over_total", "counter", _HANDED_OVER, [
+                ("", here, total.handed_over)
+            ])  # fmt: skip
         yield from _metric("connections_refused_total", "counter", "Clients refused so far.", [
             ("", here | {"reason": reason}, count)
             for reason, count in sorted(total.reasons.items())
@@ -75,6 +81,10 @@ def _show_hosts(report: Report, here: dict[str, str], most_hosts: int) -> Iterat
     yield from _metric("host_connections_served_total", "counter", "Those served so far.", [
         ("", of[host.host], host.served) for host in hosts
     ])  # fmt: skip
+    if report.hands_over:
+        yield from _metric("host_connections_handed_over_total", "counter", _HANDED_OVER, [
+            ("", of[host.host], host.handed_over) for host in hosts
+        ])  # fmt: skip
     yield from _metric("host_connections_refused_total", "counter", "Those refused so far.", [
         ("", of[host.host] | {"reason": reason}, count)
         for host in hosts

@@ -84,6 +84,7 @@ class Counts:
 
     Attributes:
         open, served, refused: Connections.
+        handed_over: Of those that were served, those that the backend has got itself.
         up, down: Bytes from clients, and to them.
         reasons: How often clients were refused for each.
     """
@@ -91,6 +92,7 @@ class Counts:
     open: int = 0
     served: int = 0
     refused: int = 0
+    handed_over: int = 0
     up: int = 0
     down: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
@@ -100,6 +102,8 @@ class Counts:
         self.open += _count(told["open"])
         self.served += _count(told["served"])
         self.refused += _count(told["refused"])
+        # Not told by who hands nothing over.
+        self.handed_over += _count(told.get("handed_over", 0))
         self.up += _count(told["up"])
         self.down += _count(told["down"])
         for reason, count in told["reasons"].items():
@@ -165,6 +169,7 @@ class Report:
         total: Of all hosts; None for who hears of their own hosts alone.
         latencies: By what was timed.
         hosts: By name.
+        hands_over: Whether backends can get connections themselves, as far as that is known.
     """
 
     program: str = ""
@@ -173,6 +178,7 @@ class Report:
     total: Counts | None = None
     latencies: dict[str, Latency] = field(default_factory=dict)
     hosts: dict[str, Host] = field(default_factory=dict)
+    hands_over: bool = False
 
     def uptime(self) -> float:
         """Return the seconds for which something was counted."""
@@ -192,6 +198,7 @@ class Report:
                 if len(self.hosts) >= _MOST_HOSTS:
                     raise ValueError(f"there are more than {_MOST_HOSTS} hosts")
                 self.hosts.setdefault(name, Host(host=name)).add(told)
+                self.hands_over |= "handed_over" in told
             case kind:
                 raise ValueError(f"unknown kind {kind!a}")
 
@@ -204,6 +211,7 @@ class Report:
             if self.total is None:
                 self.total = Counts()
             self.total.add(told)
+            self.hands_over |= "handed_over" in told
             for kind, each in told["seconds"].items():
                 self.latencies.setdefault(_word(kind, _KIND), Latency()).add(each)
 

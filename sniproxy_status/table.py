@@ -14,6 +14,7 @@ _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _WIDEST_NAME: Final = 40
 
 _HEADINGS: Final = ("open", "served", "refused", "up", "down")
+_HANDED_OVER: Final = "handed over"
 
 
 def show(
@@ -65,8 +66,9 @@ def show(
 
 
 def _show_total(total: Counts, before: Counts | None, seconds: float) -> Iterator[str]:
+    handed_over = f" ({total.handed_over} handed over)" if total.handed_over else ""
     line = (
-        f"{total.open} open, {total.served} served, {total.refused} refused, "
+        f"{total.open} open, {total.served} served{handed_over}, {total.refused} refused, "
         f"{show_bytes(total.up)} up, {show_bytes(total.down)} down"
     )
     if before is not None:
@@ -99,6 +101,9 @@ def _show_hosts(
     names = [printable(host.host) for host in hosts]
     width = max(min(max(map(len, names), default=0), _WIDEST_NAME), len("host"))
     heading = f"{'host':<{width}}" + "".join(f"  {each:>9}" for each in _HEADINGS)
+    hands_over = any(host.handed_over for host in hosts)
+    if hands_over:
+        heading += f"  {_HANDED_OVER}"
     if before is not None:
         heading += f"  {'per sec.':>9}"
     yield bold(f"{heading}  last refusal")
@@ -107,6 +112,8 @@ def _show_hosts(
             str(host.open), str(host.served), str(host.refused),
             show_bytes(host.up), show_bytes(host.down),
         ]  # fmt: skip
+        if hands_over:
+            cells.append(f"{host.handed_over:>{len(_HANDED_OVER)}}")
         if before is not None:
             known = before.hosts.get(host.host)
             new = host.served - known.served if known is not None else host.served

@@ -378,7 +378,7 @@ def test_files_and_directories(shell: str, tmp_path: Path) -> None:
 def test_within_a_longer_line(shell: str, tmp_path: Path) -> None:
     with shell_to_type_into(shell, tmp_path, tmp_path) as typing:
         for words, expected in {
-            "true; LANG=C sniproxy-check --hand\t": ["--handshake"],
+            "true; LANG=C sniproxy-check --hands\t": ["--handshake"],
             "sniproxy --log=c\t": ["--log=connections"],
             "sniproxy --log-format=j\t --hash\t": ["--log-format=json", "--hashed"],
             f"{tmp_path}/bin/sniproxy --hash\t": ["--hashed"],

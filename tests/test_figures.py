@@ -25,6 +25,29 @@ def test_a_connection_is_counted_in_and_out(counted: Figures) -> None:
     assert counted.moved() == (11, 201)
 
 
+def test_who_is_handed_over_is_served_too(counted: Figures) -> None:
+    assert "handed_over" not in counted.show()
+    counted.served("a.example", 1000)
+    host = counted.hand_over("a.example", 1000)
+    assert (host.served, host.handed_over) == (2, 1)
+    host.left(0, 0, "finished")
+    assert not host.is_idle()  # the other one is open
+    # In all it stays counted, whoever has the host now.
+    assert counted.hand_over("a.example", 2000).handed_over == 1
+    assert counted.show()["handed_over"] == 2
+
+
+def test_another_process_goes_on_counting_who_was_handed_over(counted: Figures) -> None:
+    counted.hand_over("a.example", 1000).left(0, 0, "finished")
+    after = Figures(("lookup",))
+    after.handed_over = 0
+    after.add(counted.tell())
+    assert (after.handed_over, after.hosts["a.example"].handed_over) == (1, 1)
+    # Who hands nothing over has nothing to tell.
+    after.add(Figures(("lookup",)).tell())
+    assert after.handed_over == 1
+
+
 def test_the_last_twenty_refusals_of_a_host_are_kept(counted: Figures) -> None:
     for number in range(25):
         counted.refused_at("a.example", 1000, "no_socket", f"192.0.2.{number}:1", "why" * 200)

@@ -50,6 +50,13 @@ def refuse(daemon: Daemon, name: str) -> None:
         assert client.recv(7)[:1] == b"\x15"
 
 
+def take(listening: socket.socket) -> socket.socket:
+    """Return the client's connection that a backend is given."""
+    with listening.accept()[0] as given:
+        _, [descriptor], _, _ = socket.recv_fds(given, 1, 1)
+    return socket.socket(fileno=descriptor)
+
+
 def serve(daemon: Daemon, listening: socket.socket, name: str, answer: bytes) -> None:
     """Have a client served, to the end."""
     with ask(daemon, name) as client:
@@ -118,6 +125,29 @@ def test_with_a_proxy_header_and_lines_for_connections_the_same_is_counted(
         eventually(lambda: total(read_status(path), "open") == 0)
         for host in hosts_in(read_status(path)).values():
             assert (host["open"], host["served"], host["down"]) == (0, 1, 4)
+
+
+def test_whom_backends_have_got_themselves_is_told(hosts: Path, path: Path) -> None:
+    with (
+        start_daemon(hosts, "--handoff", "--status-socket", str(path)) as daemon,
+        listen_unix(host_directory(hosts, "a.example") / "handoff-socket") as listening,
+    ):
+        assert total(read_status(path), "handed_over") == 0
+        with ask(daemon, "a.example") as client, take(listening) as backend:
+            backend.sendall(b"four")
+            assert client.recv(4) == b"four"
+            eventually(lambda: total(read_status(path), "open") == 0)
+        with listen_unix(hosts / "a.example" / "relayed") as relaying:
+            (hosts / "a.example" / "relayed").rename(hosts / "a.example" / "tls-socket")
+            (hosts / "a.example" / "handoff-socket").unlink()
+            serve(daemon, relaying, "a.example", b"four")
+        eventually(lambda: total(read_status(path), "open") == 0)
+        lines = read_status(path)
+        assert (total(lines, "served"), total(lines, "handed_over")) == (2, 1)
+        host = hosts_in(lines)["a.example"]
+        assert (host["open"], host["served"], host["handed_over"]) == (0, 2, 1)
+        # What is moved without us is not known.
+        assert (host["up"], host["down"]) == (len(hello("a.example")), 4)
 
 
 def test_a_backend_that_dislikes_the_header_is_told_of(

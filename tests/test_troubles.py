@@ -20,6 +20,7 @@ from mutual_tls.dial import DialReason
 from mutual_tls.end import TLSReason
 from sniproxy.hosts import HostReason, HostsState
 from sniproxy.session import _ENDINGS as ENDINGS
+from sniproxy.session import _HANDED_OVER as HANDED_OVER
 from sniproxy.wire import Reason
 from sniproxy_check.finding import CheckReason
 from sniproxy_check.handshake import Answer
@@ -73,7 +74,7 @@ REASONS_OF: Final[dict[str, AbstractSet[str]]] = {
 _ENDINGS_OF_TLS: Final = set(mutual_tls.relay.Ending)
 
 ENDINGS_OF: Final[dict[str, AbstractSet[str]]] = {
-    "sniproxy": set(ENDINGS.values()),
+    "sniproxy": {*ENDINGS.values(), HANDED_OVER},
     "tls-bridge": _ENDINGS_OF_TLS,
     "tls-bridge-peer": _ENDINGS_OF_TLS,
     "tls-tproxy": _ENDINGS_OF_TLS,
@@ -287,7 +288,7 @@ OURS: Final = {
 
 # Files of the directories that the programs look into, from their pages of chapter 5.
 FILES: Final = re.compile(
-    r"(?:^|/)(?:tls-socket|send-proxy-v[12]|pod/|wrap/|hosts/|peers/|allow/|rules\.d|clients|"
+    r"(?:^|/)(?:(?:tls|handoff)-socket|send-proxy-v[12]|pod/|wrap/|hosts/|peers/|allow/|rules\.d|clients|"
     r"identity|servers|(?:cert|key|ca)\.pem)"
 )
 

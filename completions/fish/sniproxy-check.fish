@@ -3,6 +3,7 @@ complete -c sniproxy-check -f
 complete -c sniproxy-check -s C -xa '(__fish_complete_directories)' -d 'the hosts directory'
 complete -c sniproxy-check -l as -xa '(__fish_complete_users)' -d 'look as that user does, whom the daemon runs as (by anybody but root: work out from modes what that user may do)'
 complete -c sniproxy-check -l chroot -d 'the daemon is started with --chroot'
+complete -c sniproxy-check -l handoff -d 'the daemon is started with --handoff'
 complete -c sniproxy-check -l handshake -d 'ask all hosts for a TLS handshake'
 complete -c sniproxy-check -l hashed -d 'the daemon is started with --hashed'
 complete -c sniproxy-check -l json -d 'tell it as JSON'

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-# Hosts that have figures of their own; one of 600 bytes at the most, so 40 MB.
+# Hosts that have figures of their own; one of 640 bytes at the most, so 40 MB.
 _MOST_HOSTS: Final = 1 << 16
 
 # Hosts of which refusals are kept, and how many of each: 20 of 400 bytes of 2,048 hosts are 16 MB.
@@ -72,7 +72,7 @@ class Event(NamedTuple):
 
 
 # What is counted for a host.
-_COUNTS: Final = ("served", "ended", "refused", "up", "down")
+_COUNTS: Final = ("served", "ended", "refused", "handed_over", "up", "down")
 
 
 class HostFigures:
@@ -82,6 +82,7 @@ class HostFigures:
         host: Its name.
         owner: The uid of whom it belongs to; None if that is not known.
         served, ended, refused: Connections.
+        handed_over: Of those that were served, those that the backend has got itself.
         up, down: Bytes from clients, and to them, of connections that have ended.
         reasons: How often each was refused for; none if it never was.
         last: The last things that went wrong.
@@ -90,6 +91,7 @@ class HostFigures:
     __slots__ = (
         "down",
         "ended",
+        "handed_over",
         "host",
         "last",
         "on_left",
@@ -103,7 +105,7 @@ class HostFigures:
     def __init__(self, host: str, owner: int | None, on_left: Callable[[], None]) -> None:
         self.host = host
         self.owner = owner
-        self.served = self.ended = self.refused = 0
+        self.served = self.ended = self.refused = self.handed_over = 0
         self.up = self.down = 0
         self.reasons: dict[str, int] | None = None
         self.last: deque[Event] | None = None
@@ -145,6 +147,7 @@ class Figures:
 
     Attributes:
         on_left: Called when a connection has ended that was counted for a host.
+        handed_over: Connections that backends have got themselves; None where none can be.
         hosts: By name; the longest known first.
         reasons: How often clients were refused for each.
         latencies: By kind.
@@ -152,6 +155,7 @@ class Figures:
 
     def __init__(self, kinds: tuple[str, ...]) -> None:
         self.on_left: Callable[[], None] = lambda: None
+        self.handed_over: int | None = None
         self._began = time.monotonic()
         self.hosts: dict[str, HostFigures] = {}
         self._refused: dict[str, None] = {}  # hosts of which refusals are kept, the latest last
@@ -170,12 +174,15 @@ class Figures:
             "reasons": self.reasons,
             "latencies": latencies,
             "moved": [self._up, self._down],
+            "handed_over": self.handed_over,
         }
 
     def add(self, told: dict[str, Any]) -> None:
         """Add what another process has counted."""
         self._up += told["moved"][0]
         self._down += told["moved"][1]
+        if told["handed_over"] is not None:
+            self.handed_over = (self.handed_over or 0) + told["handed_over"]
         for reason, count in told["reasons"].items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
         for kind, (seconds, buckets) in told["latencies"].items():
@@ -197,7 +204,10 @@ class Figures:
     def show(self) -> dict[str, Any]:
         """Return what is told of all hosts together."""
         latencies = {kind: each.show() for kind, each in self.latencies.items()}
-        return {"reasons": self.reasons, "seconds": latencies}
+        shown: dict[str, Any] = {"reasons": self.reasons, "seconds": latencies}
+        if self.handed_over is not None:
+            shown["handed_over"] = self.handed_over
+        return shown
 
     def served(self, host: str, owner: int | None) -> HostFigures:
         """Count a connection that is served from now on; its end is to be told to what is returned.
@@ -209,6 +219,18 @@ class Figures:
         """
         figures = self._find(host, owner)
         figures.served += 1
+        return figures
+
+    def hand_over(self, host: str, owner: int | None) -> HostFigures:
+        """Count a connection that its backend has got itself, and that has ended for us.
+
+        Args:
+            host: whose, as for `served`; and so is what is returned.
+            owner: likewise.
+        """
+        figures = self.served(host, owner)
+        figures.handed_over += 1
+        self.handed_over = (self.handed_over or 0) + 1
         return figures
 
     def moved(self) -> tuple[int, int]:

@@ -290,7 +290,7 @@ class StatusSocket:
 
 def _show_host(figures: HostFigures, moved: tuple[int, int] | None) -> dict[str, Any]:
     up, down = moved or (figures.up, figures.down)
-    return {
+    shown: dict[str, Any] = {
         "kind": "host",
         "host": figures.host,
         "owner": figures.owner,
@@ -302,6 +302,9 @@ def _show_host(figures: HostFigures, moved: tuple[int, int] | None) -> dict[str,
         "reasons": figures.reasons or {},
         "last": [each._asdict() for each in figures.last or ()],
     }
+    if figures.handed_over:  # most programs hand nothing over
+        shown["handed_over"] = figures.handed_over
+    return shown
 
 
 def _encode(lines: list[dict[str, Any]]) -> bytes:

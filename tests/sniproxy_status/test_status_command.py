@@ -136,6 +136,7 @@ def test_what_is_unknown_is_left_alone(tmp_path: Path) -> None:
         ([END], "no process has spoken"),
         ([process(up=-1), END], "no count"),
         ([process(up=1.5), END], "no count"),
+        ([process(), host("a.example", handed_over=-1), END], "no count"),
         ([process(up=1 << 63), END], "no count"),
         ([process(uptime="x"), END], "no time"),
         ([process(program="\x1b[2J"), END], "no word"),
@@ -243,6 +244,52 @@ def test_a_table(tmp_path: Path) -> None:
     ]
 
 
+def test_those_who_were_handed_over(tmp_path: Path) -> None:
+    report = told(
+        tmp_path,
+        process(1, handed_over=2),
+        host("a.example", handed_over=2),
+        process(2, handed_over=1),
+        host("a.example", handed_over=1),
+        host("b.example"),
+    )
+    lines = list(table.show(report, now=0, with_refusals=False, before=report))
+    assert lines[1].startswith("2 open, 10 served (3 handed over), 6 refused, ")
+    heading, a, b = lines[-3:]
+    column = slice(*re.search("handed over", heading).span())  # type: ignore[union-attr]
+    assert [line[column].strip() for line in (a, b)] == ["3", "0"]
+    assert [line.split()[-1] for line in (a, b)] == ["0.0", "0.0"]
+    found = families(report)
+    [all_of_them] = found["sniproxy_connections_handed_over"].samples
+    assert all_of_them.value == 3
+    of_hosts = found["sniproxy_host_connections_handed_over"].samples
+    assert {each.labels["host"]: each.value for each in of_hosts} == {
+        "a.example": 3,
+        "b.example": 0,
+    }
+
+
+def test_who_hands_over_says_so_before_the_first_one(tmp_path: Path) -> None:
+    """A time series that begins late is a rise that nobody sees."""
+    report = told(tmp_path, process(handed_over=0), host("a.example"))
+    assert not any("handed" in line for line in table.show(report, now=0, with_refusals=False))
+    found = families(report)
+    assert [each.value for each in found["sniproxy_connections_handed_over"].samples] == [0]
+    assert [each.value for each in found["sniproxy_host_connections_handed_over"].samples] == [0]
+
+
+def test_who_hands_nothing_over_says_nothing_of_it(tmp_path: Path) -> None:
+    report = told(tmp_path, process(), host("a.example"))
+    shown = [*table.show(report, now=0, with_refusals=False), *prometheus.show(report, "/run/s")]
+    assert not any("handed" in line for line in shown)
+
+
+def test_who_hears_of_their_own_hosts_hears_of_those_handed_over(tmp_path: Path) -> None:
+    report = told(tmp_path, process(sees="own"), host("a.example", handed_over=4))
+    shown = "\n".join(table.show(report, now=0, with_refusals=False))
+    assert re.search(r"handed over .*\na\.example .* 4$", shown)
+
+
 def test_what_happens_in_a_second(tmp_path: Path) -> None:
     before = told(tmp_path, process(), host("a.example"))
     (tmp_path / "status").unlink()
@@ -341,8 +388,9 @@ def test_the_dashboard_asks_for_what_there_is(tmp_path: Path) -> None:
     dashboard = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
     report = told(
         tmp_path,
-        process(seconds={"lookup": {"count": 1, "sum": 1, "buckets": {"5": 1}}} | {
-            kind: {"count": 1, "sum": 1, "buckets": {"5": 1}} for kind in ("connect", "setup")
+        process(handed_over=0, seconds={
+            kind: {"count": 1, "sum": 1, "buckets": {"5": 1}}
+            for kind in ("lookup", "connect", "setup")
         }),
         host("a.example", refused=1, reasons={"no_socket": 1}),
     )  # fmt: skip
