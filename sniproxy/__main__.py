@@ -172,6 +172,10 @@ def _run(
         ) from None
     notifier = Notifier(os.environ if upgrade is None else upgrade.environment)
     drop_privileges(config)
+    if hand_over is not None:
+        with attempt("drop all capabilities"):
+            # One may have been given for that alone.
+            privileges.drop_capabilities()
     if syslogd is not None and config.chroot:
         syslogd.stay()
     try:
@@ -231,8 +235,6 @@ def _hand_over(listening: socket) -> HandOver:
             )
         with attempt("hand over connections (--handoff)"):
             hand_over = HandOver(listening)
-            # There is nothing else that a right would be needed for, unless we are root.
-            privileges.drop_capabilities()
         stack.pop_all()
     return hand_over
 

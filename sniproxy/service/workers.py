@@ -31,7 +31,10 @@ from sniproxy.service.signals import do_nothing
 
 _DRAIN: Final = b"d"
 _END: Final = b"e"
-_GIVE: Final = b"g"  # with a socket, to who takes over
+_GIVE: Final = b"g"  # with a socket, to who takes over, and the process id of that
+
+# A letter and a number.
+_LONGEST_ORDER: Final = 32
 
 # What a worker says: that it goes on, for who was to take over does not.
 _GOES_ON: Final = b"o"
@@ -90,7 +93,8 @@ class Worker:
     Attributes:
         number: Which one it is, from 1.
         drain, end: Set when it is told to.
-        on_give: Called with a socket when it is told to give all that it has.
+        on_give: Called with a socket, and who is at the other end, when it is told to give all that
+            it has.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class Worker:
         self.drain = trio.Event()
         self.end = trio.Event()
         self.on_status: Callable[[], None] = lambda: None  # the first process is asked
-        self.on_give: Callable[[socket.socket], None] = socket.socket.close
+        self.on_give: Callable[[socket.socket, int], None] = lambda way, pid: way.close()
         self._shared = shared
         self._orders = orders
         self._report_every = report_every
@@ -110,10 +114,10 @@ class Worker:
         task_status.started()
         while True:
             await trio.lowlevel.wait_readable(self._orders)
-            order, fds, _, _ = socket.recv_fds(self._orders, 1, 1)
-            if order == _GIVE:
+            order, fds, _, _ = socket.recv_fds(self._orders, _LONGEST_ORDER, 1)
+            if order.startswith(_GIVE):
                 for fd in fds:  # none if there was no descriptor left for it
-                    self.on_give(socket.socket(fileno=fd))
+                    self.on_give(socket.socket(fileno=fd), int(order.removeprefix(_GIVE)))
                 continue
             if order == _END:
                 self.end.set()
@@ -306,12 +310,12 @@ class Workers:
         """How many there are."""
         return len(self._alive)
 
-    def give(self, ways: Sequence[socket.socket]) -> None:
-        """Have each worker give all that it has, by a way of its own."""
+    def give(self, ways: Sequence[socket.socket], successor: int) -> None:
+        """Have each worker give all that it has to that process, by a way of its own."""
         self.is_giving = True
         for (_, orders, _), way in zip(list(self._alive.values()), ways, strict=True):
             with contextlib.suppress(OSError):  # it has just ended
-                socket.send_fds(orders, [_GIVE], [way.fileno()])
+                socket.send_fds(orders, [_GIVE + str(successor).encode()], [way.fileno()])
 
     def go_on(self) -> None:
         """Let nobody give any more, and replace those who have ended."""

@@ -106,7 +106,7 @@ class FirstProcess:
         except (UpgradeError, OSError) as error:
             self._give_up(way, str(error))
         else:
-            workers.give(ways)
+            workers.give(ways, way.pid)
             self._after = way
         finally:
             for each in ways + theirs:

@@ -109,11 +109,13 @@ class Door:
             sockets = [self._listener.fileno(), self._listening.fileno(), *self._fds]
             self._begin(way, HELLO, sockets)
 
-    def give(self, sock: std.socket) -> None:
-        """Give all to a copy that the first process has met."""
+    def give(self, sock: std.socket, pid: int) -> None:
+        """Give all to a copy that the first process has met, and which is process `pid`."""
         if self._giving is not None:
             return sock.close()
-        self._begin(Way(sock), READY, [])
+        way = Way(sock)
+        way.pid = pid  # the sockets were made by the first process
+        self._begin(way, READY, [])
 
     def _begin(self, way: Way, expected: Letter, sockets: list[int]) -> None:
         fixed = self._sessions, self._listener, self._facts, sockets
