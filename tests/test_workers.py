@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -573,7 +574,7 @@ def test_workers_do_not_hold_the_supervisors_socket(hosts: Path, supervisor: Sup
         replace(it.daemon, it.daemon.workers()[0])
         of_all = [sockets_of(pid) for pid in (it.daemon.process.pid, *it.daemon.workers())]
         assert len(of_all) == 3
-        assert len(of_all[0]) == 2
+        assert len(of_all[0]) == 4  # the supervisor's, and for each worker one for its orders
         # What they share is where all of them listen.
         assert len(set.intersection(*of_all)) == 1
         for sockets in of_all[1:]:
@@ -590,29 +591,31 @@ def sockets_of(pid: int) -> set[str]:
 
 @trio_test
 async def test_two_orders_at_once_are_both_heard() -> None:
-    reading, writing = os.pipe()
-    worker = Worker(SharedCounts(1), 0, reading, 1.0)
-    os.write(writing, b"de")  # drain, and end
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    worker = Worker(SharedCounts(1), 0, theirs, 1.0)
+    for order in b"d", b"e":  # drain, and end
+        ours.send(order)
     async with trio.open_nursery() as nursery:
         await nursery.start(worker.receive)
         with trio.fail_after(PATIENCE):
             await worker.drain.wait()
             await worker.end.wait()
         nursery.cancel_scope.cancel()
-    os.close(reading)
-    os.close(writing)
+    ours.close()
 
 
 @trio_test
 async def test_an_orphan_drains_and_reads_its_orders_no_more() -> None:
-    reading, writing = os.pipe()
-    worker = Worker(SharedCounts(1), 0, reading, 1.0)
-    os.close(writing)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    worker = Worker(SharedCounts(1), 0, theirs, 1.0)
+    ours.close()
     with trio.fail_after(PATIENCE):
         await worker.receive()  # it returns: an end of file is readable for ever
     assert worker.drain.is_set()
     assert not worker.end.is_set()
-    os.close(reading)
+
+
+NO_ORDERS = cast(socket.socket, None)
 
 
 @trio_test
@@ -620,7 +623,7 @@ async def test_a_worker_writes_its_own_entry_at_once_and_at_its_end() -> None:
     shared = SharedCounts(3)
     counts = Counts(1, 2, 3)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Worker(shared, 1, -1, 60.0).run, lambda: counts)
+        nursery.start_soon(Worker(shared, 1, NO_ORDERS, 60.0).run, lambda: counts)
         await trio.testing.wait_all_tasks_blocked()
         assert [shared.has_entry(index) for index in range(3)] == [False, True, False]
         assert shared.read(1)[0] == counts

@@ -112,18 +112,21 @@ class Worker:
     async def receive(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Receive orders until cancelled, or until there is nobody who could give any."""
         task_status.started()
-        while True:
-            await trio.lowlevel.wait_readable(self._orders)
-            order, fds, _, _ = socket.recv_fds(self._orders, _LONGEST_ORDER, 1)
-            if order.startswith(_GIVE):
-                for fd in fds:  # none if there was no descriptor left for it
-                    self.on_give(socket.socket(fileno=fd), int(order.removeprefix(_GIVE)))
-                continue
-            if order == _END:
-                self.end.set()
-            self.drain.set()
-            if not order:
-                return
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._orders)
+                order, fds, _, _ = socket.recv_fds(self._orders, _LONGEST_ORDER, 1)
+                if order.startswith(_GIVE):
+                    for fd in fds:  # none if there was no descriptor left for it
+                        self.on_give(socket.socket(fileno=fd), int(order.removeprefix(_GIVE)))
+                    continue
+                if order == _END:
+                    self.end.set()
+                self.drain.set()
+                if not order:
+                    return
+        finally:
+            self._orders.close()
 
     def goes_on(self) -> None:
         """Say that who was to take over does not."""
@@ -194,6 +197,7 @@ class Workers:
         self._report_every = min(_REPORT_EVERY, seconds / _REPORTS_IN_WATCHDOG)
         self._check_every = min(_CHECK_EVERY, seconds / 2)
         self.is_giving = False
+        self._has_to_take = False
         self._given: list[int] = []  # indices of those who have ended meanwhile
         # pid: index, way, birth
         self._alive: dict[int, tuple[int, socket.socket, float]] = {}
