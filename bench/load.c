@@ -1,6 +1,7 @@
 /* Both ends of a benchmark: clients in front of a proxy, and the backend behind it.
  *
- *   load backend PATH PORT                 serve on the Unix socket PATH and on 127.0.0.1:PORT
+ *   load backend PATH PORT                 serve on the Unix socket PATH and on 127.0.0.1:PORT; and
+ *                                          whoever is handed over at PATH.handoff
  *   load connect PORT HELLO HOSTS AT_A_TIME COUNT
  *   load bulk PORT HELLO down|up|both STREAMS BYTES
  *   load ping PORT HELLO CONNECTIONS COUNT
@@ -30,7 +31,9 @@ enum {
 };
 
 /* What a connection is there for. The first five are the letters of commands. */
-enum role { CONNECT = 'c', DOWN = 'd', UP = 'u', BOTH = 'b', ECHO = 'e', NEW = 'n', LISTEN = 'l' };
+enum role {
+    CONNECT = 'c', DOWN = 'd', UP = 'u', BOTH = 'b', ECHO = 'e', NEW = 'n', LISTEN = 'l', TAKE = 't',
+};
 
 struct connection {
     enum role role;
@@ -39,6 +42,7 @@ struct connection {
     char *head;
     double sent_at;
     int is_unix;
+    int is_handoff; /* what is accepted there brings a client */
 };
 
 static struct connection connections[MOST_FDS];
@@ -175,15 +179,45 @@ static void serve_new(int fd, struct connection *connection)
     }
 }
 
+/* Take the client that a connection brings. */
+static void take(int fd)
+{
+    union {
+        char room[CMSG_SPACE(sizeof(int))];
+        struct cmsghdr aligned;
+    } control;
+    char byte;
+    struct iovec data = {.iov_base = &byte, .iov_len = 1};
+    struct msghdr message = {
+        .msg_iov = &data, .msg_iovlen = 1,
+        .msg_control = control.room, .msg_controllen = sizeof control.room,
+    };
+    ssize_t size = recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (size < 0 && errno == EAGAIN)
+        return;
+    struct cmsghdr *rights = size > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    close(fd);
+    if (!rights)
+        return;
+    int client;
+    memcpy(&client, CMSG_DATA(rights), sizeof client);
+    fcntl(client, F_SETFL, O_NONBLOCK);
+    enter(client, NEW);
+    watch(client, EPOLLIN);
+}
+
 static void serve(int fd, struct connection *connection)
 {
     ssize_t size;
     switch (connection->role) {
     case LISTEN:
         while ((size = accept4(fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
-            enter(size, NEW)->is_unix = connection->is_unix;
+            enter(size, connection->is_handoff ? TAKE : NEW)->is_unix = connection->is_unix;
             watch(size, EPOLLIN);
         }
+        break;
+    case TAKE:
+        take(fd);
         break;
     case NEW:
         serve_new(fd, connection);
@@ -216,19 +250,25 @@ static void serve(int fd, struct connection *connection)
     }
 }
 
-static void backend(const char *path, int port)
+static struct connection *listen_unix(const char *path, const char *suffix)
 {
     struct sockaddr_un name = {.sun_family = AF_UNIX};
-    snprintf(name.sun_path, sizeof name.sun_path, "%s", path);
-    int near = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (bind(near, (struct sockaddr *)&name, sizeof name) < 0 || listen(near, BACKLOG) < 0)
+    snprintf(name.sun_path, sizeof name.sun_path, "%s%s", path, suffix);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (bind(fd, (struct sockaddr *)&name, sizeof name) < 0 || listen(fd, BACKLOG) < 0)
         fail("listen on the Unix socket");
-    chmod(path, 0777); /* some proxies go on as another user */
+    chmod(name.sun_path, 0777); /* some proxies go on as another user */
+    watch(fd, EPOLLIN);
+    return enter(fd, LISTEN);
+}
+
+static void backend(const char *path, int port)
+{
     int far = listen_on(port, SOCK_NONBLOCK | SOCK_CLOEXEC);
     set_nodelay(far);
-    enter(near, LISTEN)->is_unix = 1;
+    listen_unix(path, "")->is_unix = 1;
+    listen_unix(path, ".handoff")->is_handoff = 1;
     enter(far, LISTEN);
-    watch(near, EPOLLIN);
     watch(far, EPOLLIN);
     say_ready();
     struct epoll_event events[MOST_EVENTS];

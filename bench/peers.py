@@ -141,13 +141,16 @@ def _listens(port: int, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def _ours(setup: Setup, *options: str) -> subprocess.Popen[bytes]:
+def _ours(setup: Setup, *options: str, is_handed_over: bool = False) -> subprocess.Popen[bytes]:
     hosts = setup.directory / "hosts"
     hosts.mkdir()
     for name in setup.names:
         (hosts / name).mkdir()
         # As a backend would have bound it, there; a symbolic link would be one more to follow.
-        (hosts / name / "tls-socket").hardlink_to(setup.backend)
+        if is_handed_over:
+            (hosts / name / "handoff-socket").hardlink_to(f"{setup.backend}.handoff")
+        else:
+            (hosts / name / "tls-socket").hardlink_to(setup.backend)
         if setup.header:
             (hosts / name / "send-proxy-v1").touch()
     with (
@@ -272,6 +275,15 @@ def package(program: str, package: str) -> str:
 NGINX_MISSING = package("nginx", "nginx-light") or package(_NGINX_STREAM, "libnginx-mod-stream")
 
 OURS = Peer("sniproxy", _ours, [sys.executable, "-m", "sniproxy", "--version"], "")
+
+# The backend has the connections themselves.
+HANDING_OVER = Peer(
+    "sniproxy, handed over",
+    lambda setup: _ours(setup, "--handoff", is_handed_over=True),
+    OURS.version,
+    "",
+    header=False,
+)
 
 TWO_WORKERS = Peer(
     "sniproxy --workers 2", lambda setup: _ours(setup, "--workers", "2"), OURS.version, ""

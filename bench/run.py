@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from load import BENCH, Load
-from peers import COUNTING, OURS, PEERS, TWO_WORKERS, Peer, Running, Setup
+from peers import COUNTING, HANDING_OVER, OURS, PEERS, TWO_WORKERS, Peer, Running, Setup
 from report import ROUTING, Results
 
 sys.path.insert(0, str(BENCH.parent))
@@ -248,7 +248,7 @@ def installed(peers: Sequence[Peer]) -> list[Peer]:
 def main() -> int:
     """Run what the options ask for, and print it."""
     options = read_options("scripts/bench routing", __doc__, "docs/speed-sniproxy.md")
-    peers = installed(PEERS)
+    peers = installed([*PEERS[:1], HANDING_OVER, *PEERS[1:]])
     size = QUICK if options.quick else Size()
     size = size._replace(idle=raise_limits(size.idle))
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
@@ -270,9 +270,31 @@ def main() -> int:
         slices = zip(cpu[COUNTING.name], cpu[OURS.name], strict=True)
         cost = statistics.median(counted / plain for counted, plain in slices)
         print(f"Counting for the status socket: {cost:.3f} of the CPU time without it.")
+    for line in handed_over(bench.values):
+        print(line)
     if options.save:
         results.keep()
     return 0
+
+
+def handed_over(values: dict[str, dict[str, list[float]]]) -> Iterator[str]:
+    """Yield what handing over gives: ratios to the better peer, or to no proxy at all."""
+    for metric, of_each in values.items():
+        ours = of_each.get(HANDING_OVER.name)
+        if not ours:
+            continue
+        if "CPU" in metric:
+            others = [of_each[name] for name in ROUTING.compared if of_each.get(name)]
+            whose = "the better peer's"
+        else:
+            others = [of_each[DIRECT]] if DIRECT in of_each else []
+            whose = "that without a proxy"
+        if others:
+            slices = zip(ours, *others, strict=True)
+            ratios = [each / min(rest) for each, *rest in slices if min(rest)]
+            if ratios:
+                ratio = statistics.median(ratios)
+                yield f"Handed over, {metric.rpartition(',')[0]}: {ratio:.3f} of {whose}."
 
 
 def raise_limits(idle: int) -> int:

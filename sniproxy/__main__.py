@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     def body(syslogd: Syslog | None) -> None:
-        asked = _understand(arguments)
+        asked = _config(arguments)
         if isinstance(asked, Config):
             path = asked.upgrade_socket
             _run(asked, arguments, syslogd, None if path is None else Upgrade(path))
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program("sniproxy", body)
 
 
-def _understand(argv: Sequence[str]) -> Config | str | None:
+def _config(argv: Sequence[str]) -> Config | str | None:
     """Return what the options ask for: a copy to be upgraded; None if there is nothing to serve."""
     parser = OptionParser("sniproxy", _DESCRIPTION, f"cd /srv/hosts && {_EXAMPLE}")
     parser.add_argument(
@@ -139,7 +139,7 @@ def _upgrade(path: str, syslogd: Syslog | None) -> None:
     # Not to be ended by the terminal of whoever has called us.
     os.setsid()
     upgrade = Upgrade(path, partial(os.write, writing, b"+"), has_to_be_there=True)
-    config = _understand(upgrade.arguments)
+    config = _config(upgrade.arguments)
     assert isinstance(config, Config)
     assert upgrade.hosts is not None
     with attempt("enter the hosts directory of the old copy"):
