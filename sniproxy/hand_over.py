@@ -17,7 +17,6 @@ A signal ends the wait, and such a backend gets nothing more for a while.
 """
 
 import array
-import contextlib
 import errno
 import signal
 import struct
@@ -36,8 +35,9 @@ from _socket import (
     inet_pton,
     socket,
 )
+from collections.abc import Iterable
 
-from sniproxy.engine import tcp
+from sniproxy.engine.loop import Closable
 from sniproxy.service.bpf import Instruction, Program
 from sniproxy.service.signals import do_nothing
 
@@ -65,7 +65,7 @@ _NETWORK = 0xFFF00000
 _DESTINATION = {AF_INET: _NETWORK + 16, AF_INET6: _NETWORK + 24}
 
 # With no byte at all a message on a stream carries nothing, unix(7). What it is says nothing.
-_BYTE = b"\0"
+_DATA = [b"\0"]
 
 # Seconds after which a close(2) that waits is interrupted: a hundred times what it takes else.
 _LONGEST_CLOSE = 0.001
@@ -105,7 +105,15 @@ class HandOver:
             self.is_guarded = False
         else:
             self.is_guarded = True
+        self._fd = array.array("i", [-1])
+        self._rights = [(SOL_SOCKET, SCM_RIGHTS, self._fd)]
+        self._suspects: dict[int, float] = {}
         self._penalties: dict[int, float] = {}
+        # Else all clients would inherit them, and have to be rid of them: to read waits no longer
+        # than a moment, and bytes may not stay unacknowledged for two minutes, which is wrong for a
+        # reader who pauses; see `tcp.spare_slow_reader`.
+        listening.setsockopt(SOL_SOCKET, SO_RCVTIMEO, _NO_TIMEOUT)
+        listening.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, 0)
         # That of the process: a signal that is ignored interrupts nothing.
         signal.signal(signal.SIGALRM, do_nothing)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -113,10 +121,7 @@ class HandOver:
     def give(self, client: socket, backend: socket, owner: int) -> OSError | None:
         """Give the backend the client's socket, as accept(2) would have made it for the backend.
 
-        What it has inherited for our sake is taken back: that to read waits no longer than a
-        moment, and that bytes may stay unacknowledged for two minutes, which is wrong for a reader
-        who pauses; see `tcp.spare_slow_reader`. Keep-alive stays, and that small pieces are sent at
-        once.
+        It has keep-alive, and small pieces are sent at once.
 
         Args:
             client: in blocking mode, with its usual low-water mark; it stays open here.
@@ -130,25 +135,30 @@ class HandOver:
         """
         if self._penalties and self._has_penalty(owner):
             return OSError(errno.EPERM, "a backend of the same owner has used SO_LINGER against us")
-        rights = [(SOL_SOCKET, SCM_RIGHTS, array.array("i", [client.fileno()]))]
+        self._fd[0] = client.fileno()
         try:
             if self.is_guarded:
                 # Who was in the queue before the listening socket had the filter has none.
                 if not client.getsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, self._size):
                     self._attach(client)
                 client.setsockopt(SOL_SOCKET, _SO_LOCK_FILTER, 1)
-            client.setsockopt(SOL_SOCKET, SO_RCVTIMEO, _NO_TIMEOUT)
-            client.setsockopt(IPPROTO_TCP, TCP_USER_TIMEOUT, 0)
-            backend.sendmsg([_BYTE], rights, MSG_DONTWAIT | MSG_NOSIGNAL)
+            backend.sendmsg(_DATA, self._rights, MSG_DONTWAIT | MSG_NOSIGNAL)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                tcp.set_user_timeout(client)
             return error
         return None
 
+    @staticmethod
+    def close_each(socks: Iterable[Closable]) -> None:
+        """Close them, those that were given away among them; none makes that wait for long."""
+        # Again and again: a signal may come before the wait.
+        signal.setitimer(signal.ITIMER_REAL, _LONGEST_CLOSE, _LONGEST_CLOSE)
+        for sock in socks:
+            sock.close()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
     def kept(self, client: socket, owner: int) -> "Kept":
-        """Return what is to be closed now in the place of a client that was given away."""
-        return Kept(client, owner, self._penalties)
+        """Return what `close_each` is to close now in the place of a client that was given away."""
+        return Kept(client, owner, self._suspects, self._penalties)
 
     def _has_penalty(self, owner: int) -> bool:
         now = time.monotonic()
@@ -163,11 +173,18 @@ class HandOver:
 class Kept:
     """Our descriptor of a socket that a backend has, too. Nothing but to close it may wait."""
 
-    __slots__ = ("_client", "_owner", "_penalties")
+    __slots__ = ("_client", "_owner", "_penalties", "_suspects")
 
-    def __init__(self, client: socket, owner: int, penalties: dict[int, float]) -> None:
+    def __init__(
+        self,
+        client: socket,
+        owner: int,
+        suspects: dict[int, float],
+        penalties: dict[int, float],
+    ) -> None:
         self._client = client
         self._owner = owner
+        self._suspects = suspects
         self._penalties = penalties
 
     def fileno(self) -> int:
@@ -176,17 +193,19 @@ class Kept:
 
     def close(self) -> None:
         """Close it, and take note if the backend makes that wait."""
-        is_on, seconds = _LINGER.unpack(
-            self._client.getsockopt(SOL_SOCKET, SO_LINGER, _LINGER.size)
-        )
+        owner = self._owner
         began = time.monotonic()
-        # Again and again: the first signal may come before the wait.
-        signal.setitimer(signal.ITIMER_REAL, _LONGEST_CLOSE, _LONGEST_CLOSE)
+        # Both have to be seen: a close takes long as well where the processor is taken away, and
+        # honest backends have SO_LINGER, too. It is asked for where a close has taken long before.
+        lingers = False
+        if self._suspects and self._suspects.get(owner, 0.0) > began:
+            option = self._client.getsockopt(SOL_SOCKET, SO_LINGER, _LINGER.size)
+            lingers = all(_LINGER.unpack(option))
         self._client.close()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        # Both: there are other reasons for the one as for the other.
-        if is_on and seconds and time.monotonic() - began >= _LONGEST_CLOSE:
-            self._penalties[self._owner] = began + _PENALTY
+        if time.monotonic() - began >= _LONGEST_CLOSE:
+            self._suspects[owner] = began + _PENALTY
+            if lingers:
+                self._penalties[owner] = began + _PENALTY
 
 
 def _filter(listening: socket) -> list[Instruction]:

@@ -49,6 +49,8 @@ async def serve(
     Returns when the last connection has ended, by itself or at the end of the drain.
     """
     loop = EventLoop(on_fault=log.bug)
+    if hand_over is not None:
+        loop.close_each = hand_over.close_each
     pipes = PipePool(share.pipes)
     relay = Relay(loop, pipes, log.bug, config.idle_seconds, config.half_closed_seconds)
     limit = ConnectionLimit(share.connections)
@@ -71,6 +73,7 @@ async def serve(
         hosts=hosts.path,
         status=status,
         upgrade=upgrade,
+        has_timeouts=hand_over is None,
     )
     pipes.close()
 

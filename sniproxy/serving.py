@@ -91,6 +91,7 @@ async def serve_until_drained(
     hosts: bytes | None = None,
     status: StatusSocket | None = None,
     upgrade: Upgrading[Some] | None = None,
+    has_timeouts: bool = True,
 ) -> None:
     """Serve what the sockets accept, until an order to end.
 
@@ -108,6 +109,7 @@ async def serve_until_drained(
         hosts: the directory that is served, for the line `listening`.
         status: where it is told what was counted; closed when the drain begins.
         upgrade: of a program with one listening socket.
+        has_timeouts: whether that has timeouts that clients inherit.
 
     Returns when the last connection has ended, by itself or at the end of the drain.
 
@@ -136,6 +138,7 @@ async def serve_until_drained(
                     on_accept=partial(begin, sessions),
                     on_full=sessions.make_room,
                     on_exhausted=log.exhausted,
+                    has_timeouts=has_timeouts,
                 )
                 for sock, begin in listening
             ]

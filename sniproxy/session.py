@@ -22,6 +22,7 @@ from select import EPOLLERR, EPOLLHUP, EPOLLPRI, EPOLLRDHUP
 import trio
 
 from sniproxy.config import Config
+from sniproxy.engine import tcp
 from sniproxy.engine.deadlines import Deadlines
 from sniproxy.engine.ending import Ending
 from sniproxy.engine.limit import ConnectionLimit
@@ -432,6 +433,10 @@ class Session:
         elif shared.config.log_connections:
             on_end = self.on_end
         wait = self.held or self.wait
+        if shared.hand_over is not None:
+            # The listening socket does not have it then.
+            with contextlib.suppress(OSError):  # it has gone, and the relay will find out
+                tcp.set_user_timeout(self.client)
         self.is_over = True
         shared.served += 1
         events = None if wait is None else wait.events

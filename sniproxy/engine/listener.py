@@ -193,6 +193,8 @@ class Listener:
             made some. If not, accepting pauses until a connection ends.
         on_exhausted: called with the reason when the machine has nothing left for one more, once
             until it has again. Then, too, `on_full` is asked to help.
+        has_timeouts: whether `sock` has those that accepted sockets inherit. If not, it is made
+            sure each time that accept does not wait.
     """
 
     def __init__(
@@ -203,12 +205,15 @@ class Listener:
         on_accept: Callable[[Socket, Address], None],
         on_full: Callable[[], bool],
         on_exhausted: Callable[[OSError], None],
+        *,
+        has_timeouts: bool = True,
     ) -> None:
         self._loop = loop
         self._socket: Socket | None = sock
         self._family = sock.family
         # Who does not speak Multipath TCP is a plain TCP client, and has all options.
-        self._not_inherited = _set_client_options(sock)
+        self._has_timeouts = has_timeouts
+        self._not_inherited = _set_client_options(sock) if has_timeouts else []
         self._limit = limit
         self._on_accept = on_accept
         self._on_full = on_full
@@ -278,6 +283,8 @@ class Listener:
         # Who has just left has not given the descriptors back yet. If that is all the room there
         # is, we are told once more when they have.
         room = self._limit.capacity - self._limit.open - self._loop.pending_closes
+        if not self._has_timeouts:
+            self._socket.setblocking(False)
         for _ in range(min(batch, room)):
             try:
                 fd, address = accept()
