@@ -53,6 +53,8 @@ EVERYWHERE: Final = "::"
 # Where the daemon's clients arrive: no address of a machine on which the tests run.
 ADDRESS: Final = "198.51.100.7"
 PORT: Final = 443
+# That of a daemon that stays for several tests: most of their time is its start.
+STEADY: Final = 442
 # Ports that anybody may have: one for the daemon, and one for others.
 HIGH, FREE = 8443, 8081
 # The user that the daemon becomes. Nobody else's descriptors are on their way as this one's.
@@ -173,6 +175,14 @@ class Place:
         self.hosts = place
         place.chmod(0o755)  # the daemon is another user
         self.path = place / NAME / "handoff-socket"
+        self._ends = contextlib.ExitStack()
+        self._has_steady = False
+
+    def end(self) -> None:
+        """End what there is."""
+        with contextlib.ExitStack() as ends:
+            ends.callback(self.machine.end)
+            self._ends.close()
 
     def listen(self, port: int, address: str = ADDRESS) -> socket.socket:
         """Listen in there; `::` is for IPv4, too."""
@@ -241,12 +251,18 @@ class Place:
     def handed(
         self, right: Right = Right.NONE, address: str = ADDRESS, guarded: bool = True
     ) -> Iterator[tuple[socket.socket, Backend]]:
-        """Run the daemon, and a backend that has got a client from it."""
-        with (
-            self.daemon(address=address, guarded=guarded),
-            self.backend(right) as backend,
-            self.connect() as client,
-        ):
+        """Run the daemon, or take the steady one; and a backend that has got a client from it."""
+        with contextlib.ExitStack() as ends:
+            if address == ADDRESS and guarded:
+                port = STEADY
+                if not self._has_steady:
+                    self._ends.enter_context(self.daemon(port=port))
+                    self._has_steady = True
+            else:
+                port = PORT
+                ends.enter_context(self.daemon(address=address, guarded=guarded))
+            backend = ends.enter_context(self.backend(right))
+            client = ends.enter_context(self.connect(port))
             backend("take")
             yield client, backend
 
@@ -273,7 +289,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     try:
         yield place
     finally:
-        place.machine.end()
+        place.end()
 
 
 class Packet(NamedTuple):
@@ -903,7 +919,14 @@ def test_the_rule_of_the_page(place: Place) -> None:
     rule = rule.replace("meta skuid sniproxy", f"{of_backend}; meta skuid {USER}")
     place.machine.run("nft", "-f", "-", stdin=rule)
     try:
-        with place.handed() as (client, backend), place.listen(FREE), capture(place) as packets:
+        with (
+            place.daemon(),
+            place.backend() as backend,
+            place.connect() as client,
+            place.listen(FREE),
+            capture(place) as packets,
+        ):
+            backend("take")
             backend("send", "hello")
             assert client.recv(5) == b"hello"
             backend("disconnect")
