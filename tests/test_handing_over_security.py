@@ -22,7 +22,7 @@ import pytest
 
 from sniproxy.hand_over import HandOver
 from sniproxy.service import libc, sandbox
-from tests.support.backends import host_directory, listen_unix
+from tests.support.backends import RawBackend, host_directory, listen_unix
 from tests.support.daemon import PATIENCE, Daemon, eventually
 from tests.support.handed import (
     IP_FREEBIND,
@@ -33,8 +33,10 @@ from tests.support.handed import (
     SO_MARK,
     SO_RCVBUFFORCE,
     TCP_REPAIR,
+    WITHOUT_RIGHT,
     Backend,
     Right,
+    filter_takes_a_right,
 )
 from tests.support.hellos import hello_bytes
 from tests.support.network import Machine, why_no_network
@@ -51,6 +53,8 @@ EVERYWHERE: Final = "::"
 # Where the daemon's clients arrive: no address of a machine on which the tests run.
 ADDRESS: Final = "198.51.100.7"
 PORT: Final = 443
+# That of a daemon that stays for several tests: most of their time is its start.
+STEADY: Final = 442
 # Ports that anybody may have: one for the daemon, and one for others.
 HIGH, FREE = 8443, 8081
 # The user that the daemon becomes. Nobody else's descriptors are on their way as this one's.
@@ -70,6 +74,25 @@ TESTS: Final = {
     "It is handed this one connection, and no other descriptor.": ["test_what_comes"],
     "The daemon neither sees nor ends it from then on.": [
         "test_the_connection_outlives_the_daemon"
+    ],
+    # The guard.
+    "Newer kernels want CAP_NET_ADMIN for the filter.": [
+        "test_whether_there_is_a_guard",
+        "test_whose_right_counts",
+        "service/test_systemd.py::test_clients_are_handed_over",
+    ],
+    "The daemon keeps nothing of that right.": [
+        "test_nothing_is_left_of_the_right",
+        "service/test_systemd.py::test_clients_are_handed_over",
+    ],
+    "Without the guard a backend can connect elsewhere there, and is answered.": [
+        "test_without_the_guard_it_connects_elsewhere"
+    ],
+    "Without the guard it can listen there, and others get in.": [
+        "test_without_the_guard_it_listens"
+    ],
+    "Where the right has gone, a client who came before the filter is not handed over.": [
+        "test_who_came_before_the_filter"
     ],
     # What else a socket is.
     "A socket that is handed over is still in the network where the listening socket was made.": [
@@ -104,9 +127,8 @@ TESTS: Final = {
     "The daemon's own port, if it is one of these, can be taken once nobody listens on it.": [
         "test_our_port_can_be_taken_once_we_are_gone"
     ],
-    "So it can at another address at once, if the daemon listens on one address only.": [
-        "test_our_port_can_be_taken_at_another_address"
-    ],
+    "At another address it can be taken at once, if the daemon listens on one address only, but "
+    "nobody gets in.": ["test_our_port_can_be_taken_at_another_address"],
     "With `ReusePort=yes` the daemon does not start.": ["test_no_port_is_shared_with_backends"],
     # What it sees and changes.
     "It can ask which interfaces and IPv4 addresses there are.": ["test_it_sees_the_interfaces"],
@@ -153,6 +175,14 @@ class Place:
         self.hosts = place
         place.chmod(0o755)  # the daemon is another user
         self.path = place / NAME / "handoff-socket"
+        self._ends = contextlib.ExitStack()
+        self._has_steady = False
+
+    def end(self) -> None:
+        """End what there is."""
+        with contextlib.ExitStack() as ends:
+            ends.callback(self.machine.end)
+            self._ends.close()
 
     def listen(self, port: int, address: str = ADDRESS) -> socket.socket:
         """Listen in there; `::` is for IPv4, too."""
@@ -186,13 +216,17 @@ class Place:
         port: int = PORT,
         user: int = USER,
         under: tuple[str, ...] = (),
+        guarded: bool = True,
     ) -> Iterator[Daemon]:
         """Run the daemon. It is outside, wherever its listening socket is."""
         chosen = ("--handoff", f"--user={user}:{user}", *options)
-        with (
-            self.listen(port, address) as listening,
-            Daemon(listening, self.hosts, chosen, under=under) as daemon,
-        ):
+        with self.listen(port, address) as listening, contextlib.ExitStack() as ends:
+            if not guarded:
+                under = WITHOUT_RIGHT
+                if not filter_takes_a_right():  # what forbids it anywhere
+                    listening.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+            daemon = ends.enter_context(Daemon(listening, self.hosts, chosen, under=under))
+            daemon.wait_for_log(f"guarded={'yes' if guarded else 'no'}")
             daemon.wait_for_log("listening")
             listening.close()
             yield daemon
@@ -215,10 +249,20 @@ class Place:
 
     @contextmanager
     def handed(
-        self, right: Right = Right.NONE, address: str = ADDRESS
+        self, right: Right = Right.NONE, address: str = ADDRESS, guarded: bool = True
     ) -> Iterator[tuple[socket.socket, Backend]]:
-        """Run the daemon, and a backend that has got a client from it."""
-        with self.daemon(address=address), self.backend(right) as backend, self.connect() as client:
+        """Run the daemon, or take the steady one; and a backend that has got a client from it."""
+        with contextlib.ExitStack() as ends:
+            if address == ADDRESS and guarded:
+                port = STEADY
+                if not self._has_steady:
+                    self._ends.enter_context(self.daemon(port=port))
+                    self._has_steady = True
+            else:
+                port = PORT
+                ends.enter_context(self.daemon(address=address, guarded=guarded))
+            backend = ends.enter_context(self.backend(right))
+            client = ends.enter_context(self.connect(port))
             backend("take")
             yield client, backend
 
@@ -245,7 +289,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     try:
         yield place
     finally:
-        place.machine.end()
+        place.end()
 
 
 class Packet(NamedTuple):
@@ -339,6 +383,105 @@ def test_the_connection_outlives_the_daemon(place: Place) -> None:
         with client:
             backend("send", "hello")
             assert client.recv(5) == b"hello"
+
+
+# --- The guard
+
+
+@needs_network
+def test_whether_there_is_a_guard(place: Place) -> None:
+    """Without the right it depends on the kernel, and the daemon says what it has found."""
+    for under in (), WITHOUT_RIGHT:
+        guarded = not under or not filter_takes_a_right()
+        with (
+            place.listen(PORT) as listening,
+            Daemon(listening, place.hosts, ("--handoff",), under=under) as daemon,
+        ):
+            daemon.wait_for_log(f"guarded={'yes' if guarded else 'no'}")
+
+
+# A command that becomes another one, of root's, in a user namespace.
+IN_USER_NAMESPACE: Final = ("unshare", "--user", "--map-root-user")
+
+
+@needs_network
+def test_whose_right_counts(place: Place) -> None:
+    """That of the user namespace to which the network belongs."""
+    if not filter_takes_a_right():
+        pytest.skip("this kernel lets everybody have a filter")
+    script = (
+        "import socket; from sniproxy.hand_over import HandOver; "
+        "listening = {}; print(HandOver(listening).is_guarded)"
+    )
+    own = "socket.create_server(('127.0.0.1', 0))"
+    up = ("sh", "-euc", 'ip link set lo up; exec "$@"', "-")
+    passed = script.format("socket.socket(fileno=0)")
+    with place.listen(PORT) as listening:
+        for command, code, expected in (
+            (IN_USER_NAMESPACE, passed, "False"),
+            ((*IN_USER_NAMESPACE, "--net"), passed, "False"),
+            ((*IN_USER_NAMESPACE, "--net", *up), script.format(own), "True"),
+            (("unshare", "--net"), passed, "True"),
+        ):
+            done = subprocess.run(
+                [*command, sys.executable, "-c", code],
+                stdin=listening.fileno(),
+                check=True,
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+            )
+            assert done.stdout == f"{expected}\n", command
+
+
+@needs_network
+def test_nothing_is_left_of_the_right(place: Place) -> None:
+    with place.daemon() as daemon:
+        status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    sets = re.findall(r"^Cap(?:Inh|Prm|Eff|Amb):\t(\w+)$", status, re.MULTILINE)
+    assert [int(each, 16) for each in sets] == [0] * 4
+
+
+@needs_network
+def test_without_the_guard_it_connects_elsewhere(place: Place) -> None:
+    with place.handed(guarded=False) as (_, backend), place.listen(FREE) as other:
+        backend("disconnect")
+        backend("connect", ADDRESS, FREE)
+        with other.accept()[0] as near:
+            near.sendall(b"hello")
+            assert backend("receive", 5) == b"hello".hex()
+
+
+@needs_network
+def test_without_the_guard_it_listens(place: Place) -> None:
+    with place.handed(guarded=False) as (_, backend):
+        backend("disconnect")
+        port = _list(backend("listen"))[1]
+        assert isinstance(port, int)
+        assert place.is_open(port)
+
+
+@needs_network
+def test_who_came_before_the_filter(place: Place) -> None:
+    with contextlib.ExitStack() as ends:
+        listening = ends.enter_context(place.listen(PORT))
+        early = [ends.enter_context(place.connect(name=name)) for name in (NAME, "b.example")]
+        place.listen_unix("b.example").close()
+        path = place.hosts / "b.example/tls-socket"
+        relayed = ends.enter_context(RawBackend(path))
+        path.chmod(0o666)
+        ends.enter_context(place.listen_unix("b.example"))
+        handed = ends.enter_context(place.backend())
+        options = ("--handoff", f"--user={USER}:{USER}")
+        daemon = ends.enter_context(Daemon(listening, place.hosts, options))
+        daemon.wait_for_log("guarded=yes")
+        if filter_takes_a_right():
+            assert early[0].recv(1) == b"\x15"
+            assert "Operation not permitted" in daemon.wait_for_log("reason=backend_failed")
+            with relayed.accept() as connection:
+                assert connection.recv(1 << 14) == hello_bytes("b.example")
+            ends.enter_context(place.connect())
+        handed("take")
 
 
 # --- What else a socket is
@@ -622,7 +765,9 @@ def test_our_port_can_be_taken_at_another_address(place: Place) -> None:
         backend("disconnect")
         backend("bind", LOOPBACK, HIGH)
         backend("listen")
-        assert place.is_open(HIGH, LOOPBACK)
+        assert not place.is_open(HIGH, LOOPBACK)
+        with pytest.raises(OSError, match="in use"):
+            place.listen(HIGH, LOOPBACK)
 
 
 @needs_network
@@ -640,7 +785,7 @@ def test_no_port_is_shared_with_backends(place: Place) -> None:
             cwd=place.hosts,
             timeout=PATIENCE,
         )
-    assert done.returncode != 0
+    assert done.returncode == 100
     assert "SO_REUSEPORT" in done.stderr
 
 
@@ -774,7 +919,14 @@ def test_the_rule_of_the_page(place: Place) -> None:
     rule = rule.replace("meta skuid sniproxy", f"{of_backend}; meta skuid {USER}")
     place.machine.run("nft", "-f", "-", stdin=rule)
     try:
-        with place.handed() as (client, backend), place.listen(FREE), capture(place) as packets:
+        with (
+            place.daemon(),
+            place.backend() as backend,
+            place.connect() as client,
+            place.listen(FREE),
+            capture(place) as packets,
+        ):
+            backend("take")
             backend("send", "hello")
             assert client.recv(5) == b"hello"
             backend("disconnect")

@@ -125,8 +125,8 @@ def test_all_programs_are_there(buildah: Buildah, container: str) -> None:
 
 
 def test_sniproxy_in_a_container(buildah: Buildah, hosts: Path) -> None:
-    """As docs/running.md has it, with another port, and the hosts directory of a test."""
-    [command] = re.findall(r"```sh\nbuildah (run .+?)```", PAGES[0].read_text(), re.DOTALL)
+    """As the pages have it, with another port, and the hosts directory of a test."""
+    [command] = re.findall(r"```sh\n(buildah run .+?)\n```", PAGES[0].read_text(), re.DOTALL)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     container = buildah("from", "sniproxy:1")
@@ -135,18 +135,24 @@ def test_sniproxy_in_a_container(buildah: Buildah, hosts: Path) -> None:
     path = host_directory(hosts, "a.example") / "tls-socket"
     with Greeter(path, b"word"):
         path.chmod(0o666)  # for a user who is not root
-        with subprocess.Popen(
-            buildah.command(*shlex.split(command)), stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                assert process.stderr is not None
-                assert "forbids=new_privileges," in process.stderr.readline()
-                assert "listening" in process.stderr.readline()
-                with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
-                    client.sendall(hello_bytes("a.example"))
-                    assert receive_all(client) == b"word"
-            finally:
-                process.terminate()
+        for options, end, said in (
+            ("", "", []),
+            # As docs/handing-over.md has it.
+            ("--cap-add=CAP_NET_ADMIN", " --handoff", ["handoff guarded=yes"]),
+        ):
+            words = shlex.split(command.replace("buildah run", f"buildah run {options}") + end)
+            with subprocess.Popen(
+                buildah.command(*words[1:]), stderr=subprocess.PIPE, text=True
+            ) as process:
+                try:
+                    assert process.stderr is not None
+                    for line in "forbids=new_privileges,", *said, "listening":
+                        assert line in process.stderr.readline()
+                    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+                        client.sendall(hello_bytes("a.example"))
+                        assert receive_all(client) == b"word"
+                finally:
+                    process.terminate()
     buildah("rm", container)
 
 

@@ -16,7 +16,7 @@ from tests.support.enclosure import why_no_enclosure
 from tests.support.tenants import Block, Page, SharedMachine
 
 ROOT = Path(__file__).parents[2]
-PAGE = Page(ROOT / "docs/handing-over-preload.section.md")
+PAGE = Page(ROOT / "docs/handing-over.md")
 HOSTING = Page(ROOT / "docs/hosting.md")
 
 NAME = "two.example"

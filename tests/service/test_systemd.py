@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from sniproxy.service.privileges import CAP_NET_ADMIN
 from tests.support.daemon import eventually
+from tests.support.handed import filter_takes_a_right
 from tests.support.hellos import hello_bytes
 from tests.support.machine import Machine
+from tests.support.tenants import Page
 from tests.support.units import (
     SERVICE,
     check_rights,
@@ -33,6 +36,7 @@ UNITS = ("sniproxy.socket", "sniproxy.service", "sniproxy@.service")
 SYSTEM = "/etc/systemd/system"
 PYTHON, SHELL = ("python3", "-c"), ("sh", "-euc")
 COPY = "sniproxy@next.service"
+HANDING_OVER = Page(ROOT / "docs/handing-over.md")
 
 # The backend of the tenant whose name is the instance.
 SITE = """
@@ -114,6 +118,19 @@ with socket.socket(socket.AF_UNIX) as listening:
         with connection:
             connection.recv(65536)
             connection.sendall(bytes(1 << 24))
+"""
+
+# A backend, of root's, that is handed its clients.
+HANDED = """
+import os
+from sniproxy import handoff
+os.makedirs("/srv/hosts/handed.example", exist_ok=True)
+with handoff.listen("/srv/hosts/handed.example/handoff-socket") as listener:
+    print("listening", flush=True)
+    client, address = listener.accept()
+    with client:
+        client.recv(65536)
+        client.sendall(address[0].encode())
 """
 
 # A module that puts a bug into the daemon: for it, to enter a host's directory is to call this.
@@ -316,6 +333,28 @@ def test_another_address(machine: Machine) -> None:
         wait_for_log(machine, f"address={address}")
     finally:
         machine.run(*SHELL, f"rm {drop_in}; {restart}")
+
+
+@pytest.mark.parametrize("has_right", [True, False])
+def test_clients_are_handed_over(machine: Machine, has_right: bool) -> None:
+    lines = HANDING_OVER["unit"].text.splitlines()[1:]
+    if not has_right:
+        lines = [line for line in lines if "CAP_NET_ADMIN" not in line]
+    with changed(machine, *lines):
+        guarded = has_right or not filter_takes_a_right()
+        assert wait_for_log(machine, f"guarded={'yes' if guarded else 'no'}")[0] == 6
+        # Who may be given the right, but by a program that it may not run.
+        check_rights(machine, "sniproxy", bounding=1 << CAP_NET_ADMIN if has_right else 0)
+        _hand_over(machine)
+        fetch(machine)
+
+
+def _hand_over(machine: Machine) -> None:
+    with started(machine, "/opt/sniproxy/bin/python", "-c", HANDED) as backend:
+        assert heard(backend.stdout) == ["listening"]
+        answer = machine.run(*PYTHON, RAW_CLIENT, hello_bytes("handed.example").hex()).stdout
+        address = b"::ffff:127.0.0.1"
+        assert answer == f"{len(address)} {address.hex()}\n"
 
 
 # --- Ends, and beginnings ------------------------------------------------------------------------
@@ -568,9 +607,9 @@ def test_its_own_sandbox_is_as_without_systemd(machine: Machine) -> None:
         assert heard(outside.stderr) == [line]
 
 
-@pytest.mark.parametrize("options", ["--log connections", "--hashed --workers 2"])
+@pytest.mark.parametrize("options", ["--log connections", "--hashed --workers 2 --handoff"])
 def test_the_system_calls_are_all_that_it_needs(machine: Machine, options: str) -> None:
-    plain = ["one.example", "bulk.example", "bug.example"]
+    plain = ["one.example", "bulk.example", "bug.example", "handed.example"]
     hashing = ("/opt/sniproxy/bin/sniproxy-hostname", "--hashed", *plain)
     hashed = machine.run(*hashing).stdout.split()
     for name, directory in zip(plain, hashed, strict=True):
@@ -590,7 +629,7 @@ def test_the_system_calls_are_all_that_it_needs(machine: Machine, options: str) 
             "ExecStart=",
             f"ExecStart=/opt/sniproxy/bin/sniproxy {options}",
         ):
-            _do_everything(machine)
+            _do_everything(machine, hands_over="--handoff" in options)
             log = journal(machine)
     finally:
         for name in "bug.py", "bug.pth":
@@ -599,9 +638,11 @@ def test_the_system_calls_are_all_that_it_needs(machine: Machine, options: str) 
     assert not [line for _, line in log if "SYS" in line]
 
 
-def _do_everything(machine: Machine) -> None:
+def _do_everything(machine: Machine, hands_over: bool) -> None:
     pid = main_pid(machine)
     fetch(machine)
+    if hands_over:
+        _hand_over(machine)
     assert "unrecognized name" in try_to_fetch(machine, "nobody").stderr
     assert "reset by peer" in try_to_fetch(machine, "bug").stderr
     with started(machine, *PYTHON, BULK) as backend:

@@ -132,6 +132,32 @@ class Backend:
             self._process.kill()
 
 
+# A command that becomes another one, of root's, that has all rights but the one for a filter.
+WITHOUT_RIGHT: Final = ("setpriv", "--bounding-set=-net_admin")
+
+_ATTACH: Final = """
+import socket
+from sniproxy.service.bpf import Program
+program = Program.of([(0x06, 0, 0, 0xFFFFFFFF)])
+try:
+    socket.socket().setsockopt(socket.SOL_SOCKET, 26, bytes(program))
+except PermissionError:
+    print("no")
+"""
+
+
+@functools.cache
+def filter_takes_a_right() -> bool:
+    """Whether this kernel lets only those with CAP_NET_ADMIN have a filter on a TCP socket."""
+    done = subprocess.run(
+        [*WITHOUT_RIGHT, sys.executable, "-c", _ATTACH],
+        check=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+    )
+    return done.stdout != b""
+
+
 class _Connection:
     """What can be asked for. The first two come first."""
 

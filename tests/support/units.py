@@ -160,14 +160,22 @@ def heard_amid_restarts(machine: Machine, *clients: str, unit: str = SERVICE) ->
     return {*lines, *rest}
 
 
-def check_rights(machine: Machine, user: str, unit: str = SERVICE) -> None:
-    """See that it is `user`, who can do nothing more than others, and is in a sandbox."""
+def check_rights(machine: Machine, user: str, unit: str = SERVICE, bounding: int = 0) -> None:
+    """See that it is `user`, who can do nothing more than others, and is in a sandbox.
+
+    Args:
+        machine: where it runs.
+        user: whom it should be.
+        unit: which service it is.
+        bounding: the capabilities that a program could give it, which it may not run: bits.
+    """
     status = machine.run("cat", f"/proc/{main_pid(machine, unit)}/status").stdout
     fields = dict(line.split(":\t", 1) for line in status.splitlines())
     uid = machine.run("id", "--user", user).stdout.strip()
     assert fields["Uid"].split() == [uid] * 4
-    for capabilities in "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb":
+    for capabilities in "CapInh", "CapPrm", "CapEff", "CapAmb":
         assert int(fields[capabilities], 16) == 0
+    assert int(fields["CapBnd"], 16) == bounding
     assert fields["NoNewPrivs"] == "1"
     # SECCOMP_MODE_FILTER
     assert fields["Seccomp"] == "2"
