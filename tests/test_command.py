@@ -219,10 +219,13 @@ def test_options_that_are_wrong_do_not_pass_the_check(option: str, complaint: st
 def test_every_option_reaches_the_configuration() -> None:
     options = ["--hashed", "--no-owner-check", "--no-sandbox", "--chroot", "--user", "nobody"]
     options += ["--workers", "2", "--max-connections", "30", "--log", "connections"]
+    options += ["--handoff", "--upgrade-socket", "/run/upgrade"]
     options += ["--drain", "4", "--idle-timeout", "5", "--half-closed-timeout", "6"]
     assert _config(options) == Config(
         hashed=True,
         check_owner=False,
+        hands_over=True,
+        upgrade_socket="/run/upgrade",
         sandbox=False,
         chroot=True,
         user="nobody",

@@ -393,7 +393,9 @@ def test_nobody_makes_our_close_wait() -> None:
         stack.callback(backend.close)
         stack.enter_context(far)
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        hand_over = HandOver(plain(listening.dup()))
+        duplicate = plain(listening.dup())
+        stack.callback(duplicate.close)
+        hand_over = HandOver(duplicate)
         for _ in range(2):  # the first time it might have been by chance
             _client, ours = plain_tcp()
             assert hand_over.give(ours, backend, owner=1000) is None
