@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = _config(arguments)
         if isinstance(asked, Config):
             path = asked.upgrade_socket
-            _run(asked, arguments, syslogd, None if path is None else Upgrade(path))
+            upgrade = None if path is None else Upgrade(path, stays=asked.stays)
+            _run(asked, arguments, syslogd, upgrade)
         elif asked is not None:
             _upgrade(asked, syslogd)
 
@@ -104,6 +105,12 @@ def _config(argv: Sequence[str]) -> Config | str | None:
         help="start a copy in the background that takes over from the one that listens there, with "
         "the options of that, and end when it has",
     )
+    parser.add_argument(
+        "--stay",
+        action="store_true",
+        help="when a copy has taken over, stay until it ends, and pass signals on to it: for a "
+        "supervisor such as s6",
+    )
     parser.add_service_options()
     options = parser.understand(argv)
     if options is None:
@@ -117,6 +124,7 @@ def _config(argv: Sequence[str]) -> Config | str | None:
         check_owner=not options.no_owner_check,
         hands_over=options.handoff,
         upgrade_socket=options.upgrade_socket,
+        stays=options.stay,
         **service_fields(options),
     )
 
@@ -212,6 +220,8 @@ def _run(
             status=status,
             upgrade=upgrade,
         )
+        if upgrade is not None:
+            upgrade.stay()
     finally:
         notifier.close()
         hosts.close()

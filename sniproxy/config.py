@@ -21,6 +21,9 @@ class Config(ServiceOptions):
     # The path of the socket at which a new copy takes over from us; None for none.
     upgrade_socket: str | None = None
 
+    # Whether we stay then, in the sight of a supervisor that knows no other process.
+    stays: bool = False
+
     # Seconds from accept to a connected backend, however the client spaces its bytes. A hello of
     # two packets, each lost twice, is across in six: TCP sends again after one second, then two.
     hello_seconds: float = 10.0

@@ -116,11 +116,13 @@ async def serve_until_drained(
     Raises:
         FatalError: the copy that was to give us everything goes on.
     """
-    successor: int | None = None
+    is_main = True  # for the supervisor
 
     def on_given(pid: int | None) -> None:
-        nonlocal successor
-        successor = pid
+        nonlocal is_main
+        is_main = False
+        if pid is not None:
+            notifier.succeeded_by(pid)
         orders.drain.set()
 
     failure: FatalError | None = None
@@ -177,10 +179,8 @@ async def serve_until_drained(
             if status is not None:
                 status.close()
             on_drain()
-            if successor is None:
+            if is_main:
                 notifier.stopping()
-            else:
-                notifier.succeeded_by(successor)
             log.event("draining", open=limit.open)
             await drain(limit.wait_until_empty, orders.end, drain_seconds)
             cut = sessions.cut()

@@ -13,7 +13,8 @@ descriptors, by SCM_RIGHTS in unix(7):
                                     connection in the memory, its descriptors behind it
     new  T                          I have it all, and have touched nothing
     old  G                          it is yours: I have closed mine
-    old  D [memory]                 that was all; what I have counted
+    old  D stays [memory]           that was all; what I have counted; whether I stay
+    old  O signal                   if I stay: I was sent that signal
     either  X why                   never mind: I go on with what I have
 
 Who has a connection is never in doubt. Until T it is the old one's, which takes a batch back if the

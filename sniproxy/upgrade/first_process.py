@@ -21,6 +21,7 @@ from sniproxy.upgrade.letters import (
     read_memory,
     write_memory,
 )
+from sniproxy.upgrade.staying import heed
 
 # Seconds that a copy which has connected may take to say who it is; it does so at once.
 _PATIENCE: Final = 1.0
@@ -37,6 +38,11 @@ class FirstProcess:
             belongs to the facts.
         on_taken: called when the copy before us has given all.
         log_failure: called with why an upgrade has failed, and the process id of the new copy.
+        guardian: the way to a copy that stays, if there is one.
+        stays: whether this one does, if there is none.
+
+    Attributes:
+        successor: The way to the copy that has all, if this one stays.
     """
 
     def __init__(
@@ -47,6 +53,9 @@ class FirstProcess:
         fds: list[int],
         on_taken: Callable[[], object],
         log_failure: Callable[[str, int], None],
+        guardian: Way | None = None,
+        *,
+        stays: bool = False,
     ) -> None:
         self._listening = listening
         self._before = before
@@ -55,9 +64,15 @@ class FirstProcess:
         self._on_taken = on_taken
         self._log_failure = log_failure
         self._after: Way | None = None
+        self._guardian = guardian
+        self._stays = stays
+        self.successor: Way | None = None
 
     def look(self, workers: Workers) -> None:
         """Do what there is to do, and wait for nothing."""
+        if self._guardian is not None and not heed(self._guardian):
+            self._guardian = None
+            self._stays = False
         if self._before is not None:
             self._look_before(self._before, workers)
         elif self._after is not None:
@@ -76,12 +91,17 @@ class FirstProcess:
         if message is not None and message.letter == DONE:
             counted, _ = read_memory(message.fds.pop(0))
             workers.add_counts(Counts(**counted["counts"]))
+            if message.content.get("stays"):
+                self._guardian = way
+                self._facts["guardian"] = True
+                self._fds.append(way.fileno())
         if message is not None and message.letter == NEVER_MIND:
             # It goes on beside us, and is the one that the next copy is to meet.
             self._listening.close()
         else:
             self._on_taken()
-        way.close()
+        if way is not self._guardian:
+            way.close()
         self._before = None
 
     def _let_in(self, workers: Workers) -> None:
@@ -130,10 +150,13 @@ class FirstProcess:
             self._after = None
         elif not workers.alive:
             memory = write_memory({"counts": asdict(workers.counts_of_ended), "figures": None})
-            with contextlib.suppress(OSError):
-                way.send(DONE, [memory])
-            os.close(memory)
             workers.end(way.pid)
+            stays = self._stays and self._guardian is None
+            with contextlib.suppress(OSError):
+                way.send(DONE, [memory], stays=stays)
+            os.close(memory)
+            if stays:
+                self.successor = way
 
     def _give_up(self, way: Way, why: str) -> None:
         self._log_failure(why, way.pid)

@@ -1,5 +1,6 @@
 """The old copy's side: it listens for a new one, and gives that everything."""
 
+import contextlib
 import os
 import socket as std
 import time
@@ -66,12 +67,16 @@ class Door:
 
     Attributes:
         on_failure: Called when a new copy has not taken all.
+        stays: Whether this process stays when one has; then the way to it stays open.
+        successor: That way.
     """
 
     def __init__(
         self, listener: Listener, sessions: Sessions, on_given: Callable[[int], None]
     ) -> None:
         self.on_failure: Callable[[], None] = lambda: None
+        self.stays = False
+        self.successor: Way | None = None
         self._listening: std.socket | None = None
         self._facts: dict[str, Any] = {}
         self._fds: list[int] = []
@@ -119,7 +124,7 @@ class Door:
 
     def _begin(self, way: Way, expected: Letter, sockets: list[int]) -> None:
         fixed = self._sessions, self._listener, self._facts, sockets
-        self._giving = _Giving(way, *fixed, expected, self._on_over)
+        self._giving = _Giving(way, *fixed, expected, self._on_over, stays=self.stays)
         self._began.unpark()
 
     def abort(self) -> None:
@@ -133,17 +138,18 @@ class Door:
             self._loop.unwatch(self._listening.fileno())
             self._listening.close()
 
-    def _on_over(self, pid: int | None) -> None:
-        """Go on, or end if the copy with that process id has all."""
+    def _on_over(self, way: Way | None) -> None:
+        """Go on, or end if the copy at the other end of `way` has all."""
         self._giving = None
-        if pid is None:
+        if way is None:
             if self._listening is not None:
                 self._loop.watch(self._listening.fileno(), self, EPOLLIN)
             self.on_failure()
         else:
             if self._listening is not None:
                 self._listening.close()
-            self._on_given(pid)
+            self.successor = way
+            self._on_given(way.pid)
 
 
 class _Giving:
@@ -157,9 +163,12 @@ class _Giving:
         facts: dict[str, Any],
         sockets: list[int],
         expected: Letter,
-        on_over: Callable[[int | None], None],
+        on_over: Callable[[Way | None], None],
+        *,
+        stays: bool,
     ) -> None:
         self._way = way
+        self._stays = stays
         self._sessions = sessions
         self._listener = listener
         self._facts = facts
@@ -274,11 +283,12 @@ class _Giving:
         figures = None if sessions.figures is None else sessions.figures.tell()
         counted = {"counts": asdict(sessions.counts()), "figures": figures}
         memory = write_memory(counted)
-        try:
-            self._way.send(DONE, [memory])
-        finally:
-            os.close(memory)
-        self._leave()
+        # The supervisor first: who has started the new copy is told by that when it has all.
+        self._listener.leave()
+        self._on_over(self._way)
+        with contextlib.suppress(OSError):  # it has just died
+            self._way.send(DONE, [memory], stays=self._stays)
+        os.close(memory)
         sessions.log.event(
             "upgraded",
             pid=self._way.pid,
@@ -287,8 +297,7 @@ class _Giving:
             seconds=Seconds(time.monotonic() - self._began),
             longest=Seconds(self._longest),
         )
-        self._listener.leave()
-        self._on_over(self._way.pid)
+        self._leave()
 
     def give_up(self, why: str) -> None:
         """Go on with what there is."""
@@ -313,4 +322,5 @@ class _Giving:
     def _leave(self) -> None:
         self._is_over = True
         self._sessions.loop.unwatch(self._watched)
-        self._way.close()
+        if not self._stays:
+            self._way.close()

@@ -51,6 +51,7 @@ TAKEN: Final = Letter("T")
 GIVEN: Final = Letter("G")
 DONE: Final = Letter("D")
 NEVER_MIND: Final = Letter("X")
+ORDER: Final = Letter("O")
 END: Final = Letter("")  # the other one has gone
 
 

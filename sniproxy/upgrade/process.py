@@ -7,17 +7,20 @@ way of its own. There may be other numbers of workers before and after.
 import os
 import socket as std
 from collections.abc import Callable, Mapping, Sequence
+from select import EPOLLIN
 from typing import Any
 
 import trio
 
 from sniproxy.engine.listener import Listener
+from sniproxy.engine.loop import EventLoop
 from sniproxy.service.fatal import FatalError
 from sniproxy.service.workers import Worker, Workers
 from sniproxy.session import Sessions
 from sniproxy.upgrade import letters
 from sniproxy.upgrade.first_process import FirstProcess
 from sniproxy.upgrade.giving import Door
+from sniproxy.upgrade.staying import heed, stay
 from sniproxy.upgrade.taking import Taking
 
 # What a supervisor has told a process that one in its place has to know.
@@ -31,6 +34,7 @@ class Upgrade:
         path: of the socket at which copies find each other.
         on_taken: called when this is the only copy that serves, if one has served before.
         has_to_be_there: whether there is one.
+        stays: whether this process stays when another has taken over, if it is the first one.
 
     Attributes:
         listening: The listening socket that the copy before us has given; None if there is none.
@@ -49,6 +53,7 @@ class Upgrade:
         on_taken: Callable[[], object] = lambda: None,
         *,
         has_to_be_there: bool = False,
+        stays: bool = False,
     ) -> None:
         self.listening: std.socket | None = None
         self.hosts: int | None = None
@@ -56,6 +61,8 @@ class Upgrade:
         self.arguments: list[str] = []
         self.environment: Mapping[str, str] = os.environ
         self._on_taken = on_taken
+        self._stays = stays
+        self._guardian: letters.Way | None = None
         self._facts: dict[str, Any] = {}
         self._fds: list[int] = []
         self._door: Door | None = None
@@ -79,6 +86,8 @@ class Upgrade:
         self._listening = std.socket(fileno=door)
         if facts["status"] is not None:
             self.status = facts["status"], std.socket(fileno=others.pop(0))
+        if facts["guardian"]:
+            self._guardian = letters.Way(std.socket(fileno=others.pop(0)))
         self.arguments = facts["arguments"]
         self.environment = {**os.environ, **facts["environment"]}
         # The other end of the way may have been made by a copy before that one.
@@ -119,11 +128,21 @@ class Upgrade:
                 name: environment[name] for name in _FROM_SUPERVISOR if name in environment
             },
             "status": status and status[0],
+            "guardian": self._guardian is not None,
         }
         self._fds = [hosts] if status is None else [hosts, status[1]]
-        fds = [listening, *self._fds]
-        known = self._listening, self._way, self._facts, fds
-        self._first = FirstProcess(*known, self._on_taken, log_failure)
+        if self._guardian is not None:
+            self._fds.append(self._guardian.fileno())
+        self._first = FirstProcess(
+            self._listening,
+            self._way,
+            self._facts,
+            [listening, *self._fds],
+            self._on_taken,
+            log_failure,
+            self._guardian,
+            stays=self._stays,
+        )
 
     # --- A process that serves
 
@@ -162,8 +181,17 @@ class Upgrade:
             return on_given(None)
         self._door = Door(listener, sessions, on_given)
         if self._worker is None:
-            if self._taking:
+            for taking in self._taking:
                 self._on_taken()
+                if taking.guardian is not None:
+                    self._guardian = taking.guardian
+                    self._facts["guardian"] = True
+                    self._fds.append(taking.guardian.fileno())
+            if self._guardian is not None:
+                sessions.loop.watch(
+                    self._guardian.fileno(), _Heeding(self._guardian, sessions.loop), EPOLLIN
+                )
+            self._door.stays = self._stays and self._guardian is None
             self._door.open(self._listening, self._facts, self._fds)
         else:
             self._door.on_failure = self._worker.goes_on
@@ -176,14 +204,25 @@ class Upgrade:
             self._door.close()
         self._listening.close()
 
+    def stay(self) -> None:
+        """If another copy has taken over, and this process is to stay, return when that ends."""
+        successor = None
+        if self._first is not None:
+            successor = self._first.successor
+        if self._door is not None and self._door.stays:
+            successor = self._door.successor
+        if successor is not None:
+            stay(successor)
+
     # --- Several processes
 
     def become(self, worker: Worker, workers: int) -> None:
         """Take note that this process is that worker, of so many, from now on."""
         self._worker = worker
         self._listening.close()
-        if self._way is not None:
-            self._way.close()
+        for way in self._way, self._guardian:
+            if way is not None:
+                way.close()
         mine = self._ways[worker.number - 1 :: workers]
         for way in self._ways:
             if way not in mine:
@@ -200,3 +239,18 @@ class Upgrade:
         """Look, in the first process, whether there is something to be done."""
         assert self._first is not None
         self._first.look(workers)
+
+
+class _Heeding:
+    """Does what the process says that stays in the supervisor's sight."""
+
+    def __init__(self, way: letters.Way, loop: EventLoop) -> None:
+        self._way = way
+        self._loop = loop
+
+    def on_event(self, events: int) -> None:
+        if not heed(self._way):
+            self._loop.unwatch(self._way.fileno())
+
+    def abort(self) -> None:
+        """Nothing: it is no connection."""

@@ -45,6 +45,7 @@ class Taking:
     Attributes:
         is_over: Whether that is so.
         is_whole: Whether it has given all that it had, or has died.
+        guardian: The way to it, if it stays.
     """
 
     def __init__(self, way: Way, sessions: Sessions, on_over: Callable[[], None]) -> None:
@@ -58,6 +59,7 @@ class Taking:
         self._began = 0.0
         self._refusal = ""
         self.is_over = self.is_whole = False
+        self.guardian: Way | None = None
         self._start = trio.Event()
         sessions.loop.watch(way.fileno(), self, EPOLLIN)
         with contextlib.suppress(OSError):  # it has gone, and that will be told
@@ -103,6 +105,8 @@ class Taking:
             self._end(str(message.content.get("why")), is_alone=False)
         elif message.letter == DONE:
             self._add_counts(message)
+            if message.content.get("stays"):
+                self.guardian = self._way
             self._end(None, is_alone=True)
         elif message.letter == END:
             # It is dead, or it would have said so. We have what it has sent, and the listening
@@ -191,4 +195,5 @@ class Taking:
         if not self.is_over:
             self.is_over = True
             self._sessions.loop.unwatch(self._way.fileno())
-            self._way.close()
+            if self.guardian is None:
+                self._way.close()
