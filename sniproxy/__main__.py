@@ -225,6 +225,8 @@ def _run(
     finally:
         notifier.close()
         hosts.close()
+        if upgrade is not None:
+            upgrade.end()
 
 
 def _hand_over(listening: socket) -> HandOver:

@@ -80,6 +80,12 @@ class FirstProcess:
         else:
             self._let_in(workers)
 
+    def end(self) -> None:
+        """Close what is left."""
+        for way in self._after, self._guardian:
+            if way is not None:
+                way.close()
+
     def _look_before(self, way: Way, workers: Workers) -> None:
         """Hear whether the copy before us has ended."""
         try:

@@ -214,6 +214,15 @@ class Upgrade:
         if successor is not None:
             stay(successor)
 
+    def end(self) -> None:
+        """Close what is left."""
+        self._listening.close()
+        for way in (self._way, self._guardian, *self._ways):
+            if way is not None:
+                way.close()
+        if self._first is not None:
+            self._first.end()
+
     # --- Several processes
 
     def become(self, worker: Worker, workers: int) -> None:
