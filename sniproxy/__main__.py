@@ -8,7 +8,7 @@ import os
 import sys
 from _socket import SO_REUSEPORT, SOL_SOCKET, socket
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -65,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = _config(arguments)
         if isinstance(asked, Config):
             path = asked.upgrade_socket
-            upgrade = None if path is None else Upgrade(path, stays=asked.stays)
-            _run(asked, arguments, syslogd, upgrade)
+            if path is None:
+                return _run(asked, arguments, syslogd, None)
+            with closing(Upgrade(path, stays=asked.stays)) as upgrade:
+                _run(asked, arguments, syslogd, upgrade)
         elif asked is not None:
             _upgrade(asked, syslogd)
 
@@ -152,7 +154,8 @@ def _upgrade(path: str, syslogd: Syslog | None) -> None:
     assert upgrade.hosts is not None
     with attempt("enter the hosts directory of the old copy"):
         os.fchdir(upgrade.hosts)
-    _run(config, upgrade.arguments, syslogd, upgrade)
+    with closing(upgrade):
+        _run(config, upgrade.arguments, syslogd, upgrade)
 
 
 def _run(
@@ -225,8 +228,6 @@ def _run(
     finally:
         notifier.close()
         hosts.close()
-        if upgrade is not None:
-            upgrade.end()
 
 
 def _hand_over(listening: socket) -> HandOver:

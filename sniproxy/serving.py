@@ -68,7 +68,7 @@ class Upgrading(Protocol[Taken]):
     ) -> None:
         """Call `on_given` when it is time to end: with the process id of the copy that has all."""
 
-    def close(self) -> None:
+    def refuse(self) -> None:
         """Let no copy in any more."""
 
 
@@ -173,7 +173,7 @@ async def serve_until_drained(
 
             await orders.drain.wait()
             if upgrade is not None:
-                upgrade.close()
+                upgrade.refuse()
             for listener in listeners:
                 listener.close()
             if status is not None:

@@ -261,6 +261,7 @@ class Workers:
                 upgrade.on_started()
                 upgrade.look(self)
                 if self._ordered == _GIVE:
+                    on_drain()
                     break
             received = signal.sigtimedwait(
                 wanted, self._check_every if is_ready else _FIRST_CHECK_EVERY

@@ -198,7 +198,7 @@ class Upgrade:
             self._worker.on_give = self._door.give
         await self._door.run()
 
-    def close(self) -> None:
+    def refuse(self) -> None:
         """Let no copy in any more."""
         if self._door is not None:
             self._door.close()
@@ -214,7 +214,7 @@ class Upgrade:
         if successor is not None:
             stay(successor)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Close what is left."""
         self._listening.close()
         for way in (self._way, self._guardian, *self._ways):
