@@ -909,7 +909,7 @@ def test_the_daemon_is_not_held_up(place: Place) -> None:
             assert hand_over.give(accepted, unix, 0) is None
             backend("take_fill_and_close")
             # For hours, else.
-            hand_over.kept(accepted, 0).close()
+            hand_over.close_each([hand_over.kept(accepted, 0)])
 
 
 # --- What is against it
