@@ -145,6 +145,9 @@ TESTS: Final = {
     ],
     # What is against it.
     "A firewall keeps in what the filter lets out.": ["test_the_rule_of_the_page"],
+    "It does most of what the guard does, where that is not to be had.": [
+        "test_the_rule_in_the_place_of_the_guard"
+    ],
 }
 
 
@@ -906,32 +909,60 @@ def test_the_daemon_is_not_held_up(place: Place) -> None:
             assert hand_over.give(accepted, unix, 0) is None
             backend("take_fill_and_close")
             # For hours, else.
-            hand_over.kept(accepted, 0).close()
+            hand_over.close_each([hand_over.kept(accepted, 0)])
 
 
 # --- What is against it
 
 
-@needs_network
-def test_the_rule_of_the_page(place: Place) -> None:
+@contextmanager
+def rule_of_the_page(place: Place) -> Iterator[None]:
+    """Have it in force, and one that drops what is the backend's user's."""
     [rule] = re.findall(r"```\n(table .+?)```", PAGE.read_text(), re.DOTALL)
     of_backend = f"meta skuid {NOBODY} drop"
     rule = rule.replace("meta skuid sniproxy", f"{of_backend}; meta skuid {USER}")
     place.machine.run("nft", "-f", "-", stdin=rule)
     try:
-        with (
-            place.daemon(),
-            place.backend() as backend,
-            place.connect() as client,
-            place.listen(FREE),
-            capture(place) as packets,
-        ):
-            backend("take")
-            backend("send", "hello")
-            assert client.recv(5) == b"hello"
-            backend("disconnect")
-            with contextlib.suppress(OSError):
-                backend("connect_with_data", ADDRESS, FREE, "secret")
-            assert next_to(packets, (ADDRESS, FREE)) is None
+        yield
     finally:
         place.machine.run("nft", "flush", "ruleset")
+
+
+@needs_network
+def test_the_rule_of_the_page(place: Place) -> None:
+    with (
+        rule_of_the_page(place),
+        place.daemon(),
+        place.backend() as backend,
+        place.connect() as client,
+        place.listen(FREE),
+        capture(place) as packets,
+    ):
+        backend("take")
+        backend("send", "hello")
+        assert client.recv(5) == b"hello"
+        backend("disconnect")
+        with contextlib.suppress(OSError):
+            backend("connect_with_data", ADDRESS, FREE, "secret")
+        assert next_to(packets, (ADDRESS, FREE)) is None
+
+
+@needs_network
+def test_the_rule_in_the_place_of_the_guard(place: Place) -> None:
+    with (
+        rule_of_the_page(place),
+        place.handed(guarded=False) as (client, backend),
+        place.listen(FREE) as other,
+    ):
+        backend("send", "hello")
+        assert client.recv(5) == b"hello"
+        backend("disconnect")
+        with pytest.raises((PermissionError, TimeoutError)):
+            backend("connect", ADDRESS, FREE)
+        other.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            other.accept()
+        backend("disconnect")
+        port = _list(backend("listen"))[1]
+        assert isinstance(port, int)
+        assert not place.is_open(port)
