@@ -140,8 +140,13 @@ def _upgrade(path: str, syslogd: Syslog | None) -> None:
     with attempt("start a copy"):
         reading, writing = os.pipe2(os.O_CLOEXEC)
         pid = os.fork()
+        if pid == 0 and os.fork():
+            # So that the copy is a child of process 1 from the beginning: a supervisor that is told
+            # of it is to hear of its end.
+            os._exit(0)
     if pid:
         os.close(writing)
+        os.waitpid(pid, 0)
         if not os.read(reading, 1):
             raise FatalError("unable to upgrade: the new copy has said why")
         return
@@ -153,9 +158,20 @@ def _upgrade(path: str, syslogd: Syslog | None) -> None:
     assert isinstance(config, Config)
     assert upgrade.hosts is not None
     with attempt("enter the hosts directory of the old copy"):
-        os.fchdir(upgrade.hosts)
+        # We stay where we are, if that is the same: in a mount namespace of its own, as systemd
+        # makes one, what is mounted below its directory goes with it.
+        if not _is_here(upgrade.hosts):
+            os.fchdir(upgrade.hosts)
     with closing(upgrade):
         _run(config, upgrade.arguments, syslogd, upgrade)
+
+
+def _is_here(directory: int) -> bool:
+    """Tell whether a descriptor is that of the working directory."""
+    try:
+        return os.path.samestat(os.stat(os.curdir), os.fstat(directory))
+    except OSError:  # we may not search it
+        return False
 
 
 def _run(

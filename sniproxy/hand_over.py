@@ -17,6 +17,7 @@ A signal ends the wait, and such a backend gets nothing more for a while.
 """
 
 import array
+import ctypes
 import errno
 import signal
 import struct
@@ -38,6 +39,7 @@ from _socket import (
 from collections.abc import Iterable
 
 from sniproxy.engine.loop import Closable
+from sniproxy.service import libc
 from sniproxy.service.bpf import Instruction, Program
 from sniproxy.service.signals import do_nothing
 
@@ -102,7 +104,8 @@ class HandOver:
         try:
             self._attach(listening)
         except PermissionError:
-            self.is_guarded = False
+            # A copy before us may have had the right.
+            self.is_guarded = self._is_attached(listening)
         else:
             self.is_guarded = True
         self._fd = array.array("i", [-1])
@@ -166,6 +169,18 @@ class HandOver:
             del self._penalties[each]
         return owner in self._penalties
 
+    def _is_attached(self, sock: socket) -> bool:
+        """Tell whether a socket has just this filter."""
+        found = ctypes.create_string_buffer(self._size)
+        # In and out it is a number of instructions.
+        length = ctypes.c_uint32(self._size // _INSTRUCTION_SIZE)
+        try:
+            fixed = sock.fileno(), SOL_SOCKET, _SO_ATTACH_FILTER
+            libc.call("getsockopt", *fixed, found, ctypes.byref(length))
+        except OSError:  # it has a longer one
+            return False
+        return found.raw == self._program.code() and length.value * _INSTRUCTION_SIZE == self._size
+
     def _attach(self, sock: socket) -> None:
         sock.setsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, bytes(self._program))
 
@@ -202,7 +217,8 @@ class Kept:
             option = self._client.getsockopt(SOL_SOCKET, SO_LINGER, _LINGER.size)
             lingers = all(_LINGER.unpack(option))
         self._client.close()
-        if time.monotonic() - began >= _LONGEST_CLOSE:
+        # Half, for a signal comes sometime in that time.
+        if time.monotonic() - began >= _LONGEST_CLOSE / 2:
             self._suspects[owner] = began + _PENALTY
             if lingers:
                 self._penalties[owner] = began + _PENALTY

@@ -74,6 +74,10 @@ class Log(EventLog):
         fields = {"client": client, "name": name, "reason": reason, "alert": number}
         self.event("refused", priority, **fields, detail=detail)
 
+    def upgrade_failed(self, why: str, pid: int, given: int | None = None) -> None:
+        """Say that a new copy, process `pid`, does not take over all; it has got `given`."""
+        self.event("upgrade_failed", syslog.LOG_WARNING, pid=pid, given=given, detail=why)
+
     def proxy_header_unanswered(
         self, client: str, name: bytes | None, host: bytes | None, detail: str
     ) -> None:

@@ -3,6 +3,8 @@ complete -c sniproxy -f
 complete -c sniproxy -l hashed -d 'the directories are named by the BLAKE3 of the hostname, 64 hex digits'
 complete -c sniproxy -l no-owner-check -d 'connect to any socket that a host\'s directory leads to, whoever listens there'
 complete -c sniproxy -l handoff -d 'give the client\'s connection itself to a host that listens at handoff-socket'
+complete -c sniproxy -l upgrade-socket -rF -d 'take over from the copy that listens there, with all its connections, if there is one; and listen there for the next one'
+complete -c sniproxy -l upgrade -rF -d 'start a copy in the background that takes over from the one that listens there, with the options of that, and end when it has'
 complete -c sniproxy -l workers -x -d 'serve with N processes, for more than one processor (default: 1)'
 complete -c sniproxy -l max-connections -x -d 'hold no more than N connections at a time, all processes together (default: what RLIMIT_NOFILE suffices for)'
 complete -c sniproxy -l drain -x -d 'wait that long for connections to end, once asked to end (default: 10)'

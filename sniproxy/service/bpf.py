@@ -22,6 +22,11 @@ class Program(ctypes.Structure):
 
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(_Instruction)))
 
+    def code(self) -> bytes:
+        """Return the instructions."""
+        size = self.length * ctypes.sizeof(_Instruction)
+        return ctypes.string_at(self.instructions, size)
+
     @classmethod
     def of(cls, instructions: Sequence[Instruction]) -> "Program":
         """Return the program that these instructions make."""

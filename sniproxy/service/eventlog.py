@@ -100,10 +100,6 @@ class EventLog:
         cause = f"exit code {code}" if code >= 0 else _signal_name(-code)
         self.event("worker_died", syslog.LOG_ERR, worker=worker, pid=pid, cause=cause)
 
-    def upgrade_failed(self, why: str, pid: int, given: int | None = None) -> None:
-        """Say that a new copy, process `pid`, does not take over all; it has got `given`."""
-        self.event("upgrade_failed", syslog.LOG_WARNING, pid=pid, given=given, detail=why)
-
     def status(self, counts: Counts) -> None:
         """Say how many connections there are, and were."""
         self.event("status", open=counts.open, served=counts.served, refused=counts.refused)

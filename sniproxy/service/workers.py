@@ -44,7 +44,7 @@ _ORDERS: Final = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 # Seconds between two looks at what workers have counted, and at who is to be replaced.
 _CHECK_EVERY: Final = 1.0
 
-# The same, until all have begun to serve; that takes milliseconds.
+# The same, until all have begun to serve, or another copy has all; that takes milliseconds.
 _FIRST_CHECK_EVERY: Final = 0.02
 
 # Seconds between two of a worker's entries; several within a usual watchdog's time, and at least
@@ -263,8 +263,11 @@ class Workers:
                 if self._ordered == _GIVE:
                     on_drain()
                     break
+            is_quiet = is_ready and not self.is_giving
+            if upgrade is not None and upgrade.is_taking:
+                is_quiet = False
             received = signal.sigtimedwait(
-                wanted, self._check_every if is_ready else _FIRST_CHECK_EVERY
+                wanted, self._check_every if is_quiet else _FIRST_CHECK_EVERY
             )
             if received is None:
                 continue

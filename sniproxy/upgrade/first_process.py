@@ -68,6 +68,11 @@ class FirstProcess:
         self._stays = stays
         self.successor: Way | None = None
 
+    @property
+    def is_taking(self) -> bool:
+        """Whether the copy before us has not given all yet."""
+        return self._before is not None
+
     def look(self, workers: Workers) -> None:
         """Do what there is to do, and wait for nothing."""
         if self._guardian is not None and not heed(self._guardian):

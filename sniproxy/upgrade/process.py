@@ -100,7 +100,7 @@ class Upgrade:
     @property
     def is_taking(self) -> bool:
         """Whether there is a copy before us that has not given all yet."""
-        return bool(self._way or self._ways)
+        return self._first.is_taking if self._first is not None else bool(self._way or self._ways)
 
     def introduce(
         self,

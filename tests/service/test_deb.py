@@ -45,9 +45,10 @@ CLIENT = (
     *("--write-out", "fetched %{time_total}\n"),
 )
 
-# Makes a host in the working directory, connects to it, and from then on nobody says anything.
+# Makes a host in the working directory, connects to it, and from then on nobody says anything, until
+# standard input ends. Then the backend does.
 SILENT_CLIENT = """
-import os, socket, ssl
+import os, socket, ssl, sys
 os.mkdir("silent.example")
 os.chdir("silent.example")
 backend = socket.socket(socket.AF_UNIX)
@@ -65,8 +66,12 @@ client = socket.create_connection(("127.0.0.1", 443), 30)
 client.sendall(hello.read())
 connection, _ = backend.accept()
 print("connected", flush=True)
-client.settimeout(None)
-client.recv(1)
+sys.stdin.read()
+try:
+    connection.sendall(b"still here")
+    print(client.recv(10).decode())
+except ConnectionError:  # the one or the other of them is told first
+    print("cut")
 """
 
 # Seconds. With a silent client the old version drains for ten.
@@ -74,7 +79,9 @@ NO_WAIT = 3.0
 UPGRADE = 60.0
 
 OVERRIDE = "/etc/systemd/system/sniproxy.service.d/override.conf"
+CALL = "/usr/bin/sniproxy --upgrade-socket /run/%N/upgrade"
 WRONG_OPTION = "[Service]\nExecStart=\nExecStart=/usr/bin/sniproxy --verbose\n"
+WITHOUT_UPGRADE_SOCKET = "[Service]\nExecStart=\nExecStart=/usr/bin/sniproxy\n"
 COPY = "sniproxy@next.service"
 
 # Where notes are made when anything is installed or runs.
@@ -272,7 +279,8 @@ def test_the_service_sees_no_more_programs_than_it_needs(installed: Machine) -> 
     for unit in "sniproxy.service", "sniproxy@.service":
         text = installed.run("cat", f"/usr/lib/systemd/system/{unit}").stdout
         assert "\nBindReadOnlyPaths=/usr/bin/sniproxy /usr/bin/python3 " in text
-        assert "ExecStart=/usr/bin/sniproxy\n" in text
+        assert f"ExecStart={CALL}\n" in text
+        assert "ExecReload=/usr/bin/sniproxy --upgrade /run/%N/upgrade\n" in text
 
 
 def test_the_pages_and_papers(installed: Machine) -> None:
@@ -391,8 +399,8 @@ def test_all_that_on_debian_13(package: Path) -> None:
 
             done = install(machine, package)
             assert (done.returncode, done.stderr) == (0, "")
-            assert (copies_started(machine), upgrades(machine)) == (1, "")
-            assert main_pid(machine) not in {old, "0"}
+            assert (copies_started(machine), upgrades(machine)) == (0, "")
+            eventually(lambda: main_pid(machine) not in {old, "0"})
             fetch(machine)
 
             # A wrong option: clients wait until it is mended.
@@ -422,6 +430,21 @@ def test_all_that_on_debian_13(package: Path) -> None:
 def test_an_upgrade_that_does_not_start_changes_nothing(serving: Machine, package: Path) -> None:
     fetch(serving)
     old = main_pid(serving)
+    wrong = "[Service]\nExecReload=\nExecReload=/usr/bin/sniproxy --upgrade /run/nowhere/upgrade\n"
+    with overridden(serving, wrong):
+        done = install(serving, package)
+        assert "the new version does not start: see journalctl -u sniproxy.service" in done.stderr
+        assert "the old one goes on" in done.stderr
+        assert done.returncode == 0
+        assert main_pid(serving) == old
+        fetch(serving)
+    assert upgrades(serving) == ""
+
+
+def test_a_copy_that_does_not_start_changes_nothing(serving: Machine, package: Path) -> None:
+    with overridden(serving, WITHOUT_UPGRADE_SOCKET):
+        serving.run("systemctl", "restart", "sniproxy.service")
+    old = main_pid(serving)
     with overridden(serving, WRONG_OPTION):
         done = install(serving, package)
         assert "the new version does not start: unable to understand the options" in done.stderr
@@ -431,6 +454,7 @@ def test_an_upgrade_that_does_not_start_changes_nothing(serving: Machine, packag
         assert main_pid(serving) == old
         fetch(serving)
     assert upgrades(serving) == ""
+    serving.run("systemctl", "restart", "sniproxy.service")
 
 
 def test_what_policy_rc_d_forbids_is_not_done(serving: Machine, package: Path) -> None:
@@ -446,7 +470,15 @@ def test_what_policy_rc_d_forbids_is_not_done(serving: Machine, package: Path) -
     assert copies_started(serving) == starts
 
 
-def test_an_upgrade_refuses_nobody(serving: Machine, package: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("call", "said"),
+    # The second one as it was before there was an upgrade socket: who stays for ten seconds is cut.
+    [("", "still here"), (WITHOUT_UPGRADE_SOCKET, "cut")],
+    ids=["taken over", "restarted"],
+)
+def test_an_upgrade_refuses_nobody(
+    serving: Machine, package: Path, tmp_path: Path, call: str, said: str
+) -> None:
     newer = tmp_path / f"sniproxy_{NEXT_VERSION}.deb"
     tree = tmp_path / "tree"
     subprocess.run(["dpkg-deb", "--raw-extract", package, tree], check=True)
@@ -458,12 +490,12 @@ def test_an_upgrade_refuses_nobody(serving: Machine, package: Path, tmp_path: Pa
     elsewhere = "WorkingDirectory=/srv/elsewhere\nBindReadOnlyPaths=/srv/elsewhere\n"
     serving.run("mkdir", "/srv/elsewhere")
     serving.run("mv", f"/srv/hosts/{NAME}", "/srv/elsewhere")
-    with overridden(serving, f"[Service]\n{elsewhere}"):
+    with overridden(serving, f"[Service]\n{elsewhere}{call}"):
         serving.run("systemctl", "restart", "sniproxy.service")
         with (
             started(serving, *CLIENT),
             started(serving, *CLIENT) as client,
-            # The old version has to wait for this one, for all of the ten seconds.
+            # A restart has to wait for this one, for all of the ten seconds.
             started(
                 serving, "env", "--chdir=/srv/elsewhere", "python3", "-c", SILENT_CLIENT
             ) as silent,
@@ -477,6 +509,7 @@ def test_an_upgrade_refuses_nobody(serving: Machine, package: Path, tmp_path: Pa
             eventually(lambda: len(fetches(serving)) > so_far + 20)
             serving.run("touch", "/run/enough")
             client.wait(PATIENCE)
+            assert silent.communicate(timeout=PATIENCE)[0] == f"{said}\n"
         assert (done.returncode, done.stderr) == (0, "")
         # Nobody was refused, and nobody had to wait for the drain.
         assert {line.split()[0] for line in fetches(serving)} == {"fetched"}
@@ -485,7 +518,7 @@ def test_an_upgrade_refuses_nobody(serving: Machine, package: Path, tmp_path: Pa
         assert serving.run("sniproxy", "--version").stdout == f"sniproxy {NEXT_VERSION}\n"
         assert upgrades(serving) == ""
         serving.run("mv", f"/srv/elsewhere/{NAME}", "/srv/hosts")
-    serving.run("rm", "--recursive", "/srv/elsewhere")
+    serving.run("rm", "--recursive", "/srv/elsewhere", "/run/enough", "/run/fetches")
     serving.run("systemctl", "restart", "sniproxy.service")
     fetch(serving)
 
@@ -496,7 +529,7 @@ def test_an_upgrade_replaces_copies_too(serving: Machine, package: Path) -> None
     serving.run("systemctl", "stop", "sniproxy.service")
     old = show("MainPID", serving, COPY)
     assert install(serving, package).returncode == 0
-    assert show("MainPID", serving, COPY) not in {old, "0"}
+    eventually(lambda: show("MainPID", serving, COPY) not in {old, "0"})
     assert upgrades(serving) == ""
     fetch(serving)
     serving.run("systemctl", "stop", COPY)

@@ -37,6 +37,7 @@ SYSTEM = "/etc/systemd/system"
 PYTHON, SHELL = ("python3", "-c"), ("sh", "-euc")
 COPY = "sniproxy@next.service"
 HANDING_OVER = Page(ROOT / "docs/handing-over.md")
+PROGRAM = "/opt/sniproxy/bin/sniproxy --upgrade-socket /run/%N/upgrade"
 
 # The backend of the tenant whose name is the instance.
 SITE = """
@@ -100,6 +101,19 @@ import socket, sys
 clients = [socket.create_connection(("127.0.0.1", 443), 30) for _ in range(50)]
 print("connected", flush=True)
 sys.stdin.read()
+"""
+
+# Begins a download, and reads the rest when standard input ends; says how much that was in all.
+BULK_CLIENT = """
+import socket, sys
+client = socket.create_connection(("127.0.0.1", 443), 30)
+client.sendall(bytes.fromhex(sys.argv[1]))
+size = len(client.recv(1))
+print("begun", flush=True)
+sys.stdin.read()
+while data := client.recv(1 << 20):
+    size += len(data)
+print(size)
 """
 
 # A backend, of root's, that has much to say.
@@ -292,6 +306,10 @@ def test_a_host_on_a_filesystem_that_is_mounted_later(machine: Machine) -> None:
     add_host(machine, "three")
     fetch(machine, "three")
     assert main_pid(machine) == pid
+    # It has the root directory of the next version, and that of the old one is gone.
+    machine.run("systemctl", "reload", SERVICE)
+    eventually(lambda: main_pid(machine) != pid)
+    fetch(machine, "three")
 
 
 def test_a_tenant_does_not_get_the_socket_of_another(machine: Machine) -> None:
@@ -363,6 +381,98 @@ def _hand_over(machine: Machine) -> None:
 def test_a_restart_refuses_nobody(machine: Machine) -> None:
     fetch(machine)
     assert heard_amid_restarts(machine, *PYTHON, CLIENTS) == {page("one").strip()}
+
+
+@pytest.mark.parametrize("options", ["", "--workers 2"])
+def test_a_reload_cuts_nobody(machine: Machine, options: str) -> None:
+    call = ("ExecStart=", f"ExecStart={PROGRAM} {options}")
+    hello = hello_bytes("bulk.example").hex()
+    with (
+        changed(machine, *call, "WatchdogSec=1"),
+        started(machine, *PYTHON, BULK) as backend,
+        started(machine, *PYTHON, CLIENTS) as clients,
+    ):
+        pids = [main_pid(machine)]
+        invocation = show(machine, "InvocationID")
+        assert heard(backend.stdout) == ["listening"]
+        with (
+            started(machine, *PYTHON, SLOW_CLIENT) as slow,
+            started(machine, *PYTHON, BULK_CLIENT, hello) as bulk,
+        ):
+            assert heard(slow.stdout) == ["connected"]
+            assert heard(bulk.stdout) == ["begun"]
+            lines = heard(clients.stdout, 20)
+            for _ in range(3):
+                machine.run("systemctl", "reload", SERVICE)
+                eventually(lambda: main_pid(machine) not in pids)
+                pids.append(main_pid(machine))
+                lines += heard(clients.stdout, 20)
+            assert ended(slow) == ([page("one").strip()], "")
+            assert ended(bulk) == ([str(1 << 24)], "")
+        rest, errors = ended(clients)
+        assert errors == ""
+        assert {*lines, *rest} == {page("one").strip()}
+        # systemd watches over the last one: it hears twice that all is well.
+        for _ in range(2):
+            heard_at = show(machine, "WatchdogTimestampMonotonic")
+            eventually(lambda: show(machine, "WatchdogTimestampMonotonic") != heard_at)  # noqa: B023
+        assert (show(machine, "InvocationID"), show(machine, "NRestarts")) == (invocation, "0")
+        eventually(lambda: show(machine, "StatusText").startswith("0 open, "))
+        log = [line for _, line in journal(machine)]
+        assert sum(line.startswith("sniproxy: taken_over ") for line in log) >= 3
+        # Of systemd: that it hears somebody who may not speak, or watches what it can't.
+        for wrong in "reception only permitted", "not our child", "Killing process":
+            assert not [line for line in log if wrong in line]
+        machine.run("systemctl", "stop", SERVICE)
+        assert (state(machine), show(machine, "Result")) == ("inactive", "success")
+
+
+def test_killed_after_a_reload_it_comes_back(machine: Machine) -> None:
+    fetch(machine)
+    old = main_pid(machine)
+    machine.run("systemctl", "reload", SERVICE)
+    eventually(lambda: main_pid(machine) != old)
+    new = main_pid(machine)
+    machine.run("systemctl", "kill", "--signal=KILL", SERVICE)
+    fetch(machine)
+    assert main_pid(machine) not in {0, old, new}
+
+
+def test_a_reload_that_fails_changes_nothing(machine: Machine) -> None:
+    machine.run("systemctl", "restart", SERVICE)
+    old = main_pid(machine)
+    [module] = machine.root.glob("opt/sniproxy/lib/python3.*/site-packages/sniproxy/session.py")
+    aside = module.with_suffix(".aside")
+    module.rename(aside)  # Python's own cache of it does not count without it
+    try:
+        with started(machine, *PYTHON, SLOW_CLIENT) as slow:
+            assert heard(slow.stdout) == ["connected"]
+            assert machine.run("systemctl", "reload", SERVICE, check=False).returncode != 0
+            assert "No module named 'sniproxy.session'" in "".join(
+                line for _, line in journal(machine)
+            )
+            fetch(machine)
+            assert (state(machine), main_pid(machine)) == ("active", old)
+            aside.rename(module)
+            machine.run("systemctl", "reload", SERVICE)
+            assert ended(slow) == ([page("one").strip()], "")
+    finally:
+        if aside.exists():
+            aside.rename(module)
+    eventually(lambda: main_pid(machine) != old)
+    # The socket is systemd's as before.
+    machine.run("systemctl", "stop", SERVICE)
+    fetch(machine)
+
+
+def test_a_reload_of_one_that_was_called_without_the_upgrade_socket(machine: Machine) -> None:
+    with changed(machine, "ExecStart=", "ExecStart=/opt/sniproxy/bin/sniproxy"):
+        old = main_pid(machine)
+        assert machine.run("systemctl", "reload", SERVICE, check=False).returncode != 0
+        _, line = wait_for_log(machine, "upgrade:")
+        assert "unable to upgrade: nobody listens at '/run/sniproxy/upgrade'" in line
+        fetch(machine)
+        assert (state(machine), main_pid(machine)) == ("active", old)
 
 
 def test_a_new_version_starts_before_the_old_one_drains(machine: Machine) -> None:
@@ -502,8 +612,7 @@ def test_two_commands_do_not_end_a_service_that_runs(machine: Machine) -> None:
 
 WITH_STATUS = (
     "ExecStart=",
-    "ExecStart=/opt/sniproxy/bin/sniproxy --status-socket /run/%N/status",
-    "RuntimeDirectory=%N",
+    f"ExecStart={PROGRAM} --status-socket /run/%N/status",
 )
 
 
@@ -577,13 +686,15 @@ def test_its_root_directory_has_what_it_needs(machine: Machine) -> None:
     kernels = {"/dev", "/proc", "/sys"}
     pythons = {"/opt", "/opt/sniproxy", "/usr", "/usr/bin", "/usr/bin/python3", "/usr/lib", "/lib"}
     systemds = {"/run", "/run/systemd", "/run/systemd/incoming", "/run/systemd/notify"}
-    assert found == kernels | pythons | systemds | {"/srv", "/srv/hosts"}
+    assert found == kernels | pythons | systemds | {"/srv", "/srv/hosts", "/run/sniproxy"}
 
     mounts = machine.run("cat", f"{process}/mounts").stdout.splitlines()
     writable = {line.split()[1] for line in mounts if "rw" in line.split()[3].split(",")}
-    # Its own processes, and what PrivateDevices= and PrivateIPC= give to everybody.
+    # Its own processes, its upgrade socket, and what PrivateDevices= and PrivateIPC= give to
+    # everybody.
     assert writable <= {
         "/proc",
+        "/run/sniproxy",
         *(f"/dev/{name}" for name in ("hugepages", "mqueue", "pts", "shm")),
     }
 
@@ -627,7 +738,7 @@ def test_the_system_calls_are_all_that_it_needs(machine: Machine, options: str) 
             # So that there is a capacity to be reached, of less than twenty connections.
             "LimitNOFILE=64",
             "ExecStart=",
-            f"ExecStart=/opt/sniproxy/bin/sniproxy {options}",
+            f"ExecStart={PROGRAM} {options}",
         ):
             _do_everything(machine, hands_over="--handoff" in options)
             log = journal(machine)
@@ -639,6 +750,10 @@ def test_the_system_calls_are_all_that_it_needs(machine: Machine, options: str) 
 
 
 def _do_everything(machine: Machine, hands_over: bool) -> None:
+    old = main_pid(machine)
+    fetch(machine)
+    machine.run("systemctl", "reload", SERVICE)
+    eventually(lambda: main_pid(machine) != old)
     pid = main_pid(machine)
     fetch(machine)
     if hands_over:
