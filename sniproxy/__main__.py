@@ -8,7 +8,7 @@ import os
 import sys
 from _socket import SO_REUSEPORT, SOL_SOCKET, socket
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -181,6 +181,17 @@ def _run(
         listening = use_given_socket(upgrade.listening)
     else:
         [(listening, _)] = take_listening_sockets(_HOW_TO_CALL)
+    with closing(listening):
+        _serve_on(listening, config, arguments, syslogd, upgrade)
+
+
+def _serve_on(
+    listening: socket,
+    config: Config,
+    arguments: Sequence[str],
+    syslogd: Syslog | None,
+    upgrade: Upgrade | None,
+) -> None:
     hand_over = _hand_over(listening) if config.hands_over else None
     # All that is needed later is opened now: there may be no way to it in another root directory,
     # for another user, or in the sandbox.
@@ -253,19 +264,15 @@ def _hand_over(listening: socket) -> HandOver:
         UsageError: they could take the port from us then.
         FatalError: a system call failed.
     """
-    with ExitStack() as stack:
-        stack.callback(listening.close)
-        if is_multipath(listening):
-            raise UsageError("unable to hand over connections (--handoff) of Multipath TCP")
-        if listening.getsockopt(SOL_SOCKET, SO_REUSEPORT):
-            raise UsageError(
-                "unable to hand over connections (--handoff) of a listening socket with "
-                "SO_REUSEPORT: whoever gets one could listen there, too"
-            )
-        with attempt("hand over connections (--handoff)"):
-            hand_over = HandOver(listening)
-        stack.pop_all()
-    return hand_over
+    if is_multipath(listening):
+        raise UsageError("unable to hand over connections (--handoff) of Multipath TCP")
+    if listening.getsockopt(SOL_SOCKET, SO_REUSEPORT):
+        raise UsageError(
+            "unable to hand over connections (--handoff) of a listening socket with "
+            "SO_REUSEPORT: whoever gets one could listen there, too"
+        )
+    with attempt("hand over connections (--handoff)"):
+        return HandOver(listening)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ CLIENT = (
     *("--write-out", "fetched %{time_total}\n"),
 )
 
-# Makes a host in the working directory, connects to it, and from then on nobody says anything, until
-# standard input ends. Then the backend does.
+# Makes a host in the working directory, connects to it, and from then on nobody says anything,
+# until standard input ends. Then the backend does.
 SILENT_CLIENT = """
 import os, socket, ssl, sys
 os.mkdir("silent.example")
