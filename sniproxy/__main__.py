@@ -50,6 +50,9 @@ listens there: sniproxy-hosts(5).
 SIGHUP stops accepting and ends when the last connection has ended, or after
 ten seconds.
 """
+# What a copy in the background says to its caller when it has taken over; else it says why not.
+_TAKEN = b"+"
+
 _EXAMPLE = "sniproxy-listen :443 sniproxy"
 _HOW_TO_CALL = (
     f"{_EXAMPLE} (in a systemd service: StandardInput=socket, and a socket unit of the same name, "
@@ -147,23 +150,39 @@ def _upgrade(path: str, syslogd: Syslog | None) -> None:
     if pid:
         os.close(writing)
         os.waitpid(pid, 0)
-        if not os.read(reading, 1):
-            raise FatalError("unable to upgrade: the new copy has said why")
+        with open(reading, "rb") as answer:
+            said = answer.readline()
+        if not said.startswith(_TAKEN):
+            why = said.decode(errors="replace").strip() or "the new copy has ended"
+            raise FatalError(f"unable to upgrade: {why}")
         return
     os.close(reading)
     # Not to be ended by the terminal of whoever has called us.
     os.setsid()
-    upgrade = Upgrade(path, partial(os.write, writing, b"+"), has_to_be_there=True)
-    config = _config(upgrade.arguments)
-    assert isinstance(config, Config)
-    assert upgrade.hosts is not None
-    with attempt("enter the hosts directory of the old copy"):
-        # We stay where we are, if that is the same: in a mount namespace of its own, as systemd
-        # makes one, what is mounted below its directory goes with it.
-        if not _is_here(upgrade.hosts):
-            os.fchdir(upgrade.hosts)
-    with closing(upgrade):
-        _run(config, upgrade.arguments, syslogd, upgrade)
+
+    def answer_caller(said: bytes) -> None:
+        nonlocal writing
+        if writing != -1:
+            os.write(writing, said)
+            os.close(writing)
+            writing = -1
+
+    try:
+        upgrade = Upgrade(path, partial(answer_caller, _TAKEN), has_to_be_there=True)
+        with closing(upgrade):
+            upgrade.continue_log()
+            config = _config(upgrade.arguments)
+            assert isinstance(config, Config)
+            assert upgrade.hosts is not None
+            with attempt("enter the hosts directory of the old copy"):
+                # We stay where we are, if that is the same: in a mount namespace of its own, as
+                # systemd makes one, what is mounted below its directory goes with it.
+                if not _is_here(upgrade.hosts):
+                    os.fchdir(upgrade.hosts)
+            _run(config, upgrade.arguments, syslogd, upgrade)
+    except FatalError as error:
+        answer_caller(f"{error}\n".encode(errors="backslashreplace"))
+        raise
 
 
 def _is_here(directory: int) -> bool:
@@ -197,7 +216,7 @@ def _serve_on(
     # for another user, or in the sandbox.
     with attempt("start"):
         standard.replace_copies_of_input()
-        log = Log(syslogd)
+        log = Log(syslogd, os.environ if upgrade is None else upgrade.environment)
         log.is_json = config.log_json
     given = None if upgrade is None else upgrade.status
     status = open_status_socket(config, "sniproxy", LATENCIES, given)

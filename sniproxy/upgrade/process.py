@@ -24,7 +24,10 @@ from sniproxy.upgrade.staying import heed, stay
 from sniproxy.upgrade.taking import Taking
 
 # What a supervisor has told a process that one in its place has to know.
-_FROM_SUPERVISOR = ("NOTIFY_SOCKET", "WATCHDOG_USEC")
+_FROM_SUPERVISOR = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "JOURNAL_STREAM")
+
+# Where the log goes.
+_STANDARD_ERROR = 2
 
 
 class Upgrade:
@@ -38,7 +41,7 @@ class Upgrade:
 
     Attributes:
         listening: The listening socket that the copy before us has given; None if there is none.
-        hosts: The descriptor of its hosts directory.
+        hosts, standard_error: The descriptors of its hosts directory, and of where its log goes.
         status: Its status socket, and the path of that; None if it has none.
         arguments: Its command line.
         environment: Ours, with what its supervisor had told it.
@@ -57,6 +60,7 @@ class Upgrade:
     ) -> None:
         self.listening: std.socket | None = None
         self.hosts: int | None = None
+        self.standard_error: int | None = None
         self.status: tuple[str, std.socket] | None = None
         self.arguments: list[str] = []
         self.environment: Mapping[str, str] = os.environ
@@ -81,7 +85,7 @@ class Upgrade:
             return
         self._way, message = met
         facts = message.content["facts"]
-        listening, door, self.hosts, *others = message.fds
+        listening, door, self.hosts, self.standard_error, *others = message.fds
         self.listening = std.socket(fileno=listening)
         self._listening = std.socket(fileno=door)
         if facts["status"] is not None:
@@ -130,7 +134,9 @@ class Upgrade:
             "status": status and status[0],
             "guardian": self._guardian is not None,
         }
-        self._fds = [hosts] if status is None else [hosts, status[1]]
+        self._fds = [hosts, _STANDARD_ERROR]
+        if status is not None:
+            self._fds.append(status[1])
         if self._guardian is not None:
             self._fds.append(self._guardian.fileno())
         self._first = FirstProcess(
@@ -203,6 +209,14 @@ class Upgrade:
         if self._door is not None:
             self._door.close()
         self._listening.close()
+
+    def continue_log(self) -> None:
+        """Write, from now on, where the copy before us has written; read from nowhere."""
+        assert self.standard_error is not None
+        os.dup2(self.standard_error, _STANDARD_ERROR)
+        with open(os.devnull, "r+b") as null:
+            for fd in range(_STANDARD_ERROR):
+                os.dup2(null.fileno(), fd)
 
     def stay(self) -> None:
         """If another copy has taken over, and this process is to stay, return when that ends."""

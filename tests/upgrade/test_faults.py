@@ -331,7 +331,7 @@ class Old:
         assert hear(way).letter == HELLO
         facts = {"pid": os.getpid(), "arguments": [], "environment": {}, "status": None}
         facts["guardian"] = False
-        fds = [self.listening.fileno(), self.door.fileno(), self.hosts]
+        fds = [self.listening.fileno(), self.door.fileno(), self.hosts, 2]
         way.send(LISTEN, fds, version=VERSION, facts=facts, workers=0)
         assert hear(way).letter == READY
         return way
@@ -476,10 +476,12 @@ def test_in_the_background(hosts: Path, path: Path) -> None:
         Daemon(None, Path("/"), ("--upgrade", str(path))) as caller,
     ):
         assert caller.wait() == 0
+        # Nothing holds the terminal, or the pipe, of whoever has called.
+        assert caller.log() == []
         assert old.wait() == 0
         with old.connect():
             pass
-        eventually(lambda: f"hosts={hosts}" in "".join(caller.log()))
+        eventually(lambda: f"hosts={hosts}" in old.log()[-1])
         met = letters.meet(str(path))
         assert met is not None
         way, message = met
@@ -487,4 +489,20 @@ def test_in_the_background(hosts: Path, path: Path) -> None:
         message.close()
         way.close()
         os.kill(message.content["facts"]["pid"], signal.SIGTERM)
-        eventually(lambda: " drained " in "".join(caller.log()))
+        eventually(lambda: old.log()[-1].startswith("sniproxy: drained "))
+
+
+def test_in_the_background_it_says_why_not(
+    hosts: Path, path: Path, old: Daemon, backend: RawBackend
+) -> None:
+    with ExitStack() as stack:
+        for _ in range(10):
+            for each in joined(old, backend, HELLO_BYTES):
+                stack.enter_context(each)
+        few = ("prlimit", "--nofile=40")
+        with Daemon(None, hosts, ("--upgrade", str(path)), under=few) as caller:
+            assert caller.wait() == 111
+            [line] = caller.log()
+        assert line.startswith("sniproxy: fatal: unable to upgrade: unable to take over from")
+        assert "10 connections are more than" in line
+        assert old.process.poll() is None
