@@ -5,6 +5,7 @@ import sniproxy.service.process1  # noqa: F401  # isort: skip
 
 import errno
 import os
+import pwd
 import sys
 from _socket import SO_REUSEPORT, SOL_SOCKET, socket
 from collections.abc import Sequence
@@ -171,6 +172,12 @@ def _upgrade(path: str, syslogd: Syslog | None) -> None:
         upgrade = Upgrade(path, partial(answer_caller, _TAKEN), has_to_be_there=True)
         with closing(upgrade):
             upgrade.continue_log()
+            uid, gid = upgrade.owner
+            if uid != 0 and os.geteuid() == 0:
+                # Whatever its options say: they need not, where somebody else has made it that user.
+                with attempt("become the user of the old copy"):
+                    groups = os.getgrouplist(_user_name(uid), gid)
+                    privileges.become(privileges.Identity(uid, gid, groups))
             config = _config(upgrade.arguments)
             assert isinstance(config, Config)
             assert upgrade.hosts is not None
@@ -183,6 +190,13 @@ def _upgrade(path: str, syslogd: Syslog | None) -> None:
     except FatalError as error:
         answer_caller(f"{error}\n".encode(errors="backslashreplace"))
         raise
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _is_here(directory: int) -> bool:

@@ -82,22 +82,22 @@ class Way:
         sock: of the type SOCK_SEQPACKET, connected; owned from now on.
 
     Attributes:
-        pid: The process id of the other copy.
+        pid, uid, gid: Of the other copy.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         sock.setblocking(False)
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        self.pid, self._uid, _ = _UCRED.unpack(credentials)
+        self.pid, self.uid, self.gid = _UCRED.unpack(credentials)
 
     def fileno(self) -> int:
         """Return its descriptor."""
         return self._sock.fileno()
 
     def is_ours(self) -> bool:
-        """Tell whether the other one is the same user, or root."""
-        return self._uid in (0, os.geteuid())
+        """Tell whether the other one is the same user, or root; root may speak to anybody."""
+        return os.geteuid() == 0 or self.uid in (0, os.geteuid())
 
     def send(self, letter: Letter, fds: list[int] | None = None, **content: Any) -> None:
         """Send a message.

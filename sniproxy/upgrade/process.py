@@ -43,6 +43,7 @@ class Upgrade:
         listening: The listening socket that the copy before us has given; None if there is none.
         hosts, standard_error: The descriptors of its hosts directory, and of where its log goes.
         status: Its status socket, and the path of that; None if it has none.
+        owner: Whom it was when it began to listen for us: uid and gid.
         arguments: Its command line.
         environment: Ours, with what its supervisor had told it.
 
@@ -62,6 +63,7 @@ class Upgrade:
         self.hosts: int | None = None
         self.standard_error: int | None = None
         self.status: tuple[str, std.socket] | None = None
+        self.owner = 0, 0
         self.arguments: list[str] = []
         self.environment: Mapping[str, str] = os.environ
         self._on_taken = on_taken
@@ -92,6 +94,7 @@ class Upgrade:
             self.status = facts["status"], std.socket(fileno=others.pop(0))
         if facts["guardian"]:
             self._guardian = letters.Way(std.socket(fileno=others.pop(0)))
+        self.owner = self._way.uid, self._way.gid
         self.arguments = facts["arguments"]
         self.environment = {**os.environ, **facts["environment"]}
         # The other end of the way may have been made by a copy before that one.

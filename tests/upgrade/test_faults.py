@@ -469,6 +469,40 @@ def test_without_who_stays_the_copy_drains(hosts: Path, path: Path) -> None:
         assert new.wait() == 0
 
 
+def is_alive(pid: int) -> bool:
+    """Tell whether a process is there that has not ended."""
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start it as somebody else")
+def test_root_has_a_copy_take_over_that_is_no_more_than_the_old_one(
+    hosts: Path, path: Path
+) -> None:
+    for directory in path.parents[:-1]:
+        if directory.stat().st_uid == 0:
+            directory.chmod(directory.stat().st_mode | 0o711)
+    path.parent.chmod(0o777)
+    user = ("setpriv", "--reuid=61003", "--regid=61003", "--clear-groups")
+    with start_daemon(hosts, "--upgrade-socket", str(path), under=user) as old:
+        with Daemon(None, hosts, ("--upgrade", str(path))) as caller:
+            assert caller.wait() == 0
+        assert old.wait() == 0
+        met = letters.meet(str(path))
+        assert met is not None
+        way, message = met
+        pid = message.content["facts"]["pid"]
+        message.close()
+        way.close()
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert "Uid:\t61003\t61003\t61003\t61003" in status
+        assert "Gid:\t61003\t61003\t61003\t61003" in status
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not is_alive(pid))
+
+
 def test_in_the_background(hosts: Path, path: Path) -> None:
     """It ends when the copy has all, which has the options and the hosts of the old one."""
     with (
@@ -481,15 +515,16 @@ def test_in_the_background(hosts: Path, path: Path) -> None:
         assert old.wait() == 0
         with old.connect():
             pass
-        eventually(lambda: f"hosts={hosts}" in old.log()[-1])
+        eventually(lambda: "".join(old.log()).count(f"hosts={hosts}") == len((old, caller)))
         met = letters.meet(str(path))
         assert met is not None
         way, message = met
         assert message.content["facts"]["arguments"][-1] == "connections"
         message.close()
         way.close()
-        os.kill(message.content["facts"]["pid"], signal.SIGTERM)
-        eventually(lambda: old.log()[-1].startswith("sniproxy: drained "))
+        pid = message.content["facts"]["pid"]
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: old.log()[-1].startswith("sniproxy: drained ") and not is_alive(pid))
 
 
 def test_in_the_background_it_says_why_not(
