@@ -171,13 +171,13 @@ def _upgrade(path: str, syslogd: Syslog | None) -> None:
     try:
         upgrade = Upgrade(path, partial(answer_caller, _TAKEN), has_to_be_there=True)
         with closing(upgrade):
-            upgrade.continue_log()
             uid, gid = upgrade.owner
             if uid != 0 and os.geteuid() == 0:
-                # Whatever its options say: they need not, where somebody else has made it that user.
+                # Whatever its options say: somebody else may have made it that user.
                 with attempt("become the user of the old copy"):
                     groups = os.getgrouplist(_user_name(uid), gid)
                     privileges.become(privileges.Identity(uid, gid, groups))
+            upgrade.continue_log()
             config = _config(upgrade.arguments)
             assert isinstance(config, Config)
             assert upgrade.hosts is not None

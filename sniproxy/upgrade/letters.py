@@ -96,8 +96,8 @@ class Way:
         return self._sock.fileno()
 
     def is_ours(self) -> bool:
-        """Tell whether the other one is the same user, or root; root may speak to anybody."""
-        return os.geteuid() == 0 or self.uid in (0, os.geteuid())
+        """Tell whether the other one is the same user, or root."""
+        return self.uid in (0, os.geteuid())
 
     def send(self, letter: Letter, fds: list[int] | None = None, **content: Any) -> None:
         """Send a message.
@@ -227,8 +227,12 @@ def check_hello(message: Message) -> None:
         raise UpgradeError(f"version {version} of the protocol is not {VERSION}, ours")
 
 
-def meet(path: str) -> tuple[Way, Message] | None:
+def meet(path: str, *, of_anybody: bool = False) -> tuple[Way, Message] | None:
     """Return the way to the copy that serves now, and what it says to begin with.
+
+    Args:
+        path: where it listens.
+        of_anybody: whether it may be another user than we.
 
     Returns:
         None if there is none.
@@ -250,7 +254,7 @@ def meet(path: str) -> tuple[Way, Message] | None:
     way = Way(sock)
     way.wait(_PATIENCE)
     try:
-        if not way.is_ours():
+        if not (of_anybody or way.is_ours()):
             raise UpgradeError("it belongs to somebody else")
         way.send(HELLO, version=VERSION)
         message = way.receive()
