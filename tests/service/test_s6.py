@@ -50,6 +50,9 @@ pytestmark = [
     ),
 ]
 
+# The last line of `run`.
+PROGRAM = "/opt/sniproxy/bin/sniproxy --stay --upgrade-socket /run/sniproxy/upgrade"
+
 
 class Service:
     """A service in its machine."""
@@ -159,7 +162,7 @@ def test_it_is_ready(service: Service) -> None:
 def test_who_does_not_answer_is_not_ready(service: Service) -> None:
     """To listen is not enough."""
     service.svc("-wD", "-d")
-    change(service.inside, "/opt/sniproxy/bin/sniproxy\n", "sleep 1000\n")
+    change(service.inside, f"{PROGRAM}\n", "sleep 1000\n")
     service.svc("-u")
     # Asked it is, and so it would be ready within milliseconds.
     eventually(lambda: service.inside.processes("check"))
@@ -288,7 +291,7 @@ def test_the_root_directory_may_be_that_of_the_hosts(service: Service) -> None:
     service.svc("-wD", "-d")
     change(
         inside,
-        "s6-setuidgid sniproxy\n/opt/sniproxy/bin/sniproxy\n",
+        f"s6-setuidgid sniproxy\n{PROGRAM}\n",
         "/opt/sniproxy/bin/sniproxy --chroot --user sniproxy\n",
     )
     service.svc("-wU", "-u")
@@ -307,7 +310,7 @@ def test_a_new_copy_without_a_gap(service: Service) -> None:
     keep_port = inside / "/srv/keep-port"
     keep_port.write_text(script.replace("sniproxy <", "/opt/sniproxy/bin/sniproxy <"))
     keep_port.chmod(0o755)
-    change(inside, "/opt/sniproxy/bin/sniproxy\n", "/srv/keep-port\n")
+    change(inside, f"{PROGRAM}\n", "/srv/keep-port\n")
     service.svc("-wU", "-u")
     [old] = inside.processes("sniproxy")
     with raw_backend(inside) as backend, inside.connect(ADDRESS) as client:
@@ -326,6 +329,31 @@ def test_a_new_copy_without_a_gap(service: Service) -> None:
     eventually(lambda: old not in inside.processes("sniproxy"))
     service.svc("-wD", "-d")
     assert inside.processes("sniproxy") == []
+
+
+def test_an_upgrade_without_a_cut(service: Service) -> None:
+    """s6 goes on with the process that it knows, and what it is asked for reaches the other one."""
+    pid = service.pid()
+    command = "/opt/sniproxy/bin/sniproxy", "--upgrade", "/run/sniproxy/upgrade"
+    with raw_backend(service.inside) as backend, service.inside.connect(ADDRESS) as client:
+        client.sendall(HELLO)
+        with backend.accept() as connection:
+            assert receive_exactly(connection, len(HELLO)) == HELLO
+            for _ in range(2):
+                service.inside.run(*command)
+                connection.sendall(b"pong")
+                assert receive_exactly(client, 4) == b"pong"
+                assert service.pid() == pid
+                assert len(service.inside.processes("sniproxy")) == 2
+            assert service.ask(b"no hello")
+            assert sum("taken_over" in line for line in service.log()) == 2
+            service.svc("-h")
+            service.wait_for_log("draining open=1")
+        assert receive_all(client) == b""
+    # When that has ended, it has ended, too, and s6 starts it anew.
+    eventually(lambda: service.pid() not in (pid, -1))
+    service.wait("-U")
+    assert service.ask(b"no hello")
 
 
 def test_the_end_of_s6(service: Service) -> None:
