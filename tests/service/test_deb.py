@@ -74,14 +74,14 @@ except ConnectionError:  # the one or the other of them is told first
     print("cut")
 """
 
-# Seconds. With a silent client the old version drains for ten.
+# Seconds. With a silent client a version that is restarted drains for five.
 NO_WAIT = 3.0
 UPGRADE = 60.0
 
 OVERRIDE = "/etc/systemd/system/sniproxy.service.d/override.conf"
 CALL = "/usr/bin/sniproxy --upgrade-socket /run/%N/upgrade"
 WRONG_OPTION = "[Service]\nExecStart=\nExecStart=/usr/bin/sniproxy --verbose\n"
-WITHOUT_UPGRADE_SOCKET = "[Service]\nExecStart=\nExecStart=/usr/bin/sniproxy\n"
+WITHOUT_UPGRADE_SOCKET = "[Service]\nExecStart=\nExecStart=/usr/bin/sniproxy --drain 5\n"
 COPY = "sniproxy@next.service"
 
 # Where notes are made when anything is installed or runs.
@@ -472,7 +472,7 @@ def test_what_policy_rc_d_forbids_is_not_done(serving: Machine, package: Path) -
 
 @pytest.mark.parametrize(
     ("call", "said"),
-    # The second one as it was before there was an upgrade socket: who stays for ten seconds is cut.
+    # The second one as it was before there was an upgrade socket: who stays for long is cut.
     [("", "still here"), (WITHOUT_UPGRADE_SOCKET, "cut")],
     ids=["taken over", "restarted"],
 )
@@ -495,7 +495,7 @@ def test_an_upgrade_refuses_nobody(
         with (
             started(serving, *CLIENT),
             started(serving, *CLIENT) as client,
-            # A restart has to wait for this one, for all of the ten seconds.
+            # A restart has to wait for this one, as long as it may.
             started(
                 serving, "env", "--chdir=/srv/elsewhere", "python3", "-c", SILENT_CLIENT
             ) as silent,

@@ -221,6 +221,8 @@ def test_hashed_names(machine: Machine, person: Person) -> None:
 def test_an_upgrade(machine: Machine, person: Person) -> None:
     person.type("cp systemd/sniproxy@.service /etc/systemd/system/; systemctl daemon-reload")
     person.type("systemctl start sniproxy")
+    person.type(RUNNING["reload"].text)
+    assert "taken=" in wait_for_log(machine, "taken_over")[1]
     person.type(RUNNING["upgrade"].text)
     assert person.type("systemctl is-active sniproxy") == "active\n"
     person.type("systemctl is-active sniproxy@next", code=3)
@@ -236,6 +238,15 @@ def test_by_hand(machine: Machine, person: Person) -> None:
         assert machine.run("stat", "--format=%U", f"/proc/{pid}").stdout == "sniproxy\n"
         machine.run("pkill", "-INT", "sniproxy")
         assert "drained" in seen.read()
+
+    with person.start(RUNNING["by hand with upgrades"].text, place="/") as seen:
+        assert "listening" in seen.readline() + seen.readline()
+        assert "taken_over" in person.type(RUNNING["upgrade by hand"].text, place="/")
+        assert "drained" in seen.read()  # to its end: the new copy does not hold it
+        pid = machine.run("pgrep", "sniproxy").stdout.strip()
+        assert machine.run("stat", "--format=%U", f"/proc/{pid}").stdout == "sniproxy\n"
+        machine.run("pkill", "-INT", "sniproxy")
+        eventually(lambda: machine.run("pgrep", "sniproxy", check=False).returncode == 1)
 
     machine.write("/usr/local/bin/keep-port", RUNNING["keep-port"].text, mode=0o755)
     [how] = re.findall(r"# keep-port. Run it so: (.+)", RUNNING["keep-port"].text)
@@ -325,7 +336,7 @@ def test_troubles(machine: Machine, person: Person) -> None:
     options = "--status-socket /run/%N/status"
     override = (
         f"[Service]\nExecStart=\nExecStart=/opt/sniproxy/bin/sniproxy {options}\n"
-        "RuntimeDirectory=%N\nBindReadOnlyPaths=/home\n"
+        "BindReadOnlyPaths=/home\n"
     )
     machine.write("/etc/systemd/system/sniproxy.service.d/override.conf", override)
     units = "sniproxy.socket sniproxy.service"
