@@ -5,6 +5,7 @@ complete -c sniproxy -l no-owner-check -d 'connect to any socket that a host\'s 
 complete -c sniproxy -l handoff -d 'give the client\'s connection itself to a host that listens at handoff-socket'
 complete -c sniproxy -l upgrade-socket -rF -d 'take over from the copy that listens there, with all its connections, if there is one; and listen there for the next one'
 complete -c sniproxy -l upgrade -rF -d 'start a copy in the background that takes over from the one that listens there, with the options of that, and end when it has'
+complete -c sniproxy -l stay -d 'when a copy has taken over, stay until it ends, and pass signals on to it: for a supervisor such as s6'
 complete -c sniproxy -l workers -x -d 'serve with N processes, for more than one processor (default: 1)'
 complete -c sniproxy -l max-connections -x -d 'hold no more than N connections at a time, all processes together (default: what RLIMIT_NOFILE suffices for)'
 complete -c sniproxy -l drain -x -d 'wait that long for connections to end, once asked to end (default: 10)'
