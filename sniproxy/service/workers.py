@@ -237,7 +237,9 @@ class Workers:
         self._has_to_take = upgrade is not None and upgrade.is_taking
         while self._alive or not self._ordered:
             now = time.monotonic()
-            for index in [each for each, due in self._start_at.items() if due <= now]:
+            # Nobody new while others give all that they have; for who would ask the new one?
+            due = [] if self.is_giving else [i for i, at in self._start_at.items() if at <= now]
+            for index in due:
                 try:
                     worker = self._start(index)
                 except OSError:

@@ -209,7 +209,9 @@ class Upgrade:
         await self._door.run()
 
     def refuse(self) -> None:
-        """Let no copy in any more."""
+        """Let no copy in any more, and take no more from one."""
+        for taking in self._taking:
+            taking.refuse("the new copy was asked to end")
         if self._door is not None:
             self._door.close()
         self._listening.close()

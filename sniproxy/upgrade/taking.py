@@ -87,11 +87,11 @@ class Taking:
         except BlockingIOError:
             return
         except (UpgradeError, OSError, LookupError, TypeError, ValueError) as error:
-            self._refuse(str(error))
+            self.refuse(str(error))
 
     def abort(self) -> None:
         """Take no more, because of a bug."""
-        self._refuse("a bug")
+        self.refuse("a bug")
 
     def _understand(self, message: Message) -> None:
         if message.letter == START:
@@ -161,7 +161,7 @@ class Taking:
         if self._sessions.figures is not None and counted["figures"] is not None:
             self._sessions.figures.add(counted["figures"])
 
-    def _refuse(self, why: str) -> None:
+    def refuse(self, why: str) -> None:
         """Take no more, and say so."""
         if self.is_over:
             return

@@ -437,6 +437,41 @@ def test_all_is_told_at_the_end(played: Old, hosts: Path, path: Path) -> None:
         played.backend.close()
 
 
+def test_the_new_copy_is_asked_to_end_meanwhile(played: Old, hosts: Path, path: Path) -> None:
+    with real_new(hosts, path) as new:
+        way = played.meet()
+        way.send(START, open=1)
+        assert hear(way).letter == YES
+        new.signal(signal.SIGTERM)
+        message = hear(way)
+        assert message.letter == NEVER_MIND
+        assert "asked to end" in message.content["why"]
+        way.close()
+        assert new.wait() == 0
+        works(played.client, played.near)
+
+
+# --- Workers
+
+
+def test_a_worker_dies_meanwhile(hosts: Path, path: Path) -> None:
+    """Nobody takes its place before it is known whether the new copy goes on."""
+    with start_daemon(hosts, "--upgrade-socket", str(path), "--workers", "2") as old:
+        met = letters.meet(str(path))
+        assert met is not None
+        way, message = met
+        assert message.content["workers"] == len(old.workers()) == 2
+        os.kill(old.workers()[0], signal.SIGKILL)
+        old.wait_for_log("worker_died")
+        time.sleep(0.1)
+        assert len(old.workers()) == 1
+        message.close()
+        way.close()
+        old.wait_for_log("upgrade_failed")
+        eventually(lambda: len(old.workers()) == 2)
+        upgrades(hosts, path, old)
+
+
 # --- One that stays
 
 
