@@ -52,7 +52,7 @@ SIGHUP stops accepting and ends when the last connection has ended, or after
 ten seconds.
 """
 # What a copy in the background says to its caller when it has taken over; else it says why not.
-_TAKEN = b"+"
+_TAKEN = b"+\n"
 
 _EXAMPLE = "sniproxy-listen :443 sniproxy"
 _HOW_TO_CALL = (

@@ -362,7 +362,16 @@ def test_clients_are_handed_over(machine: Machine, has_right: bool) -> None:
         guarded = has_right or not filter_takes_a_right()
         assert wait_for_log(machine, f"guarded={'yes' if guarded else 'no'}")[0] == 6
         # Who may be given the right, but by a program that it may not run.
-        check_rights(machine, "sniproxy", bounding=1 << CAP_NET_ADMIN if has_right else 0)
+        bounding = 1 << CAP_NET_ADMIN if has_right else 0
+        check_rights(machine, "sniproxy", bounding=bounding)
+        # The next version has the same rights, and hands over, too.
+        old = main_pid(machine)
+        machine.run("systemctl", "reload", SERVICE)
+        eventually(lambda: main_pid(machine) != old)
+        check_rights(machine, "sniproxy", bounding=bounding)
+        said = [line for _, line in journal(machine) if "guarded=" in line]
+        assert len(said) == 2
+        assert said[0] == said[1]
         _hand_over(machine)
         fetch(machine)
 
