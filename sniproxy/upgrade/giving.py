@@ -273,9 +273,13 @@ class _Giving:
 
     def _suspend(self) -> Iterator[Portable]:
         """Yield those who are to be given, until a look has found nobody."""
-        yield from self._candidates
+        # No `yield from`: who stops amid that ends what it yields from, too, and all would be
+        # looked at anew for the next batch.
+        while (each := next(self._candidates, None)) is not None:
+            yield each
         self._candidates = suspend_each(self._sessions)
-        yield from self._candidates
+        while (each := next(self._candidates, None)) is not None:
+            yield each
 
     def _end(self) -> None:
         """Tell what was counted, and leave."""
