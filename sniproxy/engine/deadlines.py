@@ -35,6 +35,8 @@ class Deadlines(Generic[Item]):
         self._seconds = seconds
         self._on_fault = on_fault
         self._deadlines: dict[Item, float] = {}
+        # For those who are restored, mostly one by one. All are sorted when somebody looks.
+        self._is_sorted = True
         self._added = trio.lowlevel.ParkingLot()
         self._sleep = trio.CancelScope()
 
@@ -54,9 +56,9 @@ class Deadlines(Generic[Item]):
     def restore(self, deadlines: Mapping[Item, float]) -> None:
         """Let items wait that have waited before, until their deadlines, on trio's clock."""
         if deadlines:
-            merged = self._deadlines | dict(deadlines)
-            self._deadlines = dict(sorted(merged.items(), key=itemgetter(1)))
-            self._sleep.deadline = next(iter(self._deadlines.values()))
+            self._deadlines.update(deadlines)
+            self._is_sorted = False
+            self._sleep.deadline = min(self._sleep.deadline, *deadlines.values())
             self._added.unpark()
 
     def deadline(self, item: Item) -> float:
@@ -69,7 +71,7 @@ class Deadlines(Generic[Item]):
 
     def oldest(self) -> Item | None:
         """Return the item that has waited the longest; None if none waits."""
-        return next(iter(self._deadlines), None)
+        return next(iter(self._sorted()), None)
 
     def since(self, item: Item) -> float:
         """Return since when `item`, which waits, has done so, on trio's clock."""
@@ -77,7 +79,13 @@ class Deadlines(Generic[Item]):
 
     def items(self) -> list[Item]:
         """Return all that wait, the oldest first."""
-        return list(self._deadlines)
+        return list(self._sorted())
+
+    def _sorted(self) -> dict[Item, float]:
+        if not self._is_sorted:
+            self._deadlines = dict(sorted(self._deadlines.items(), key=itemgetter(1)))
+            self._is_sorted = True
+        return self._deadlines
 
     async def run(self) -> None:
         """Let items expire, until cancelled."""
@@ -85,7 +93,7 @@ class Deadlines(Generic[Item]):
             if not self._deadlines:
                 await self._added.park()
             # Who is added while we sleep has a later deadline, but for those who are restored.
-            with trio.CancelScope(deadline=next(iter(self._deadlines.values()), 0.0)) as scope:
+            with trio.CancelScope(deadline=next(iter(self._sorted().values()), 0.0)) as scope:
                 self._sleep = scope
                 await trio.sleep_forever()
             now = trio.current_time()

@@ -138,11 +138,10 @@ class Way:
             message.close()
             raise UpgradeError("not all of a message, or of its descriptors, could be received")
         if data:
-            try:
-                message.content = json.loads(data[1:])
-            except ValueError:
+            if (understood := _understood(data[1:])) is None:
                 message.close()
-                raise UpgradeError("a message can't be understood") from None
+                raise UpgradeError("a message can't be understood")
+            message.content = understood
         return message
 
     def wait(self, seconds: float) -> None:
@@ -160,6 +159,15 @@ class Way:
 
 
 _kept_open: list[socket.socket] = []
+
+
+def _understood(data: bytes) -> dict[str, Any] | None:
+    """Return the object of JSON that `data` is; None if it is none."""
+    try:
+        content = json.loads(data)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def write_memory(content: Any, blob: bytes | bytearray = b"") -> int:

@@ -40,6 +40,7 @@ class Load:
         longest: The longest time that an echo took, in seconds.
         echoes, fresh: How many there were, and how many new connections.
         is_over: Whether to come to an end.
+        served: The backend's side of each connection.
     """
 
     address: tuple[str, int]
@@ -47,6 +48,7 @@ class Load:
     echoes: int = 0
     fresh: int = 0
     is_over: bool = False
+    served: set[asyncio.Task[None]] = field(default_factory=set)
     bulk: bytes = field(default_factory=noise)
 
     async def connect(self, word: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -116,6 +118,10 @@ class Load:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Be the backend."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.served.add(task)
+        task.add_done_callback(self.served.discard)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await reader.readexactly(len(HELLO))
             word = await reader.readexactly(1)
@@ -162,4 +168,6 @@ async def running(load: Load, hosts: Path, echoes: int) -> AsyncIterator[None]:
                 group.create_task(load.echo(seed))
             yield
             load.is_over = True
+        # All clients have gone; who has served them is to notice.
+        await asyncio.gather(*load.served)
     path.unlink()
