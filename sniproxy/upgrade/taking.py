@@ -58,6 +58,7 @@ class Taking:
         self._taken = 0
         self._began = 0.0
         self._refusal = ""
+        self._has_refused: str | None = None  # why, if what came of the batch is still to be heard
         self.is_over = self.is_whole = False
         self.guardian: Way | None = None
         self._start = trio.Event()
@@ -100,6 +101,8 @@ class Taking:
             self._take(message)
         elif message.letter == GIVEN:
             self._own()
+            if self._has_refused is not None:
+                self._end(self._has_refused, is_alone=False)
         elif message.letter == NEVER_MIND:
             self._drop()
             self._end(str(message.content.get("why")), is_alone=False)
@@ -126,7 +129,8 @@ class Taking:
         self._reserved = many
         limit.open += many
         self._start.set()
-        self._way.send(YES)
+        with contextlib.suppress(OSError):  # it has gone, and that is still to be read
+            self._way.send(YES)
 
     def _take(self, message: Message) -> None:
         memory, *self._fds = message.fds
@@ -163,10 +167,14 @@ class Taking:
 
     def refuse(self, why: str) -> None:
         """Take no more, and say so."""
-        if self.is_over:
+        if self.is_over or self._has_refused is not None:
             return
         with contextlib.suppress(OSError):
             self._way.send(NEVER_MIND, why=why)
+        if self._batch:
+            # We have said T: if the old copy has heard that, nobody else has these.
+            self._has_refused = why
+            return
         self._drop()
         self._end(why, is_alone=False)
 
