@@ -27,6 +27,10 @@ _TURN = 1 << 20
 # bytes of the two directions.
 Moved = tuple[Callable[..., None], int, int]
 
+# How many bytes were under way to a peer at the last look, and for how many seconds as many.
+Progress = tuple[int, float]
+_NO_PROGRESS: Progress = -1, 0.0  # nobody has looked
+
 # All that is read here goes nowhere.
 _buffer = bytearray(_CHUNK)
 
@@ -98,6 +102,7 @@ class Linger:
         Raises:
             OSError: the kernel can't watch it (ENOMEM, ENOSPC); it is reset.
         """
+        self._is_over = False
         if is_watched:
             self._loop.set_watcher(self.sock.fileno(), self)
             self.on_event(0)  # what was told to another watcher is not told again
@@ -144,9 +149,13 @@ class Linger:
         """Close the socket, if that has not been done."""
         self._close(None)
 
+    def suspend(self) -> None:
+        """Let it stand still until `start`."""
+        self._is_over = True  # a turn that has been asked for is none of its
+        self._loop.unwatch(self.sock.fileno())
+
     def let_go(self) -> None:
-        """Close the socket, for another process has it, and tell nobody."""
-        self._is_over = True
+        """Close the socket, which was suspended, for another process has it; tell nobody."""
         self._loop.close(self.sock)
 
     def abort(self, ending: Ending = Ending.CUT) -> None:
@@ -200,6 +209,7 @@ class LastWords:
         peer_has_ended: bool,
         is_watched: bool = True,
         final: Ending = Ending.FINISHED,
+        progress: Progress | None = _NO_PROGRESS,
     ) -> None:
         """Keep `sock` until the peer has received all.
 
@@ -210,6 +220,7 @@ class LastWords:
             peer_has_ended: whether the end of what the peer says has been read.
             is_watched: whether the loop watches the socket already, for reading.
             final: how the connection will have ended, if the peer receives all.
+            progress: what another process knew of that, as `suspend` has it.
         """
 
         def forget(linger: Linger) -> None:
@@ -222,9 +233,7 @@ class LastWords:
         linger.moved, linger.final = moved, final
         if peer_has_ended and not tcp.unacknowledged(sock):
             return linger.close()
-        self._sending[linger] = -1, trio.current_time()
-        if self._added:
-            self._added.unpark()
+        self._keep(linger, progress)
         linger.start(is_watched=is_watched)
 
     async def run(self) -> None:
@@ -250,22 +259,43 @@ class LastWords:
 
     def __contains__(self, linger: Linger) -> bool:
         """Tell whether it can be suspended."""
-        return linger in self._sending
+        return linger in self._sending or linger in self._received
 
-    def sending(self) -> list[Linger]:
-        """Return those who can be suspended: for whom bytes are under way."""
-        return list(self._sending)
+    def items(self) -> list[Linger]:
+        """Return all that can be suspended."""
+        return [*self._sending, *self._received.items()]
 
-    def suspend(self, linger: Linger) -> None:
-        """Let one stand still, so that another process can go on with it, by `add`."""
-        del self._sending[linger]
-        self._loop.unwatch(linger.sock.fileno())
+    def suspend(self, linger: Linger) -> Progress | None:
+        """Let one stand still, so that another process can go on with it, by `add`.
 
-    def resume(self, linger: Linger) -> None:
-        """Go on with one that was suspended."""
-        self._sending[linger] = -1, trio.current_time()
-        self._added.unpark()
+        Returns:
+            How far it was; None if its peer has received all.
+        """
+        linger.suspend()
+        if linger in self._received:
+            self._received.discard(linger)
+            return None
+        left, since = self._sending.pop(linger)
+        return left, trio.current_time() - since
+
+    def resume(self, linger: Linger, progress: Progress | None) -> None:
+        """Go on with one that was suspended.
+
+        Raises:
+            OSError: the kernel can't watch it (ENOMEM, ENOSPC); it is reset.
+        """
+        self._keep(linger, progress)
         linger.start(is_watched=False)
+
+    def _keep(self, linger: Linger, progress: Progress | None) -> None:
+        if progress is None:
+            linger.until_acknowledged = False
+            self._received.add(linger)
+        else:
+            left, seconds = progress
+            self._sending[linger] = left, trio.current_time() - seconds
+            if self._added:
+                self._added.unpark()
 
     def make_room(self) -> bool:
         """Let go who received all the longest ago; return whether there was anybody."""

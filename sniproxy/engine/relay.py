@@ -90,7 +90,8 @@ class FlowState(NamedTuple):
 
     Attributes:
         moved: Bytes that the sink has taken.
-        quiet: Sweeps in a row that found nothing moved, as the upward direction counts them.
+        swept: What that was when the connection was looked at the last time; -1 if it was not.
+        quiet: Seconds for which nothing was moved then, as the upward direction counts them.
         credit: As it is.
         ended: Whether the source has said all.
         pending: What was read and not taken by the sink; or, if the far end reads no more, how it
@@ -100,7 +101,8 @@ class FlowState(NamedTuple):
     """
 
     moved: int
-    quiet: int
+    swept: int
+    quiet: float
     credit: int
     ended: bool
     pending: bytes | Ending | None
@@ -252,7 +254,10 @@ class Relay:
         down = _Flow(self, far, near, None)
         up.back, down.back = down, up
         for flow, state in zip((up, down), states, strict=True):
-            flow.moved, flow.quiet, flow.credit, flow.ended = state[:4]
+            flow.moved, flow.swept, flow.ended = state.moved, state.swept, state.ended
+            flow.quiet = round(state.quiet / self.sweep.pause)
+            # What it has not earned here: the sockets are only fit for splice(2) where that began.
+            flow.credit = min(state.credit, _SPLICE_CREDIT - 1)
             flow.pending, flow.piped = state.pending, state.piped
             if state.pipe is not None:
                 flow.pipe = self.pipes.adopt(*state.pipe)
@@ -346,7 +351,14 @@ class _Flow(Swept):
         """Return where it stands."""
         pipe = None if self.pipe is None else (self.pipe.read_end, self.pipe.write_end)
         return FlowState(
-            self.moved, self.quiet, self.credit, self.ended, self.pending, self.piped, pipe
+            self.moved,
+            self.swept,
+            self.quiet * self.relay.sweep.pause,
+            self.credit,
+            self.ended,
+            self.pending,
+            self.piped,
+            pipe,
         )
 
     def on_event(self, events: int) -> None:

@@ -54,9 +54,14 @@ class Sweep:
         self._on_fault = on_fault
         self._limits = idle_seconds, half_closed_seconds
 
+    @property
+    def pause(self) -> float:
+        """Seconds between two looks."""
+        return min([_EVERY, *(each / _LOOKS_IN_LIMIT for each in self._limits if each)])
+
     async def run(self) -> None:
         """Look, until cancelled."""
-        pause = min([_EVERY, *(each / _LOOKS_IN_LIMIT for each in self._limits if each)])
+        pause = self.pause
         while True:
             await trio.sleep(pause)
             await self.look(pause)

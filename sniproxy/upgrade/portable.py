@@ -118,6 +118,7 @@ class _Relayed:
             flows.append(
                 {
                     "moved": state.moved,
+                    "swept": state.swept,
                     "quiet": state.quiet,
                     "credit": state.credit,
                     "ended": state.ended,
@@ -146,12 +147,12 @@ class _Relayed:
 
 
 class _LastWords:
-    """A client whose backend has closed, and who has not received all."""
+    """A client whose backend has closed, and who has not received all, or not ended."""
 
     def __init__(self, sessions: Sessions, linger: Linger) -> None:
         self._sessions = sessions
         self._linger = linger
-        sessions.relay.last_words.suspend(linger)
+        self._progress = sessions.relay.last_words.suspend(linger)
 
     def describe(self, parcel: Parcel) -> dict[str, Any]:
         linger = self._linger
@@ -164,12 +165,13 @@ class _LastWords:
             "moved": [up, down],
             "final": linger.final,
             "ended": linger.peer_has_ended,
+            "progress": self._progress,
             "story": _tell_story(on_end),
         }
 
     def resume(self) -> None:
         with contextlib.suppress(OSError):  # it is reset
-            self._sessions.relay.last_words.resume(self._linger)
+            self._sessions.relay.last_words.resume(self._linger, self._progress)
 
     def close(self) -> None:
         assert self._linger.moved is not None
@@ -193,7 +195,7 @@ def suspend_each(sessions: Sessions) -> Iterator[Portable]:
         if sessions.room.entry(guest) is not None and isinstance(guest, Held):
             yield _Waiting(guest.session)
     last_words = sessions.relay.last_words
-    for linger in last_words.sending():
+    for linger in last_words.items():
         if linger in last_words:
             yield _LastWords(sessions, linger)
     for flow in sessions.relay.connections():
@@ -276,7 +278,8 @@ class _RevivedWaiting:
         client.setsockopt(SOL_SOCKET, SO_RCVLOWAT, 1)
         shared.begin_session(session)
         if self._left is not None and session.wait is not None and session.wait in shared.waiting:
-            session.deadline = now + self._left
+            # No later than those who come now, should they have less time than there was.
+            session.deadline = now + min(self._left, shared.config.hello_seconds)
             shared.waiting.restore({session.wait: session.deadline})
         if self._held is not None and session.wait is None and not session.is_over:
             session.hold().since = now - self._held
@@ -309,7 +312,7 @@ class _RevivedLast:
         self._story = record["story"]
         self._up, self._down = record["moved"]
         self._final = Ending(record["final"])
-        self._has_ended = record["ended"]
+        self._has_ended, self._progress = record["ended"], record["progress"]
 
     def begin(self) -> None:
         client = socket(*self._client)
@@ -323,6 +326,7 @@ class _RevivedLast:
                 peer_has_ended=self._has_ended,
                 is_watched=False,
                 final=final,
+                progress=self._progress,
             )
 
 
@@ -335,8 +339,8 @@ def _flow_state(told: dict[str, Any], fds: list[int], blob: memoryview) -> FlowS
         pending = bytes(blob[begin:end])
     at = told["pipe"]
     pipe = None if at is None else (fds[at], fds[at + 1])
-    numbers = told["moved"], told["quiet"], told["credit"], told["ended"]
-    return FlowState(*numbers, pending, told["piped"], pipe)
+    numbers = told["moved"], told["swept"], told["quiet"], told["credit"]
+    return FlowState(*numbers, told["ended"], pending, told["piped"], pipe)
 
 
 def _adopt_story(sessions: Sessions, story: dict[str, Any], client: socket) -> OnEnd:

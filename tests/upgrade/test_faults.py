@@ -340,7 +340,7 @@ class Old:
         """Give the connection, of which nothing is under way."""
         way.send(START, open=1)
         assert hear(way).letter == YES
-        flow = {"moved": 0, "quiet": 0, "credit": 0, "ended": False, "over": None}
+        flow = {"moved": 0, "swept": -1, "quiet": 0, "credit": 0, "ended": False, "over": None}
         flow |= {"pending": None, "piped": 0, "pipe": None}
         record = {"kind": "relayed", "fd": 0, "family": int(socket.AF_INET), "story": {}}
         memory = letters.write_memory([record | {"flows": [flow, flow]}])
