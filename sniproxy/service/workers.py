@@ -224,8 +224,23 @@ class Workers:
 
         Raises:
             OSError: the first workers can't be started (EAGAIN, ENOMEM).
-            FatalError: those that were to take over have ended instead, and said why.
+            FatalError: those that were to take over have ended instead, and said why; or what
+                `on_check` raises.
         """
+        try:
+            return self._run(on_drain, on_check, upgrade)
+        except FatalError:
+            # The workers drain: that is what the end of their orders means.
+            for _, way, _ in self._alive.values():
+                way.close()
+            raise
+
+    def _run(
+        self,
+        on_drain: Callable[[], None],
+        on_check: Callable[[], None],
+        upgrade: Upgrading | None,
+    ) -> Worker | None:
         # Blocked, so that none is lost between two looks. Not ignored: SIGCHLD would not be sent at
         # all, and of the others those would be thrown away that have come before.
         wanted = {*_ORDERS, signal.SIGCHLD, signal.SIGUSR1}
