@@ -10,7 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import pytest
 import trio
@@ -59,8 +59,8 @@ class Running:
     async def _main(self) -> None:
         self.loop = EventLoop(self.faults.append)
         self.pipes = PipePool(limit=1)
-        self.relay = self.make_relay()
         self.limit = ConnectionLimit()
+        self.relay = self.make_relay()
         self._token = trio.lowlevel.current_trio_token()
         self._end = trio.Event()
         async with trio.open_nursery() as nursery:
@@ -98,7 +98,7 @@ class Running:
 class Peers(RuleBasedStateMachine):
     """A client and a backend with the relay between them."""
 
-    running: ClassVar[Running]
+    running: Running
 
     @initialize(small=st.booleans())
     def connect(self, small: bool) -> None:
