@@ -108,7 +108,7 @@ def _copies() -> Iterator[None]:
 def test_whatever_the_peers_do_nothing_is_lost_by_moving() -> None:
     before = len(os.listdir("/proc/self/fd"))
     run_state_machine_as_test(
-        Moving, settings=settings(steady, max_examples=80, stateful_step_count=30)
+        Moving, settings=settings(steady, max_examples=60, stateful_step_count=30)
     )
     # All but the pipe that each keeps for the next who needs it.
     assert len(os.listdir("/proc/self/fd")) <= before + 2 * 2
