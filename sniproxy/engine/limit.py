@@ -47,7 +47,8 @@ class ConnectionLimit:
             self._emptied.set()
 
     async def wait_until_empty(self) -> None:
-        """Wait until no connection is open."""
+        """Wait until no connection is open. Several may wait."""
         while self.open:
-            self._emptied = trio.Event()
+            if self._emptied is None or self._emptied.is_set():
+                self._emptied = trio.Event()
             await self._emptied.wait()
