@@ -197,7 +197,9 @@ def test_the_new_copy_says_what_it_should_not(
     upgrades(hosts, path, old)
 
 
-@pytest.mark.parametrize("data", [b"H", b"Hgarbage", b"H{}", b'H{"version": 2}', b"\xff\xff"])
+@pytest.mark.parametrize(
+    "data", [b"H", b"Hgarbage", b"H{}", b"H[]", b'H{"version": 2}', b"\xff\xff"]
+)
 def test_the_first_word_is_not_understood(
     old: Daemon, hosts: Path, path: Path, data: bytes
 ) -> None:
@@ -449,6 +451,57 @@ def test_the_new_copy_is_asked_to_end_meanwhile(played: Old, hosts: Path, path: 
         way.close()
         assert new.wait() == 0
         works(played.client, played.near)
+
+
+def is_stopped(daemon: Daemon) -> bool:
+    """Tell whether SIGSTOP has reached it."""
+    return " T " in Path(f"/proc/{daemon.process.pid}/stat").read_text()
+
+
+def test_the_old_copy_dies_before_it_hears_yes(played: Old, hosts: Path, path: Path) -> None:
+    """The new one can't say it any more, and is the only one there is."""
+    with real_new(hosts, path) as new:
+        way = played.meet()
+        new.signal(signal.SIGSTOP)
+        eventually(lambda: is_stopped(new))
+        way.send(START, open=3)
+        way.close()
+        new.signal(signal.SIGCONT)
+        assert "has died" in new.wait_for_log("taken_over")
+        with new_copy(path) as another:
+            another.send(READY)
+            message = hear(another)
+            assert message.letter == START
+            assert message.content["open"] == 0
+        new.wait_for_log("upgrade_failed")
+
+
+@pytest.mark.parametrize("has_heard", [True, False])
+def test_it_is_asked_to_end_while_it_waits_for_a_batch(
+    played: Old, hosts: Path, path: Path, has_heard: bool
+) -> None:
+    """If the old one has heard that it was taken, nobody else has that connection."""
+    with real_new(hosts, path) as new:
+        way = played.meet()
+        played.give(way)
+        assert hear(way).letter == TAKEN
+        new.signal(signal.SIGTERM)
+        message = hear(way)
+        assert message.letter == NEVER_MIND
+        assert "asked to end" in message.content["why"]
+        if has_heard:
+            played.near.close()
+            played.far.close()
+            way.send(GIVEN)
+        with contextlib.suppress(BrokenPipeError):
+            way.send(NEVER_MIND, why="so be it")
+        assert f"taken={int(has_heard)}" in new.wait_for_log("taken_over")
+        played.backend.settimeout(PATIENCE)
+        works(played.client, played.backend if has_heard else played.near)
+        way.close()
+        played.client.close()
+        played.backend.close()
+        assert new.wait() == 0
 
 
 # --- Workers
