@@ -11,7 +11,6 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from typing import ClassVar
 
 import pytest
 import trio
@@ -142,7 +141,7 @@ class TLSSocket:
 class TLSPeers(Peers):
     """A TLS client, and a backend, with the relay between them."""
 
-    running: ClassVar[Running]
+    running: Running
 
     @initialize(small=st.booleans(), version=_VERSIONS, is_server=st.booleans())
     def connect(self, small: bool, version: ssl.TLSVersion, is_server: bool) -> None:
