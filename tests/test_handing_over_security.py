@@ -23,7 +23,7 @@ import pytest
 from sniproxy.hand_over import HandOver
 from sniproxy.service import libc, sandbox
 from tests.support.backends import RawBackend, host_directory, listen_unix
-from tests.support.daemon import PATIENCE, Daemon, eventually
+from tests.support.daemon import PATIENCE, Daemon, eventually, unmeasured
 from tests.support.handed import (
     IP_FREEBIND,
     IP_TRANSPARENT,
@@ -228,7 +228,9 @@ class Place:
                 under = WITHOUT_RIGHT
                 if not filter_takes_a_right():  # what forbids it anywhere
                     listening.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
-            daemon = ends.enter_context(Daemon(listening, self.hosts, chosen, under=under))
+            daemon = ends.enter_context(
+                Daemon(listening, self.hosts, chosen, under=under, measured=False)
+            )
             daemon.wait_for_log(f"guarded={'yes' if guarded else 'no'}")
             daemon.wait_for_log("listening")
             listening.close()
@@ -340,7 +342,7 @@ def next_to(packets: socket.socket, target: tuple[str, int]) -> Packet | None:
 def test_without_the_option(place: Place) -> None:
     with (
         place.listen(PORT) as listening,
-        Daemon(listening, place.hosts) as daemon,
+        Daemon(listening, place.hosts, measured=False) as daemon,
         place.listen_unix() as backend,
     ):
         daemon.wait_for_log("listening")
@@ -398,7 +400,7 @@ def test_whether_there_is_a_guard(place: Place) -> None:
         guarded = not under or not filter_takes_a_right()
         with (
             place.listen(PORT) as listening,
-            Daemon(listening, place.hosts, ("--handoff",), under=under) as daemon,
+            Daemon(listening, place.hosts, ("--handoff",), under=under, measured=False) as daemon,
         ):
             daemon.wait_for_log(f"guarded={'yes' if guarded else 'no'}")
 
@@ -428,6 +430,7 @@ def test_whose_right_counts(place: Place) -> None:
         ):
             done = subprocess.run(
                 [*command, sys.executable, "-c", code],
+                env=unmeasured(),
                 stdin=listening.fileno(),
                 check=True,
                 capture_output=True,
@@ -476,7 +479,7 @@ def test_who_came_before_the_filter(place: Place) -> None:
         ends.enter_context(place.listen_unix("b.example"))
         handed = ends.enter_context(place.backend())
         options = ("--handoff", f"--user={USER}:{USER}")
-        daemon = ends.enter_context(Daemon(listening, place.hosts, options))
+        daemon = ends.enter_context(Daemon(listening, place.hosts, options, measured=False))
         daemon.wait_for_log("guarded=yes")
         if filter_takes_a_right():
             assert early[0].recv(1) == b"\x15"
@@ -782,6 +785,7 @@ def test_no_port_is_shared_with_backends(place: Place) -> None:
         listening.listen()
         done = subprocess.run(
             [sys.executable, "-m", "sniproxy", "--handoff"],
+            env=unmeasured(),
             stdin=listening.fileno(),
             capture_output=True,
             text=True,

@@ -37,7 +37,9 @@ def home(hosts: Path) -> Path:
 
 
 def handing_over(hosts: Path, *options: str, under: tuple[str, ...] = ()) -> Daemon:
-    return start_daemon(hosts, "--handoff", "--log", "connections", *options, under=under)
+    # As another user it could not save what was measured.
+    fixed = "--handoff", "--log", "connections"
+    return start_daemon(hosts, *fixed, *options, under=under, measured="--user" not in options)
 
 
 def take(listening: socket.socket) -> socket.socket:

@@ -32,6 +32,7 @@ from typing import Final, Self
 
 from sniproxy.service import libc, sandbox
 from sniproxy.service.bpf import Program
+from tests.support.daemon import unmeasured
 
 # sched.h, sys/prctl.h
 _CLONE_NEWUSER: Final = 0x10000000
@@ -93,6 +94,7 @@ class Backend:
             stdout=subprocess.PIPE,
             pass_fds=[listening.fileno()],
             cwd=Path(__file__).parents[2],
+            env=unmeasured(),
             text=True,
         )
         self._listening = listening
@@ -154,6 +156,7 @@ def filter_takes_a_right() -> bool:
         check=True,
         capture_output=True,
         cwd=Path(__file__).parents[2],
+        env=unmeasured(),
     )
     return done.stdout != b""
 
@@ -310,6 +313,8 @@ def _become(right: Right) -> None:
 
 def _serve() -> None:
     connection = _Connection()
+    # What would be loaded later, when there may be no way to it.
+    "a".encode("idna")
     _become(Right(sys.argv[1]))
     for line in sys.stdin:
         what, *arguments = json.loads(line)

@@ -19,7 +19,7 @@ OTHER_USER = ("--user", "61001:61001")
 
 async def turn(hosts: Path, old: Daemon, *options: str) -> Daemon:
     """Have another copy take over; return it."""
-    new = Daemon(None, hosts, options)
+    new = Daemon(None, hosts, options, measured=False)
     new.address = old.address
     try:
         await asyncio.to_thread(new.wait_for_log, "taken_over")
@@ -48,7 +48,7 @@ def test_ten_upgrades_in_a_row(hosts: Path, tmp_path: Path, options: tuple[str, 
 
     async def go() -> Load:
         with ExitStack() as stack:
-            daemon = stack.enter_context(start_daemon(hosts, *every))
+            daemon = stack.enter_context(start_daemon(hosts, *every, measured=False))
             load = Load(daemon.address)
             async with running(load, hosts, ECHOES):
                 await asyncio.sleep(0.5)
