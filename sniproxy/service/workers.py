@@ -36,7 +36,7 @@ _GIVE: Final = b"g"  # with a socket, to who takes over, and the process id of t
 # A letter and a number.
 _LONGEST_ORDER: Final = 32
 
-# What a worker says: that it goes on, for who was to take over does not.
+# What a worker says, with the process id of who was to take over and does not: that it goes on.
 _GOES_ON: Final = b"o"
 
 _ORDERS: Final = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
@@ -128,10 +128,10 @@ class Worker:
         finally:
             self._orders.close()
 
-    def goes_on(self) -> None:
-        """Say that who was to take over does not."""
+    def goes_on(self, successor: int) -> None:
+        """Say that the process that was to take over does not."""
         with contextlib.suppress(OSError):  # the first process is gone
-            self._orders.send(_GOES_ON)
+            self._orders.send(_GOES_ON + str(successor).encode())
 
     def ready(self) -> None:
         """Nothing: the first entry says so."""
@@ -349,12 +349,17 @@ class Workers:
         while self._given:
             self._start_at[self._given.pop()] = now
 
-    def somebody_goes_on(self) -> bool:
-        """Tell whether a worker has said that who was to take over does not."""
+    def somebody_goes_on(self, successor: int) -> bool:
+        """Tell whether a worker has said that the process that is to take over does not.
+
+        It may still say so of one before that.
+        """
+        wanted = _GOES_ON + str(successor).encode()
         said = False
         for _, way, _ in self._alive.values():
             with contextlib.suppress(OSError):
-                said |= way.recv(1) == _GOES_ON
+                while word := way.recv(_LONGEST_ORDER):
+                    said |= word == wanted
         return said
 
     def end(self, successor: int) -> None:

@@ -153,7 +153,7 @@ class FirstProcess:
                 why = str(message.content.get("why", "the new copy has ended"))
             except (UpgradeError, ConnectionError) as error:
                 why = str(error)
-        if workers.somebody_goes_on():
+        if workers.somebody_goes_on(way.pid):
             why = why or "a worker of it does not take all"
         if why:
             workers.go_on()

@@ -66,7 +66,7 @@ class Door:
         on_given: called with the process id of the new copy, when that has all.
 
     Attributes:
-        on_failure: Called when a new copy has not taken all.
+        on_failure: Called with its process id when a new copy has not taken all.
         stays: Whether this process stays when one has; then the way to it stays open.
         successor: That way.
     """
@@ -74,7 +74,8 @@ class Door:
     def __init__(
         self, listener: Listener, sessions: Sessions, on_given: Callable[[int], None]
     ) -> None:
-        self.on_failure: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[int], None] = lambda pid: None
+        self._peer = 0  # the process id of the last one
         self.stays = False
         self.successor: Way | None = None
         self._listening: std.socket | None = None
@@ -125,6 +126,7 @@ class Door:
     def _begin(self, way: Way, expected: Letter, sockets: list[int]) -> None:
         fixed = self._sessions, self._listener, self._facts, sockets
         self._giving = _Giving(way, *fixed, expected, self._on_over, stays=self.stays)
+        self._peer = way.pid
         self._began.unpark()
 
     def abort(self) -> None:
@@ -144,7 +146,7 @@ class Door:
         if way is None:
             if self._listening is not None:
                 self._loop.watch(self._listening.fileno(), self, EPOLLIN)
-            self.on_failure()
+            self.on_failure(self._peer)
         else:
             if self._listening is not None:
                 self._listening.close()
