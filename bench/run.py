@@ -99,12 +99,13 @@ class Bench:
         self._note(f"{title}: time, µs", proxy, seconds / count * 1e6)
         self._note(f"{title}: CPU, µs", proxy, cpu / count * 1e6)
 
-    def bulk(self, title: str, proxy: Proxy, streams: int, direction: str) -> None:
-        """Move as many bytes as the size says, in each direction."""
-        each = self.size.bulk // streams // (2 if direction == "both" else 1)
+    def bulk(self, title: str, proxy: Proxy, streams: int, direction: str, many: int = 0) -> None:
+        """Move `many` bytes, or as many as the size says, in each direction."""
+        many = many or self.size.bulk
+        each = many // streams // (2 if direction == "both" else 1)
         seconds, cpu, _ = self._measure(proxy, "bulk", direction, streams, each)
-        self._note(f"{title}: time, s/GB", proxy, seconds / self.size.bulk * GIGABYTE)
-        self._note(f"{title}: CPU, s/GB", proxy, cpu / self.size.bulk * GIGABYTE)
+        self._note(f"{title}: time, s/GB", proxy, seconds / many * GIGABYTE)
+        self._note(f"{title}: CPU, s/GB", proxy, cpu / many * GIGABYTE)
 
     def ping(self, title: str, proxy: Proxy, many: int, count: int) -> None:
         """Send one byte there and back, again and again."""
@@ -207,6 +208,12 @@ def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) 
                 title = f"bulk {direction}, {streams} {'stream' if streams == 1 else 'streams'}"
                 bulk = partial(bench.bulk, streams=streams, direction=direction)
                 works.append((title, proxies, bulk))
+
+        # So many bytes that the time until they move does not count.
+        without = [each for each in proxies if each.name in {DIRECT, HANDING_OVER.name}]
+        for direction in "down", "up":
+            gigabyte = partial(bench.bulk, streams=1, direction=direction, many=int(GIGABYTE))
+            works.append((f"gigabyte {direction}", without, gigabyte))
 
         shuffle = random.Random(rounds)  # noqa: S311 - the order need not be a secret
         for number in range(rounds):
