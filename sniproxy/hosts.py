@@ -24,12 +24,12 @@ import errno
 import os
 import re
 import stat
-import struct
 from _socket import AF_UNIX, SO_PEERCRED, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
 from collections.abc import Callable, Collection, Iterator
 from enum import StrEnum
 from time import perf_counter
 
+from sniproxy.service.peer import UCRED
 from sniproxy_hostname import Hostname
 
 # As bytes; a str would have to be encoded for each connection.
@@ -54,9 +54,6 @@ NO_NAME = "_no-name"
 BELOW = "_."
 
 _STREAM = SOCK_STREAM | SOCK_NONBLOCK
-
-# struct ucred: pid, uid, gid; unix(7).
-_UCRED = struct.Struct("iII")
 
 
 class HostReason(StrEnum):
@@ -467,8 +464,9 @@ class HostsDirectory:
                     owner=owner,
                 )
             return
-        credentials = backend.getsockopt(SOL_SOCKET, SO_PEERCRED, _UCRED.size)
-        _, listener, _ = _UCRED.unpack(credentials)
+        # Not by `peer.credentials`: a call less, for each connection.
+        credentials = backend.getsockopt(SOL_SOCKET, SO_PEERCRED, UCRED.size)
+        _, listener, _ = UCRED.unpack(credentials)
         if listener == owner:
             return
         if owner == os.fstat(self._fd).st_uid and not writable_by_others:

@@ -8,7 +8,6 @@ import os
 import shlex
 import socket
 import stat
-import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from sniproxy.hosts import (
     hold_seconds,
     read_option,
 )
+from sniproxy.service.peer import credentials
 from sniproxy.service.privileges import Identity
 from sniproxy_check import entries, view
 from sniproxy_check.client import Clients
@@ -35,8 +35,6 @@ from sniproxy_check.handshake import Answer, probe
 from sniproxy_hostname import Hostname
 
 T = TypeVar("T")
-
-_UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid; unix(7)
 
 # Looks at a full backlog, and the seconds between them: whoever accepts at all does in that time.
 _TRIES: Final = 20
@@ -155,9 +153,7 @@ class Walk:
         is_direct = proxy == HAND_OVER
         path = HANDOFF_SOCKET if is_direct else TLS_SOCKET
         with backend:
-            pid, uid, _ = _UCRED.unpack(
-                backend.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-            )
+            pid, uid, _ = credentials(backend)
         barred = self._find_barred(entry, path, owner)
         other = self._find_other(served_by, path, owner)
         if barred and is_direct and not other and os.path.lexists(f"{served_by}/{TLS_SOCKET}"):

@@ -23,12 +23,10 @@ from typing import Any, Final, NamedTuple, Protocol
 import trio
 
 from sniproxy import __version__
+from sniproxy.service import peer
 from sniproxy.service.bind import listen_anywhere
 from sniproxy.service.figures import Figures, HostFigures
 from sniproxy.service.notify import Counts
-
-# struct ucred: pid, uid, gid; unix(7).
-_UCRED: Final = struct.Struct("iII")
 
 # What a user stands for who has no number in this user namespace, user_namespaces(7): many may, so
 # none of them owns anything. This is what the kernel has unless somebody changes it.
@@ -165,8 +163,7 @@ class StatusSocket:
                 await trio.sleep(1)  # no descriptors are left; it may be better then
                 continue
             sock.setblocking(False)
-            credentials = sock.getsockopt(std.SOL_SOCKET, std.SO_PEERCRED, _UCRED.size)
-            _, uid, _ = _UCRED.unpack(credentials)
+            _, uid, _ = peer.credentials(sock)
             self._begin(nursery, tell, _Asking(sock, uid, max(1, len(self._ways))))
             await trio.sleep(_REST * (time.perf_counter() - began))
 

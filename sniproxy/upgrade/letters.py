@@ -8,6 +8,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from sniproxy.service import peer
 from sniproxy.service.bind import listen_unix
 from sniproxy.service.fatal import FatalError
 
@@ -20,9 +21,6 @@ MOST_DESCRIPTORS: Final = 253
 
 # Bytes of a message. What is long is in a memory file.
 _LONGEST: Final = 1 << 16
-
-# struct ucred: pid, uid, gid; unix(7).
-_UCRED: Final = struct.Struct("iII")
 
 # The length of the JSON in a memory file; bytes that it refers to are behind it.
 _HEADER: Final = struct.Struct("@Q")
@@ -88,8 +86,7 @@ class Way:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         sock.setblocking(False)
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        self.pid, self.uid, self.gid = _UCRED.unpack(credentials)
+        self.pid, self.uid, self.gid = peer.credentials(sock)
 
     def fileno(self) -> int:
         """Return its descriptor."""
