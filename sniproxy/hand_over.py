@@ -40,15 +40,11 @@ from collections.abc import Iterable
 
 from sniproxy.engine.loop import Closable
 from sniproxy.service import libc
-from sniproxy.service.bpf import Instruction, Program
+from sniproxy.service.bpf import SO_ATTACH_FILTER, SO_LOCK_FILTER, Instruction, Program
 from sniproxy.service.signals import do_nothing
 
-# asm-generic/socket.h; Python does not have them. SO_GET_FILTER is the same number as the first.
-_SO_ATTACH_FILTER = 26
-_SO_LOCK_FILTER = 44
-
-# struct sock_filter has eight bytes.
-_INSTRUCTION_SIZE = 8
+# asm-generic/socket.h: it is the same number.
+_SO_GET_FILTER = SO_ATTACH_FILTER
 
 # Instructions: load four bytes, two or one, keep some bits, compare, return.
 _LOAD_FOUR, _LOAD_TWO, _LOAD_ONE = 0x20, 0x28, 0x30
@@ -98,11 +94,10 @@ class HandOver:
     """
 
     def __init__(self, listening: socket) -> None:
-        instructions = _filter(listening)
-        self._program = Program.of(instructions)
-        self._size = len(instructions) * _INSTRUCTION_SIZE
+        self._program = Program.of(_filter(listening))
+        self._size = len(self._program.code())
         try:
-            self._attach(listening)
+            self._program.attach(listening)
         except PermissionError:
             # A copy before us may have had the right.
             self.is_guarded = self._is_attached(listening)
@@ -142,9 +137,9 @@ class HandOver:
         try:
             if self.is_guarded:
                 # Who was in the queue before the listening socket had the filter has none.
-                if not client.getsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, self._size):
-                    self._attach(client)
-                client.setsockopt(SOL_SOCKET, _SO_LOCK_FILTER, 1)
+                if not client.getsockopt(SOL_SOCKET, _SO_GET_FILTER, self._size):
+                    self._program.attach(client)
+                client.setsockopt(SOL_SOCKET, SO_LOCK_FILTER, 1)
             backend.sendmsg(_DATA, self._rights, MSG_DONTWAIT | MSG_NOSIGNAL)
         except OSError as error:
             return error
@@ -173,16 +168,13 @@ class HandOver:
         """Tell whether a socket has just this filter."""
         found = ctypes.create_string_buffer(self._size)
         # In and out it is a number of instructions.
-        length = ctypes.c_uint32(self._size // _INSTRUCTION_SIZE)
+        length = ctypes.c_uint32(self._program.length)
         try:
-            fixed = sock.fileno(), SOL_SOCKET, _SO_ATTACH_FILTER
+            fixed = sock.fileno(), SOL_SOCKET, _SO_GET_FILTER
             libc.call("getsockopt", *fixed, found, ctypes.byref(length))
         except OSError:  # it has a longer one
             return False
-        return found.raw == self._program.code() and length.value * _INSTRUCTION_SIZE == self._size
-
-    def _attach(self, sock: socket) -> None:
-        sock.setsockopt(SOL_SOCKET, _SO_ATTACH_FILTER, bytes(self._program))
+        return found.raw == self._program.code() and length.value == self._program.length
 
 
 class Kept:

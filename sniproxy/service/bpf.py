@@ -1,7 +1,12 @@
 """Programs for the kernel's filters, of packets and of system calls: linux/filter.h."""
 
 import ctypes
+from _socket import SOL_SOCKET, socket
 from collections.abc import Sequence
+
+# asm-generic/socket.h; Python does not have them.
+SO_ATTACH_FILTER = 26
+SO_LOCK_FILTER = 44
 
 # Code, how many to skip if a comparison holds, and if not; a constant.
 Instruction = tuple[int, int, int, int]
@@ -26,6 +31,15 @@ class Program(ctypes.Structure):
         """Return the instructions."""
         size = self.length * ctypes.sizeof(_Instruction)
         return ctypes.string_at(self.instructions, size)
+
+    def attach(self, sock: socket) -> None:
+        """Have the kernel run it for what a socket receives.
+
+        Raises:
+            OSError: setsockopt(2) failed. EPERM: the socket's filter is locked, or, for TCP, some
+                kernels want CAP_NET_ADMIN.
+        """
+        sock.setsockopt(SOL_SOCKET, SO_ATTACH_FILTER, bytes(self))
 
     @classmethod
     def of(cls, instructions: Sequence[Instruction]) -> "Program":

@@ -26,7 +26,7 @@ from typing import Final
 
 from sniproxy.engine.loop import EventLoop
 from sniproxy.service import libc
-from sniproxy.service.bpf import Program
+from sniproxy.service.bpf import SO_LOCK_FILTER, Program
 from sniproxy_hostname import Hostname
 from tls_tproxy.names.answers import LARGEST, read_answer
 from tls_tproxy.names.cache import Cache
@@ -76,9 +76,7 @@ _SOURCE_PORT, _DESTINATION_PORT = 0, 2
 # counts. What is cut off shows in the lengths.
 _LARGEST_PACKET: Final = 60 + 8 + LARGEST
 
-_SO_ATTACH_FILTER: Final = 26  # asm/socket.h
-_SO_LOCK_FILTER: Final = 44
-_SO_RCVBUFFORCE: Final = 33
+_SO_RCVBUFFORCE: Final = 33  # asm/socket.h
 _SOL_PACKET: Final = 263  # linux/socket.h
 _PACKET_STATISTICS: Final = 6  # linux/if_packet.h
 _STATISTICS: Final = struct.Struct("@II")
@@ -166,9 +164,8 @@ def open_packet_socket() -> socket.socket:
     # No protocol yet: without its filter, the socket would see everything.
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
     try:
-        program = Program.of(_FILTER)
-        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(program))
-        sock.setsockopt(socket.SOL_SOCKET, _SO_LOCK_FILTER, 1)
+        Program.of(_FILTER).attach(sock)
+        sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
         try:
             sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE)
         except PermissionError:  # no CAP_NET_ADMIN: as much as net.core.rmem_max allows
