@@ -6,7 +6,7 @@ if there is a backend for them, the next one. Looks become less frequent, and al
 are given little time, so that hosts that are down cost the others nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import islice
 from time import perf_counter
@@ -92,6 +92,8 @@ class WaitingRoom:
         # When to look next, by trio's clock: each queue once, and those that have become empty.
         self._due: list[tuple[float, str]] = []
         self._entries: dict[Guest, str] = {}
+        # Those who are restored come one by one. All are sorted when somebody looks.
+        self._is_sorted = True
         self._added = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
@@ -112,13 +114,17 @@ class WaitingRoom:
         if (entry := self._entries.pop(guest, None)) is not None:
             del self._queues[entry].guests[guest]
 
-    def restore(self, guests: Mapping[Guest, str]) -> None:
-        """Let guests wait, each for an entry, who have waited before, and not behind the others."""
-        for guest, entry in guests.items():
-            self.add(guest, entry)
-        self._entries = _by_age(self._entries)
-        for entry in set(guests.values()):
-            self._queues[entry].guests = _by_age(self._queues[entry].guests)
+    def restore(self, guest: Guest, entry: str) -> None:
+        """Let a guest wait who has waited before, and not behind the others."""
+        self.add(guest, entry)
+        self._is_sorted = False
+
+    def _sort(self) -> None:
+        if not self._is_sorted:
+            self._entries = _by_age(self._entries)
+            for queue in self._queues.values():
+                queue.guests = _by_age(queue.guests)
+            self._is_sorted = True
 
     def entry(self, guest: Guest) -> str | None:
         """Return what a guest waits for; None if it does not wait."""
@@ -126,6 +132,7 @@ class WaitingRoom:
 
     def oldest(self) -> Guest | None:
         """Return who has waited the longest; None if nobody waits."""
+        self._sort()
         return next(iter(self._entries), None)
 
     def tell_away(self, guest: Guest) -> None:
@@ -136,7 +143,8 @@ class WaitingRoom:
                     other.on_away()
 
     def guests(self) -> list[Guest]:
-        """Return all who wait."""
+        """Return all who wait, the oldest first."""
+        self._sort()
         return list(self._entries)
 
     async def run(self) -> None:
@@ -153,6 +161,7 @@ class WaitingRoom:
 
     def _look(self, entry: str) -> None:
         """Look for one backend."""
+        self._sort()
         queue = self._queues[entry]
         pause = 2 * queue.pause
         spent = 0.0

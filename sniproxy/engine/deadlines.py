@@ -1,6 +1,6 @@
 """Those who wait for something, each for the same time at the most."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Generic, Protocol, TypeVar
 
@@ -35,7 +35,7 @@ class Deadlines(Generic[Item]):
         self._seconds = seconds
         self._on_fault = on_fault
         self._deadlines: dict[Item, float] = {}
-        # For those who are restored, mostly one by one. All are sorted when somebody looks.
+        # Those who are restored come one by one. All are sorted when somebody looks.
         self._is_sorted = True
         self._added = trio.lowlevel.ParkingLot()
         self._sleep = trio.CancelScope()
@@ -53,13 +53,12 @@ class Deadlines(Generic[Item]):
             self._added.unpark()
         return deadline
 
-    def restore(self, deadlines: Mapping[Item, float]) -> None:
-        """Let items wait that have waited before, until their deadlines, on trio's clock."""
-        if deadlines:
-            self._deadlines.update(deadlines)
-            self._is_sorted = False
-            self._sleep.deadline = min(self._sleep.deadline, *deadlines.values())
-            self._added.unpark()
+    def restore(self, item: Item, deadline: float) -> None:
+        """Let an item wait that has waited before, until its deadline, on trio's clock."""
+        self._deadlines[item] = deadline
+        self._is_sorted = False
+        self._sleep.deadline = min(self._sleep.deadline, deadline)
+        self._added.unpark()
 
     def deadline(self, item: Item) -> float:
         """Return until when `item`, which waits, may do so, on trio's clock."""

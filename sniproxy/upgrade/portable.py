@@ -93,9 +93,9 @@ class _Waiting:
         except OSError:  # ENOMEM, ENOSPC
             return session.abort()
         if session.held is not None and self._entry is not None:
-            session.shared.room.restore({session.held: self._entry})
+            session.shared.room.restore(session.held, self._entry)
         elif session.wait is not None and self._deadline is not None:
-            session.shared.waiting.restore({session.wait: self._deadline})
+            session.shared.waiting.restore(session.wait, self._deadline)
 
     def close(self) -> None:
         self._session.is_over = True
@@ -280,7 +280,7 @@ class _RevivedWaiting:
         if self._left is not None and session.wait is not None and session.wait in shared.waiting:
             # No later than those who come now, should they have less time than there was.
             session.deadline = now + min(self._left, shared.config.hello_seconds)
-            shared.waiting.restore({session.wait: session.deadline})
+            shared.waiting.restore(session.wait, session.deadline)
         if self._held is not None and session.wait is None and not session.is_over:
             session.hold().since = now - self._held
 
