@@ -5,7 +5,6 @@ import sniproxy.service.process1  # noqa: F401  # isort: skip
 
 import errno
 import os
-import pwd
 import sys
 from _socket import SO_REUSEPORT, SOL_SOCKET, socket
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from sniproxy.serve import serve
 from sniproxy.service import privileges, sandbox, standard
 from sniproxy.service.fatal import FatalError, UsageError, attempt
 from sniproxy.service.notify import Notifier
-from sniproxy.service.options import OptionParser, service_fields, socket_path
+from sniproxy.service.options import OptionParser, look_up_user, service_fields, socket_path
 from sniproxy.service.start import (
     drop_privileges,
     open_status_socket,
@@ -174,9 +173,10 @@ def _upgrade(path: str, syslogd: Syslog | None) -> None:
             uid, gid = upgrade.owner
             if uid != 0 and os.geteuid() == 0:
                 # Whatever its options say: somebody else may have made it that user.
+                identity = look_up_user(f"{uid}:{gid}")
+                assert identity is not None
                 with attempt("become the user of the old copy"):
-                    groups = os.getgrouplist(_user_name(uid), gid)
-                    privileges.become(privileges.Identity(uid, gid, groups))
+                    privileges.become(identity)
             upgrade.continue_log()
             config = _config(upgrade.arguments)
             assert isinstance(config, Config)
@@ -190,13 +190,6 @@ def _upgrade(path: str, syslogd: Syslog | None) -> None:
     except FatalError as error:
         answer_caller(f"{error}\n".encode(errors="backslashreplace"))
         raise
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _is_here(directory: int) -> bool:

@@ -88,11 +88,11 @@ _ENDINGS = {
 }
 
 
-# And the word for one that went on without us.
-_HANDED_OVER = "handed_over"
-
 # Of these, those where the backend has closed, or may have.
 _BACKEND_CLOSED = frozenset({Ending.FINISHED, Ending.FAR_RESET})
+
+# And the word for one that went on without us.
+_HANDED_OVER = "handed_over"
 
 
 # The answer to every failure of the lookup. Failures of the hello carry their own answer.
