@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -22,6 +21,7 @@ import pytest
 
 from sniproxy.hand_over import HandOver
 from sniproxy.service import libc, sandbox
+from tests.support import sentences
 from tests.support.backends import RawBackend, host_directory, listen_unix
 from tests.support.daemon import PATIENCE, Daemon, eventually, unmeasured
 from tests.support.handed import (
@@ -152,12 +152,7 @@ TESTS: Final = {
 
 
 def test_there_is_a_test_behind_each_sentence() -> None:
-    sentences = re.findall(r"\*\*(.+?)\*\*", PAGE.read_text(), re.DOTALL)
-    assert [" ".join(each.split()) for each in sentences] == list(TESTS)
-    for where in chain(*TESTS.values()):
-        path, _, test = where.rpartition("::")
-        source = (ROOT / "tests" / path if path else Path(__file__)).read_text()
-        assert f"\ndef {test}(" in source, where
+    sentences.check(PAGE, TESTS, __file__)
 
 
 # --- The place

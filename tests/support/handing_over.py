@@ -11,13 +11,10 @@ import contextlib
 import os
 import resource
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from tests.support.backends import accepted
+from tests.support.backends import Server
 from tests.support.daemon import PATIENCE
 
 
@@ -48,7 +45,7 @@ def hand_over(path: Path, *clients: socket.socket | int) -> None:
     send(connect(path), *clients)
 
 
-class HandsOver:
+class HandsOver(Server):
     """A door that hands every client over as it comes.
 
     Attributes:
@@ -56,31 +53,16 @@ class HandsOver:
     """
 
     def __init__(self, path: Path) -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        super().__init__(listening)
         self._path = path
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.address: tuple[str, int] = self._listening.getsockname()
-        self._thread = threading.Thread(target=self._serve)
+        self.address: tuple[str, int] = listening.getsockname()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listening.close()
-
-    def _serve(self) -> None:
-        for client in accepted(self._listening):
-            client.setblocking(True)
-            with contextlib.suppress(OSError):  # nobody is there
-                hand_over(self._path, client)
-            client.close()
+    def serve(self, connection: socket.socket) -> None:
+        connection.setblocking(True)
+        with contextlib.suppress(OSError):  # nobody is there
+            hand_over(self._path, connection)
+        connection.close()
 
 
 @contextlib.contextmanager

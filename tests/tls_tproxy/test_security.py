@@ -6,7 +6,6 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +13,7 @@ import pytest
 
 from mutual_tls.netfilter.mark import MARK
 from sniproxy.service import libc
+from tests.support import sentences
 from tests.support.bridge import authority, write, write_identity
 from tests.support.daemon import PATIENCE, Daemon, eventually
 from tests.support.dns import answering, asking
@@ -153,12 +153,7 @@ TESTS: Final = {
 
 
 def test_there_is_a_test_behind_each_sentence() -> None:
-    sentences = re.findall(r"\*\*(.+?)\*\*", PAGE.read_text(), re.DOTALL)
-    assert [" ".join(each.split()) for each in sentences] == list(TESTS)
-    for where in chain(*TESTS.values()):
-        path, _, test = where.rpartition("::")
-        source = (ROOT / "tests" / path if path else Path(__file__)).read_text()
-        assert f"\ndef {test}(" in source, where
+    sentences.check(PAGE, TESTS, __file__)
 
 
 # --- The place

@@ -1,15 +1,14 @@
 """docs/tproxy-pod-security.md: a test behind each of its sentences, here or where it was before."""
 
-import re
 import socket
 import ssl
-from itertools import chain
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from mutual_tls.netfilter.mark import OPTION
+from tests.support import sentences
 from tests.support.bridge import authority
 from tests.support.daemon import PATIENCE
 from tests.support.network import why_no_network
@@ -111,12 +110,7 @@ TESTS: Final = {
 
 
 def test_there_is_a_test_behind_each_sentence() -> None:
-    sentences = re.findall(r"\*\*(.+?)\*\*", PAGE.read_text(), re.DOTALL)
-    assert [" ".join(each.split()) for each in sentences] == list(TESTS)
-    for where in chain(*TESTS.values()):
-        path, _, test = where.rpartition("::")
-        source = (ROOT / "tests" / path if path else Path(__file__)).read_text()
-        assert f"\ndef {test}(" in source, where
+    sentences.check(PAGE, TESTS, __file__)
 
 
 @needs_network
