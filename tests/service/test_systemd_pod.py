@@ -8,6 +8,7 @@ import pytest
 from tests.support.bridge import write_identity
 from tests.support.daemon import eventually
 from tests.support.machine import Machine, why_no_machine
+from tests.support.network import RESET
 from tests.support.units import (
     SYSTEM,
     UNITS,
@@ -136,7 +137,7 @@ def test_who_has_a_certificate_is_served_and_nobody_else(machine: Machine, other
     eventually(lambda: show(machine, "StatusText", UNIT) == "0 open, 1 served, 1 refused")
     # What leaves has to find TLS.
     done = machine.run("sh", "-c", f"curl -sS http://{THERE}:9/ 2>&1 || true")
-    assert "reset" in done.stdout
+    assert RESET.search(done.stdout), done.stdout
     assert wait_for_log(machine, f"destination={THERE}:9", UNIT)[0] == 4
 
 

@@ -8,6 +8,7 @@ It takes root. Nothing of this machine's own network is touched.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -23,6 +24,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _CLONE_NEWNET: Final = 0x40000000  # sched.h
+
+
+# What curl says of a connection that is reset: while it waits for that, or once it stands.
+RESET: Final = re.compile(r"reset by peer|Couldn't connect")
 
 
 def why_no_network(*programs: tuple[str, str]) -> str | None:
