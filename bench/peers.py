@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,7 +142,13 @@ def _listens(port: int, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def _ours(setup: Setup, *options: str, is_handed_over: bool = False) -> subprocess.Popen[bytes]:
+# Where scripts/bench has put the compiled build, if it could.
+_COMPILED = os.environ.get("SNIPROXY_COMPILED_TREE", "")
+
+
+def _ours(
+    setup: Setup, *options: str, is_handed_over: bool = False, tree: str = ""
+) -> subprocess.Popen[bytes]:
     hosts = setup.directory / "hosts"
     hosts.mkdir()
     for name in setup.names:
@@ -158,7 +165,10 @@ def _ours(setup: Setup, *options: str, is_handed_over: bool = False) -> subproce
         (setup.directory / "log").open("wb") as log,
     ):
         program = [sys.executable, "-m", "sniproxy", *options]
-        return subprocess.Popen(program, stdin=listening.fileno(), stderr=log, cwd=hosts)
+        environment = os.environ | {"PYTHONPATH": tree} if tree else None
+        return subprocess.Popen(
+            program, stdin=listening.fileno(), stderr=log, cwd=hosts, env=environment
+        )
 
 
 def _haproxy(setup: Setup, *, splice: bool) -> subprocess.Popen[bytes]:
@@ -276,12 +286,24 @@ NGINX_MISSING = package("nginx", "nginx-light") or package(_NGINX_STREAM, "libng
 
 OURS = Peer("sniproxy", _ours, [sys.executable, "-m", "sniproxy", "--version"], "")
 
+_NOT_COMPILED = "" if _COMPILED else "scripts/bench could not compile it"
+
+# The same, with the rooms compiled that every connection passes.
+COMPILED = Peer("sniproxy, compiled", partial(_ours, tree=_COMPILED), OURS.version, _NOT_COMPILED)
+
 # The backend has the connections themselves.
 HANDING_OVER = Peer(
     "sniproxy, handed over",
     lambda setup: _ours(setup, "--handoff", is_handed_over=True),
     OURS.version,
     "",
+    header=False,
+)
+COMPILED_HANDING_OVER = Peer(
+    "sniproxy, compiled, handed over",
+    lambda setup: _ours(setup, "--handoff", is_handed_over=True, tree=_COMPILED),
+    OURS.version,
+    _NOT_COMPILED,
     header=False,
 )
 

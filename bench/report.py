@@ -21,6 +21,7 @@ class Report:
         title: Of the plot.
         ours: Whose ratios are told.
         compared: To whom: the better of them.
+        compiled: The other build of ours, whose ratios are told as well; "" if there is none.
         shown: The rows of table and plot: titles, and the metrics behind them.
         results: Where the figures are kept,
         plot: the bars,
@@ -34,6 +35,7 @@ class Report:
     results: Path
     plot: Path
     document: Path
+    compiled: str = ""
 
 
 ROUTING = Report(
@@ -58,6 +60,7 @@ ROUTING = Report(
     ROOT / "bench" / "results.json",
     ROOT / "docs" / "bench.svg",
     ROOT / "docs" / "speed-sniproxy.md",
+    "sniproxy, compiled",
 )
 
 TLS = Report(
@@ -152,6 +155,7 @@ class Results:
         ratios: Ours to the better of those who are compared, whose median is the lower: the median
             of the ratios, each of two values from the same slice. So what slows the machine down
             for a while slows down both. (Where connections are idle, from the same round.)
+        compiled: The same of the compiled build.
     """
 
     report: Report
@@ -163,6 +167,7 @@ class Results:
     versions: dict[str, str]
     medians: dict[str, dict[str, float]]
     ratios: dict[str, float]
+    compiled: dict[str, float]
 
     @classmethod
     def of(
@@ -180,17 +185,20 @@ class Results:
             metric: {name: median(each) for name, each in by_name.items()}
             for metric, by_name in values.items()
         }
-        ratios = {}
-        for metric, by_name in values.items():
-            others = [name for name in report.compared if name in by_name]
-            if report.ours in by_name and others:
-                better = min(others, key=medians[metric].__getitem__)
-                pairs = zip(by_name[report.ours], by_name[better], strict=True)
-                if each := [ours / theirs for ours, theirs in pairs if theirs]:
-                    ratios[metric] = median(each)
-        return cls(
-            report, _machine(), rounds, slices, connect_slices, idle, versions, medians, ratios
-        )
+
+        def ratios(name: str) -> dict[str, float]:
+            found = {}
+            for metric, by_name in values.items():
+                others = [name for name in report.compared if name in by_name]
+                if name in by_name and others:
+                    better = min(others, key=medians[metric].__getitem__)
+                    pairs = zip(by_name[name], by_name[better], strict=True)
+                    if each := [ours / theirs for ours, theirs in pairs if theirs]:
+                        found[metric] = median(each)
+            return found
+
+        fixed = report, _machine(), rounds, slices, connect_slices, idle, versions, medians
+        return cls(*fixed, ratios(report.ours), ratios(report.compiled))
 
     def keep(self) -> None:
         """Keep them: as JSON, as a plot, and as the table in a document."""
@@ -208,11 +216,12 @@ class Results:
         measured = {name for row in self.medians.values() for name in row}
         names = [name for name in self.versions if name in measured]
         names += sorted(measured - set(names))
-        rows = [["", *names, "ratio"]]
+        told = self._told()
+        rows = [["", *names, *told]]
         for metric, medians in self.medians.items():
             cells = [_number(medians[name]) if name in medians else "" for name in names]
-            ratio = self.ratios.get(metric)
-            rows.append([metric, *cells, "" if ratio is None else f"{ratio:.2f}"])
+            cells += [f"{each[metric]:.2f}" if metric in each else "" for each in told.values()]
+            rows.append([metric, *cells])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         layout = f"{{:{widths[0]}}}" + "".join(f"{{:>{width + 2}}}" for width in widths[1:])
         lines = [layout.format(*row) for row in rows]
@@ -220,16 +229,16 @@ class Results:
 
     def markdown(self) -> str:
         """Return the rows that the document shows."""
-        names = list(self.versions)
+        names, told = list(self.versions), self._told()
         lines = [
-            f"| | {' | '.join(names)} | ratio |",
-            f"| --- |{' ---: |' * (len(names) + 1)}",
+            f"| | {' | '.join([*names, *told])} |",
+            f"| --- |{' ---: |' * (len(names) + len(told))}",
         ]
         for title, metric in self.report.shown.items():
             medians = self.medians.get(metric, {})
             cells = [_number(medians[name]) if name in medians else "" for name in names]
-            ratio = _ratio(self.ratios.get(metric))
-            lines.append(f"| {title} | {' | '.join(cells)} | {ratio} |")
+            cells += [f"**{each[metric]:.2f}**" if metric in each else "" for each in told.values()]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
         return "\n".join([*lines, "", self._caption(), ""])
 
     def plot(self) -> str:
@@ -267,6 +276,11 @@ class Results:
         )
         return "\n".join([*parts, "</svg>", ""])
 
+    def _told(self) -> dict[str, dict[str, float]]:
+        """Return the ratios that are told, by the title of their column."""
+        told = {"ratio": self.ratios}
+        return told | {"ratio, compiled": self.compiled} if self.compiled else told
+
     def _caption(self) -> str:
         versions = ", ".join(
             f"{name} {version}" for name, version in self.versions.items() if version
@@ -283,10 +297,6 @@ def _number(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def _ratio(ratio: float | None) -> str:
-    return "" if ratio is None else f"**{ratio:.2f}**"
 
 
 def _machine() -> str:

@@ -24,7 +24,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from load import BENCH, Load
-from peers import COUNTING, HANDING_OVER, OURS, PEERS, TWO_WORKERS, Peer, Running, Setup
+from peers import (
+    COMPILED,
+    COMPILED_HANDING_OVER,
+    COUNTING,
+    HANDING_OVER,
+    OURS,
+    PEERS,
+    TWO_WORKERS,
+    Peer,
+    Running,
+    Setup,
+)
 from report import ROUTING, Results
 
 sys.path.insert(0, str(BENCH.parent))
@@ -210,7 +221,8 @@ def run(bench: Bench, load: Load, stage: Stage, peers: list[Peer], rounds: int) 
                 works.append((title, proxies, bulk))
 
         # So many bytes that the time until they move does not count.
-        without = [each for each in proxies if each.name in {DIRECT, HANDING_OVER.name}]
+        handing_over = {HANDING_OVER.name, COMPILED_HANDING_OVER.name}
+        without = [each for each in proxies if each.name in {DIRECT, *handing_over}]
         for direction in "down", "up":
             gigabyte = partial(bench.bulk, streams=1, direction=direction, many=int(GIGABYTE))
             works.append((f"gigabyte {direction}", without, gigabyte))
@@ -255,7 +267,8 @@ def installed(peers: Sequence[Peer]) -> list[Peer]:
 def main() -> int:
     """Run what the options ask for, and print it."""
     options = read_options("scripts/bench routing", __doc__, "docs/speed-sniproxy.md")
-    peers = installed([*PEERS[:1], HANDING_OVER, *PEERS[1:]])
+    ours = [OURS, COMPILED, HANDING_OVER, COMPILED_HANDING_OVER]
+    peers = installed([*ours, *PEERS[1:]])
     size = QUICK if options.quick else Size()
     size = size._replace(idle=raise_limits(size.idle))
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
@@ -277,31 +290,37 @@ def main() -> int:
         slices = zip(cpu[COUNTING.name], cpu[OURS.name], strict=True)
         cost = statistics.median(counted / plain for counted, plain in slices)
         print(f"Counting for the status socket: {cost:.3f} of the CPU time without it.")
-    for line in handed_over(bench.values):
-        print(line)
+    if cpu and COMPILED.name in cpu:
+        slices = zip(cpu[COMPILED.name], cpu[OURS.name], strict=True)
+        cost = statistics.median(compiled / pure for compiled, pure in slices)
+        print(f"Compiled: {cost:.3f} of the CPU time of the sources.")
+    for peer in HANDING_OVER, COMPILED_HANDING_OVER:
+        for line in handed_over(peer.name, bench.values):
+            print(line)
     if options.save:
         results.keep()
     return 0
 
 
-def handed_over(values: dict[str, dict[str, list[float]]]) -> Iterator[str]:
-    """Yield what handing over gives: ratios to the better peer, or to no proxy at all."""
+def handed_over(name: str, values: dict[str, dict[str, list[float]]]) -> Iterator[str]:
+    """Yield what handing over gives one of ours: ratios to the better peer, or to no proxy."""
     for metric, of_each in values.items():
-        ours = of_each.get(HANDING_OVER.name)
+        ours = of_each.get(name)
         if not ours:
             continue
         if "CPU" in metric:
-            others = [of_each[name] for name in ROUTING.compared if of_each.get(name)]
+            others = [of_each[each] for each in ROUTING.compared if of_each.get(each)]
             whose = "the better peer's"
         else:
             others = [of_each[DIRECT]] if DIRECT in of_each else []
             whose = "that without a proxy"
         if others:
-            slices = zip(ours, *others, strict=True)
-            ratios = [each / min(rest) for each, *rest in slices if min(rest)]
+            better = min(others, key=statistics.median)
+            ratios = [each / theirs for each, theirs in zip(ours, better, strict=True) if theirs]
             if ratios:
                 ratio = statistics.median(ratios)
-                yield f"Handed over, {metric.rpartition(',')[0]}: {ratio:.3f} of {whose}."
+                what = metric.rpartition(",")[0]
+                yield f"{name.removeprefix('sniproxy, ')}, {what}: {ratio:.3f} of {whose}."
 
 
 def raise_limits(idle: int) -> int:

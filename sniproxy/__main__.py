@@ -10,9 +10,11 @@ from _socket import SO_REUSEPORT, SOL_SOCKET, socket
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 
 from sniproxy.config import Config
+from sniproxy.engine import loop
 from sniproxy.engine.listener import is_multipath
 from sniproxy.engine.pipes import MOST_PIPES
 from sniproxy.hand_over import HandOver
@@ -78,9 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program("sniproxy", body)
 
 
+def _build() -> str:
+    """Return whether the rooms that every connection passes are compiled, of which this is one."""
+    is_compiled = isinstance(loop.__spec__.loader, ExtensionFileLoader)
+    return "(compiled)" if is_compiled else "(pure Python)"
+
+
 def _config(argv: Sequence[str]) -> Config | str | None:
     """Return what the options ask for: a copy to be upgraded; None if there is nothing to serve."""
-    parser = OptionParser("sniproxy", _DESCRIPTION, f"cd /srv/hosts && {_EXAMPLE}")
+    parser = OptionParser("sniproxy", _DESCRIPTION, f"cd /srv/hosts && {_EXAMPLE}", _build())
     parser.add_argument(
         "--hashed",
         action="store_true",

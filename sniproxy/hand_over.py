@@ -37,6 +37,7 @@ from _socket import (
     socket,
 )
 from collections.abc import Iterable
+from typing import Final
 
 from sniproxy.engine.loop import Closable
 from sniproxy.service import libc
@@ -44,39 +45,39 @@ from sniproxy.service.bpf import SO_ATTACH_FILTER, SO_LOCK_FILTER, Instruction, 
 from sniproxy.service.signals import do_nothing
 
 # asm-generic/socket.h: it is the same number.
-_SO_GET_FILTER = SO_ATTACH_FILTER
+_SO_GET_FILTER: Final = SO_ATTACH_FILTER
 
 # Instructions: load four bytes, two or one, keep some bits, compare, return.
 _LOAD_FOUR, _LOAD_TWO, _LOAD_ONE = 0x20, 0x28, 0x30
-_AND = 0x54
-_IF_EQUAL = 0x15
-_RETURN = 0x06
+_AND: Final = 0x54
+_IF_EQUAL: Final = 0x15
+_RETURN: Final = 0x06
 _WHOLE, _NOTHING = 0xFFFFFFFF, 0
 
 # RFC 9293 §3.1: where a segment has its destination port, and its flags; SYN and ACK of these.
 _DESTINATION_PORT, _FLAGS = 2, 13
-_SYN_ACK = 0x12
+_SYN_ACK: Final = 0x12
 
 # Where the destination address is, from the beginning of the header of IP: SKF_NET_OFF in
 # linux/filter.h, and RFC 791 §3.1 and RFC 8200 §3.
-_NETWORK = 0xFFF00000
-_DESTINATION = {AF_INET: _NETWORK + 16, AF_INET6: _NETWORK + 24}
+_NETWORK: Final = 0xFFF00000
+_DESTINATION: Final = {AF_INET: _NETWORK + 16, AF_INET6: _NETWORK + 24}
 
 # With no byte at all a message on a stream carries nothing, unix(7). What it is says nothing.
-_DATA = [b"\0"]
+_DATA: Final = [b"\0"]
 
 # Seconds after which a close(2) that waits is interrupted: a hundred times what it takes else.
-_LONGEST_CLOSE = 0.001
+_LONGEST_CLOSE: Final = 0.001
 
 # Seconds for which the hosts of somebody who makes us wait get no client. So that takes a
 # ten-thousandth of our time.
-_PENALTY = 10.0
+_PENALTY: Final = 10.0
 
 # struct linger: not zero if it is on, and seconds.
-_LINGER = struct.Struct("ii")
+_LINGER: Final = struct.Struct("ii")
 
 # struct timeval: what accept(2) gives a socket whose listener has none, socket(7).
-_NO_TIMEOUT = struct.pack("@ll", 0, 0)
+_NO_TIMEOUT: Final = struct.pack("@ll", 0, 0)
 
 
 class HandOver:

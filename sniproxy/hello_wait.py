@@ -1,22 +1,30 @@
 """A client whose hello has not come whole, and when to look again."""
 
-from _socket import MSG_DONTWAIT, MSG_PEEK, SO_RCVLOWAT, SOL_SOCKET, socket
-from select import EPOLLERR, EPOLLHUP, EPOLLPRI, EPOLLRDHUP
-from typing import Protocol
+from _socket import SO_RCVLOWAT, socket
+from typing import Final, Protocol
 
+from sniproxy.engine.kernel import (
+    EPOLLERR,
+    EPOLLHUP,
+    EPOLLPRI,
+    EPOLLRDHUP,
+    MSG_DONTWAIT,
+    MSG_PEEK,
+    SOL_SOCKET,
+)
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.relay import READ_EVENTS
 from sniproxy.wire import MAX_WIRE, Alert, ClientHello, HelloError, HelloReader, Reason
 
 # What SO_RCVLOWAT is on a new socket.
-_ANY_BYTES = 1
+_ANY_BYTES: Final = 1
 
 # Nearly every hello has fewer bytes than these: post-quantum key shares make it 1.8 KB. A longer
 # one is looked at a second time, with room for the longest.
-_USUAL_WIRE = 4096
+_USUAL_WIRE: Final = 4096
 
 # Leave what is there in the socket, and never wait for more.
-_LOOK = MSG_PEEK | MSG_DONTWAIT
+_LOOK: Final = MSG_PEEK | MSG_DONTWAIT
 
 
 class Waiter(Protocol):

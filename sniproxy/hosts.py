@@ -24,36 +24,48 @@ import errno
 import os
 import re
 import stat
-from _socket import AF_UNIX, SO_PEERCRED, SOCK_NONBLOCK, SOCK_STREAM, SOL_SOCKET, socket
+from _socket import socket
 from collections.abc import Callable, Collection, Iterator
 from enum import StrEnum
 from time import perf_counter
+from typing import Final
 
+from sniproxy.engine.kernel import (
+    AF_UNIX,
+    SO_PEERCRED,
+    SOCK_NONBLOCK,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    access,
+    chdir,
+    fchdir,
+)
 from sniproxy.service.peer import UCRED
 from sniproxy_hostname import Hostname
 
 # As bytes; a str would have to be encoded for each connection.
-_HERE = b"."
-_SOCKET = b"tls-socket"
-_HANDOFF_SOCKET = b"handoff-socket"
-_SEND_PROXY_V1 = b"send-proxy-v1"
-_SEND_PROXY_V2 = b"send-proxy-v2"
-_HOLD = b"hold"
+_HERE: Final = b"."
+_SOCKET: Final = b"tls-socket"
+_HANDOFF_SOCKET: Final = b"handoff-socket"
+_SEND_PROXY_V1: Final = b"send-proxy-v1"
+_SEND_PROXY_V2: Final = b"send-proxy-v2"
+_HOLD: Final = b"hold"
 
 # Seconds to hold, as they are written, and what is more than enough for that; and how long it is
 # where they are not, or may not be read. Ten are what a client waits for anything else here. More
 # than five minutes no visitor waits.
-_SECONDS = re.compile(rb"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*")
-_MOST_TEXT = 64
-HOLD_SECONDS = 10.0
-MOST_HOLD_SECONDS = 300.0
+_SECONDS: Final = re.compile(rb"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*")
+_MOST_TEXT: Final = 64
+HOLD_SECONDS: Final = 10.0
+MOST_HOLD_SECONDS: Final = 300.0
 
 # For names that no host has, and for clients who ask for none; and what is before a suffix.
-UNKNOWN = "_unknown"
-NO_NAME = "_no-name"
-BELOW = "_."
+UNKNOWN: Final = "_unknown"
+NO_NAME: Final = "_no-name"
+BELOW: Final = "_."
 
-_STREAM = SOCK_STREAM | SOCK_NONBLOCK
+_STREAM: Final = SOCK_STREAM | SOCK_NONBLOCK
+_WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 class HostReason(StrEnum):
@@ -75,7 +87,7 @@ class HostReason(StrEnum):
 
 # The backend is away, or its successor is about to come: bind(2) makes the socket, with what the
 # umask leaves of its mode, and chmod(2) and listen(2) come after that.
-_AWAY = frozenset(
+_AWAY: Final = frozenset(
     {
         HostReason.NO_SOCKET,
         HostReason.NOT_LISTENING,
@@ -95,14 +107,14 @@ class HostsState(StrEnum):
 
 
 # What chdir(2) and connect(2) say when the host is not there, or not there for us.
-_NO_DIRECTORY = {
+_NO_DIRECTORY: Final = {
     errno.ENOENT: HostReason.NO_SUCH_HOST,
     errno.ENOTDIR: HostReason.NO_SUCH_HOST,
     errno.EACCES: HostReason.PERMISSION_DENIED,
     errno.ELOOP: HostReason.LINK_LOOP,
     errno.ENAMETOOLONG: HostReason.NAME_TOO_LONG,
 }
-_NO_BACKEND = _NO_DIRECTORY | {
+_NO_BACKEND: Final = _NO_DIRECTORY | {
     errno.ENOENT: HostReason.NO_SOCKET,
     errno.ENOTDIR: HostReason.NO_SOCKET,
     # Nobody listens, or it is no socket at all.
@@ -165,7 +177,7 @@ class HostError(Exception):
 
 
 # What a backend at `handoff-socket` wants in the place of a PROXY header.
-HAND_OVER = -1
+HAND_OVER: Final = -1
 
 # The connected socket, non-blocking; the version of the PROXY header that the backend wants, 0 for
 # none, or `HAND_OVER` if it wants the client's connection itself; whether the host is held while
@@ -206,7 +218,7 @@ class HostsDirectory:
         # O_PATH: to come back to a directory the right to search it is enough, open(2).
         self._fd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fchdir(self._fd)
+            fchdir(self._fd)
             if not os.fstat(self._fd).st_nlink:
                 # Removed. It can be searched, but nothing will ever be in it.
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -269,9 +281,9 @@ class HostsDirectory:
             unknown = error
         # Nearest first. A hash says nothing of what its name is below.
         for suffix in _suffixes(host) if entry == host else ():
-            if os.access(f"{BELOW}{suffix}", os.F_OK, follow_symlinks=False):
+            if access(f"{BELOW}{suffix}", os.F_OK, follow_symlinks=False):
                 return self._connect_default(f"{BELOW}{suffix}")
-        if os.access(UNKNOWN, os.F_OK, follow_symlinks=False):
+        if access(UNKNOWN, os.F_OK, follow_symlinks=False):
             return self._connect_default(UNKNOWN)
         raise unknown
 
@@ -300,10 +312,10 @@ class HostsDirectory:
         """
         self._away = True
         try:
-            os.chdir(entry)
+            chdir(entry)
             directory = os.stat(_HERE)
             found = self._connect_handoff(entry, directory)
-            if found is None and os.access(_HANDOFF_SOCKET, os.F_OK, follow_symlinks=False):
+            if found is None and access(_HANDOFF_SOCKET, os.F_OK, follow_symlinks=False):
                 error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
                 found = _no_backend(entry, directory.st_uid, error, _HANDOFF_SOCKET)
         except OSError as error:
@@ -336,8 +348,8 @@ class HostsDirectory:
         """
         try:
             made_by = os.lstat(entry).st_uid
-        except PermissionError as error:
-            raise _not_searchable(error) from None
+        except PermissionError as barred:
+            raise _not_searchable(barred) from None
         except OSError as error:
             reason = HostReason.NO_SUCH_HOST
             raise HostError(reason, _words(error), Step.HOST, entry=entry, exists=False) from None
@@ -371,7 +383,7 @@ class HostsDirectory:
 
     def _return(self) -> None:
         try:
-            os.fchdir(self._fd)
+            fchdir(self._fd)
         except OSError as error:
             # EACCES, for one: somebody has closed the directory of hosts to us.
             raise _not_searchable(error) from None
@@ -380,7 +392,7 @@ class HostsDirectory:
     def _connect_there(self, directory_name: str, allowed: Collection[int] | None) -> Found:
         """Enter the directory of the host, and connect."""
         try:
-            os.chdir(directory_name)
+            chdir(directory_name)
         except OSError as error:
             raise _no_directory(directory_name, error) from None
         backend = owner = handoff = None
@@ -397,22 +409,22 @@ class HostsDirectory:
                     return handoff, HAND_OVER, False, owner, directory_name
             # An entry of that name, whatever it is: a dangling link was put there on purpose, too.
             # Who wants both gets the one that says more.
-            if os.access(_SEND_PROXY_V2, os.F_OK, follow_symlinks=False):
+            if access(_SEND_PROXY_V2, os.F_OK, follow_symlinks=False):
                 proxy = 2
             else:
-                proxy = int(os.access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False))
-            holds = os.access(_HOLD, os.F_OK, follow_symlinks=False)
+                proxy = int(access(_SEND_PROXY_V1, os.F_OK, follow_symlinks=False))
+            holds = access(_HOLD, os.F_OK, follow_symlinks=False)
             # The last: it wakes the backend, which is to find the hello when it is awake.
             backend = socket(AF_UNIX, _STREAM)
             self.connecting_at = perf_counter()
             backend.connect(_SOCKET)
             if self._checks_owner:
                 self._check_owner(directory_name, directory, backend)
-        except BaseException as error:
+        except BaseException as failed:
             if backend is not None:
                 backend.close()
-            if isinstance(error, OSError):
-                fault = _no_backend(directory_name, owner, error)
+            if isinstance(failed, OSError):
+                fault = _no_backend(directory_name, owner, failed)
                 if isinstance(handoff, HostError) and fault.reason is HostReason.NO_SOCKET:
                     fault = handoff
                 if holds and fault.reason in _AWAY:
@@ -435,8 +447,8 @@ class HostsDirectory:
             fault = None
         except OSError as error:
             fault = _no_backend(entry, directory.st_uid, error, _HANDOFF_SOCKET)
-        except HostError as error:
-            fault = error
+        except HostError as fault_of_owner:
+            fault = fault_of_owner
             fault.path = _HANDOFF_SOCKET.decode()
         else:
             return backend
@@ -452,7 +464,7 @@ class HostsDirectory:
         hosts, and nobody else may write (an ACL that lets others shows as the group's bit, acl(5)).
         """
         owner = directory.st_uid
-        writable_by_others = directory.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        writable_by_others = directory.st_mode & _WRITABLE_BY_OTHERS
         if owner == 0:
             # Such as /tmp: a tenant could link a name to it, and put there a link to a root daemon.
             if writable_by_others:

@@ -13,11 +13,11 @@ before need not be woken.
 
 import contextlib
 import time
-from _socket import MSG_DONTWAIT, SHUT_WR, SO_LINGER, SOL_SOCKET, socket
+from _socket import SO_LINGER, socket
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import lru_cache
-from select import EPOLLERR, EPOLLHUP, EPOLLPRI, EPOLLRDHUP
+from typing import Final
 
 import trio
 
@@ -25,6 +25,15 @@ from sniproxy.config import Config
 from sniproxy.engine import tcp
 from sniproxy.engine.deadlines import Deadlines
 from sniproxy.engine.ending import Ending
+from sniproxy.engine.kernel import (
+    EPOLLERR,
+    EPOLLHUP,
+    EPOLLPRI,
+    EPOLLRDHUP,
+    MSG_DONTWAIT,
+    SHUT_WR,
+    SOL_SOCKET,
+)
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.linger import Linger
 from sniproxy.engine.listener import Address
@@ -78,7 +87,7 @@ class SessionWarning(StrEnum):
 
 
 # How a connection ended: words for the log. The client is the near end.
-_ENDINGS = {
+_ENDINGS: Final = {
     Ending.FINISHED: "finished",
     Ending.NEAR_RESET: "client_reset",
     Ending.FAR_RESET: "backend_reset",
@@ -89,10 +98,10 @@ _ENDINGS = {
 
 
 # Of these, those where the backend has closed, or may have.
-_BACKEND_CLOSED = frozenset({Ending.FINISHED, Ending.FAR_RESET})
+_BACKEND_CLOSED: Final = frozenset({Ending.FINISHED, Ending.FAR_RESET})
 
 # And the word for one that went on without us.
-_HANDED_OVER = "handed_over"
+_HANDED_OVER: Final = "handed_over"
 
 
 # The answer to every failure of the lookup. Failures of the hello carry their own answer.
@@ -117,17 +126,17 @@ ALERTS: dict[HostReason, Alert] = {
 
 
 # What is timed for the status socket: the way to a socket, and connect(2).
-LATENCIES = ("lookup", "connect")
+LATENCIES: Final = ("lookup", "connect")
 
 # Backends that one client's hello is lent to. The first may have been stopped with the client in
 # its queue, and so may its successor be, by somebody who is in a hurry; a third that ends without a
 # word means it.
-_MOST_LOANS = 2
+_MOST_LOANS: Final = 2
 
 # What the loop tells of a client who is not there any more, or is not to be.
-_GONE = EPOLLPRI | EPOLLHUP | EPOLLERR
+_GONE: Final = EPOLLPRI | EPOLLHUP | EPOLLERR
 
-_UNANSWERED_DETAIL = (
+_UNANSWERED_DETAIL: Final = (
     "the backend has closed without a byte; it may not expect the PROXY header that it gets"
 )
 
@@ -329,9 +338,9 @@ class Session:
             self.host = _hostname(self.name)
         except HelloError as error:
             self.nameless = error
-        except InvalidHostname as error:
+        except InvalidHostname as invalid:
             # Not a name at all, so nobody here has it.
-            return self._refuse(Reason.INVALID_NAME, Alert.UNRECOGNIZED_NAME, str(error))
+            return self._refuse(Reason.INVALID_NAME, Alert.UNRECOGNIZED_NAME, str(invalid))
         self.shared.loop.call_soon(self)
 
     def on_event(self, events: int) -> None:
@@ -712,8 +721,9 @@ class Held:
         moved, first = flight.settle()
         self.session.join(flight.backend, first, owner, entry, is_proxied=is_proxied, moved=moved)
 
-    # What has taken so long is an answer to wait for as long as the client likes.
-    expire = on_answer
+    def expire(self) -> None:
+        """Go on: what has taken so long is an answer to wait for as long as the client likes."""
+        self.on_answer()
 
     def on_no_answer(self) -> None:
         """Look for another backend."""

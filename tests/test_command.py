@@ -21,6 +21,7 @@ from sniproxy.service import listen_fds
 from sniproxy.service.options import OptionParser, ServiceOptions, service_fields
 from tests.support import hellos
 from tests.support.backends import RawBackend, host_directory
+from tests.support.build import MEANT
 from tests.support.daemon import COVERAGE, start_daemon
 from tests.support.greeting import Greeter, ask
 from tests.support.sockets import receive_all, receive_exactly
@@ -310,7 +311,7 @@ def test_help_and_version_need_no_socket() -> None:
     assert "\n  --user NAME[:GROUP]" in result.stdout
     assert (result.returncode, result.stderr) == (0, "")
     result = run("--version")
-    assert result.stdout == f"sniproxy {sniproxy.__version__}\n"
+    assert result.stdout == f"sniproxy {sniproxy.__version__} ({MEANT})\n"
     assert (result.returncode, result.stderr) == (0, "")
 
 

@@ -23,6 +23,8 @@ from sniproxy.log import Log
 from sniproxy.serve import watch_hosts
 from sniproxy_hostname import Hostname, InvalidHostname, directory_namer
 from tests.support.backends import host_directory, listen_unix
+from tests.support.faults import no_way_back
+from tests.support.handing_over import places_left
 
 NAME = Hostname(b"example.com")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as several users")
@@ -396,15 +398,10 @@ def test_a_full_backlog(directory: HostsDirectory, hosts: Path) -> None:
         first.close()
 
 
-def test_out_of_descriptors(
-    directory: HostsDirectory, hosts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*args: object) -> None:
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr("sniproxy.hosts.socket", fail)
+def test_out_of_descriptors(directory: HostsDirectory, hosts: Path) -> None:
     host_directory(hosts, NAME)
-    assert reason(directory) is HostReason.BACKEND_FAILED
+    with places_left(0):
+        assert reason(directory) is HostReason.BACKEND_FAILED
 
 
 def test_a_name_of_253_bytes_needs_no_short_path(directory: HostsDirectory, hosts: Path) -> None:
@@ -428,18 +425,13 @@ def test_hashed_names_only(hosts: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_if_there_is_no_way_back_nothing_is_looked_up_elsewhere(
-    directory: HostsDirectory, hosts: Path, monkeypatch: pytest.MonkeyPatch
+    directory: HostsDirectory, hosts: Path
 ) -> None:
     # A tenant may have made anything in a directory of theirs, even hosts.
     home = host_directory(hosts, NAME)
     trap = Hostname(b"trap.example")
     with listen_unix(host_directory(home, trap) / "tls-socket"):
-        with monkeypatch.context() as patch:
-
-            def fail(fd: int) -> None:
-                raise PermissionError(13, "Permission denied")
-
-            patch.setattr("sniproxy.hosts.os.fchdir", fail)
+        with no_way_back(directory):
             for host in NAME, trap:
                 assert reason(directory, host) is HostReason.HOSTS_NOT_SEARCHABLE
         assert reason(directory, trap) is HostReason.NO_SUCH_HOST
@@ -447,7 +439,7 @@ def test_if_there_is_no_way_back_nothing_is_looked_up_elsewhere(
 
 @pytest.mark.parametrize("listens", [False, True])
 def test_after_the_way_back_was_barred_the_next_name_is_one_of_the_hosts_directory(
-    directory: HostsDirectory, hosts: Path, monkeypatch: pytest.MonkeyPatch, listens: bool
+    directory: HostsDirectory, hosts: Path, listens: bool
 ) -> None:
     home = host_directory(hosts, NAME)
     trap = Hostname(b"trap.example")
@@ -455,13 +447,8 @@ def test_after_the_way_back_was_barred_the_next_name_is_one_of_the_hosts_directo
         stack.enter_context(listen_unix(host_directory(home, trap) / "tls-socket"))
         if listens:
             stack.enter_context(listen_unix(home / "tls-socket"))
-        before = os.listdir("/proc/self/fd")
-        with monkeypatch.context() as patch:
-
-            def fail(fd: int) -> None:
-                raise PermissionError(13, "Permission denied")
-
-            patch.setattr("sniproxy.hosts.os.fchdir", fail)
+        with no_way_back(directory):
+            before = os.listdir("/proc/self/fd")
             with pytest.raises(HostError) as caught:
                 directory.connect(NAME)
             assert caught.value.reason is HostReason.HOSTS_NOT_SEARCHABLE

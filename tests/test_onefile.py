@@ -166,10 +166,15 @@ def test_the_commands_that_it_prints_make_the_other_programs(
     assert {each.name for each in file.parent.iterdir()} == PROGRAMS
     for name in PROGRAMS:
         said = run(file.with_name(name), "--version", env=path(file.parent, one_python))
-        assert said.stdout == f"{name} {sniproxy.__version__}\n"
+        assert said.stdout == says(name)
 
 
 # --- At work -------------------------------------------------------------------------------------
+
+
+def says(name: str) -> str:
+    """Return what a program answers to --version: nothing in the file is compiled."""
+    return f"{name} {sniproxy.__version__}{' (pure Python)' if name == 'sniproxy' else ''}\n"
 
 
 @each_python
@@ -177,7 +182,7 @@ def test_it_is_the_program_that_it_is_called(installed: Path, python: Path) -> N
     env = path(installed, python)
     for name in PROGRAMS:
         said = run(name, "--version", env=env)
-        expected = (f"{name} {sniproxy.__version__}\n", "", 0)
+        expected = (says(name), "", 0)
         assert (said.stdout, said.stderr, said.returncode) == expected
     assert run("sniproxy-hostname", "🕸💍.ws", env=env).stdout == "xn--sr8hvo.ws\n"
     said = run("sniproxy-listen", "127.0.0.1:0", "readlink", "/proc/self/fd/0", env=env)
@@ -187,7 +192,7 @@ def test_it_is_the_program_that_it_is_called(installed: Path, python: Path) -> N
 def test_by_any_other_name_it_is_the_daemon(installed: Path) -> None:
     (installed / "sniproxy").rename(installed / "sniproxy-1.2.3")
     said = run("sniproxy-1.2.3", "--version", env=path(installed, one_python))
-    assert said.stdout == f"sniproxy {sniproxy.__version__}\n"
+    assert said.stdout == says("sniproxy")
 
 
 @needs_curl

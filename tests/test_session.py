@@ -21,7 +21,7 @@ from sniproxy.engine.listener import Address, Listener, take_listening_socket
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import Relay
-from sniproxy.hosts import Found, HostError, HostReason, HostsDirectory, Step
+from sniproxy.hosts import HostError, HostReason, HostsDirectory, Step
 from sniproxy.log import Log
 from sniproxy.serve import serve
 from sniproxy.service.descriptors import Share
@@ -341,13 +341,13 @@ async def test_a_full_backlog_is_tried_soon_and_then_less_and_less_often(
         # These looks take no time, so that there is no rest for its sake.
         monkeypatch.setattr(waiting_room, "perf_counter", lambda: 0.0)
 
-        def fail(host: Hostname) -> None:
+        def fail(host: Hostname) -> str:
             times.append(trio.current_time())
             if len(times) == 11:
                 raise HostError(HostReason.NOT_LISTENING, "enough", Step.SOCKET)
             raise HostError(HostReason.BACKEND_BUSY, "full", Step.SOCKET)
 
-        monkeypatch.setattr(it.hosts, "connect", fail)
+        it.hosts.directory_name = fail
         await client.send_all(HELLO)
         await receive_to_end(client)
         pauses = [after - before for before, after in pairwise(times)]
@@ -560,18 +560,17 @@ async def test_no_more_descriptors_are_open_than_there_are_places(
     async with door() as it:
         it.limit.capacity = places
         peaks: list[int] = []
-        connect, begin = it.hosts.connect, it.sessions.begin
+        directory_name, begin = it.hosts.directory_name, it.sessions.begin
 
-        def counting_connect(host: Hostname) -> Found:
-            found = connect(host)
-            peaks.append(descriptors())
-            return found
+        def counting_name(host: Hostname) -> str:
+            peaks.append(descriptors() + 1)  # its backend's, which comes next
+            return directory_name(host)
 
         def counting_begin(client: _socket.socket, address: Address) -> None:
             peaks.append(descriptors())
             begin(client, address)
 
-        monkeypatch.setattr(it.hosts, "connect", counting_connect)
+        it.hosts.directory_name = counting_name
         monkeypatch.setattr(it.listener, "_on_accept", counting_begin)
 
         def come() -> list[socket.socket]:
@@ -615,10 +614,10 @@ async def test_a_bug_in_one_session_ends_that_one_alone(
     async with door() as it, await it.connect() as first, await it.connect() as second:
         with monkeypatch.context() as patch:
 
-            def fail(host: Hostname) -> None:
+            def fail(host: Hostname) -> str:
                 raise ZeroDivisionError(host)
 
-            patch.setattr(it.hosts, "connect", fail)
+            patch.setattr(it.hosts, "directory_name", fail)
             for client, pieces in (first, [HELLO]), (second, [HELLO[:10], HELLO[10:]]):
                 for piece in pieces:
                     await client.send_all(piece)
@@ -641,15 +640,12 @@ class Orders(Signals):
 
 
 @trio_test
-async def test_a_bug_in_a_turn_is_told_and_the_service_goes_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fail(host: Hostname) -> None:
+async def test_a_bug_in_a_turn_is_told_and_the_service_goes_on() -> None:
+    def fail(host: Hostname) -> str:
         raise ZeroDivisionError(host)
 
     log, orders = Notes(), Orders()
-    hosts = HostsDirectory(directory_namer(hashed=False))
-    monkeypatch.setattr(hosts, "connect", fail)
+    hosts = HostsDirectory(fail)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         listening = take_listening_socket(bound.fileno())
         async with trio.open_nursery() as nursery:
@@ -671,19 +667,19 @@ async def test_a_bug_in_a_turn_is_told_and_the_service_goes_on(
 
 @trio_test
 async def test_a_bug_in_the_task_of_a_session_ends_that_one_and_frees_its_place(
-    clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    clock: MockClock,
 ) -> None:
     async with door() as it, await it.connect() as client:
         tries = 0
 
-        def fail(host: Hostname) -> None:
+        def fail(host: Hostname) -> str:
             nonlocal tries
             tries += 1
             if tries < 3:
                 raise HostError(HostReason.BACKEND_BUSY, "full", Step.SOCKET)
             raise ZeroDivisionError(host)
 
-        monkeypatch.setattr(it.hosts, "connect", fail)
+        it.hosts.directory_name = fail
         await client.send_all(HELLO)
         with pytest.raises(trio.BrokenResourceError):
             await client.receive_some()
@@ -693,17 +689,14 @@ async def test_a_bug_in_the_task_of_a_session_ends_that_one_and_frees_its_place(
 
 
 @trio_test
-async def test_a_bug_at_the_first_look_is_told_and_ends_that_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with door() as it:
-
-        def fail(client: _socket.socket) -> None:
+async def test_a_bug_at_the_first_look_is_told_and_ends_that_one() -> None:
+    class Failing(_socket.socket):
+        def recv(self, *args: int) -> bytes:
             raise ZeroDivisionError("why")
 
-        monkeypatch.setattr("sniproxy.session.peek", fail)
+    async with door() as it:
         client, accepted = tcp_pair()
-        it.sessions.begin(plain(accepted), client.getsockname())
+        it.sessions.begin(Failing(fileno=accepted.detach()), client.getsockname())
         assert it.log.lines[-1] == "bug ZeroDivisionError: why"
         it.log.lines.clear()
         await trio.testing.wait_all_tasks_blocked()

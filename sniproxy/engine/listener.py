@@ -15,6 +15,7 @@ import time
 from _socket import socket as Socket  # noqa: N812 - the plain type; socket.socket costs twice as much
 from collections.abc import Callable
 from select import EPOLLEXCLUSIVE, EPOLLIN
+from typing import Final
 
 import trio
 
@@ -26,21 +27,21 @@ from sniproxy.engine.loop import EventLoop
 Address = tuple[str, int] | tuple[str, int, int, int]
 
 # Multipath TCP, RFC 8684; linux/in.h. systemd.socket(5) has SocketProtocol=mptcp.
-_IPPROTO_MPTCP = 262
+_IPPROTO_MPTCP: Final = 262
 
 # Connections accepted before those that are being served have their turn: the cost of some fifty
 # round trips through the relay.
-_BATCH = 32
+_BATCH: Final = 32
 
 # Of several processes that wait for the same socket one is woken, not all.
-_EVENTS = EPOLLIN | EPOLLEXCLUSIVE
+_EVENTS: Final = EPOLLIN | EPOLLEXCLUSIVE
 
 # At the end the queue is emptied. It holds no more than net.core.somaxconn, 4096 by default; the
 # bound is for clients who come faster than we accept.
-_LAST_BATCH = 4096
+_LAST_BATCH: Final = 4096
 
 # What accept(2) says of the one connection that was next; it is to be tried again at once.
-_ONE_IS_LOST = frozenset(
+_ONE_IS_LOST: Final = frozenset(
     {
         errno.ECONNABORTED,
         errno.EPERM,  # a firewall rule
@@ -59,18 +60,18 @@ _ONE_IS_LOST = frozenset(
 # Everything else, EMFILE, ENFILE, ENOBUFS and ENOMEM above all, will be the same the next moment,
 # while the listener stays readable: to ask again at once would spin. Seconds until we do: long
 # enough to cost nothing, too short to be noticed as an outage.
-_PAUSE = 0.1
+_PAUSE: Final = 0.1
 
 # Seconds between two looks at O_NONBLOCK, if clients come; and until then what accept may wait for
 # one who is not there: struct timeval, a microsecond, which the kernel rounds up to its next tick.
-_NONBLOCK_CHECK_EVERY = 1.0
-_SHORTEST = struct.pack("@ll", 0, 1)
+_NONBLOCK_CHECK_EVERY: Final = 1.0
+_SHORTEST: Final = struct.pack("@ll", 0, 1)
 
 # Keep-alive. A client that vanished, a phone that lost its network, is noticed after 60 + 6 x 10
 # seconds without an answer. Most home routers and mobile networks forget a silent connection after
 # some minutes; one probe a minute also keeps it alive there. One that vanishes amid a download is
 # noticed after tcp.USER_TIMEOUT.
-CLIENT_OPTIONS = (
+CLIENT_OPTIONS: tuple[tuple[int, int, int], ...] = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
@@ -80,7 +81,7 @@ CLIENT_OPTIONS = (
 )
 
 # What the kernel says of an option of TCP that it does not have for Multipath TCP.
-_NOT_FOR_MPTCP = frozenset({errno.EOPNOTSUPP, errno.ENOPROTOOPT})
+_NOT_FOR_MPTCP: Final = frozenset({errno.EOPNOTSUPP, errno.ENOPROTOOPT})
 
 
 class NotListeningError(Exception):

@@ -19,22 +19,22 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
 # How long epoll_wait may hold the thread while traffic is hot, in seconds. A peer on the same
 # machine or network answers well within it; a signal or a timer of trio's waits no longer. With a
 # quarter of it a round trip took a fifth more of the processor.
-_SHORT_WAIT = 0.004
+_SHORT_WAIT: Final = 0.004
 
 # How long trio's other tasks may have to wait while events come, in seconds. A pass through its
 # scheduler costs some 10 µs: every 2 ms that is half a percent.
-_TURN = 0.002
+_TURN: Final = 0.002
 
 # Events taken from the kernel at a time. Enough to spread the cost of the call, few enough that
 # a signal or a pause of the listener takes effect soon.
-_EVENTS = 128
+_EVENTS: Final = 128
 
 
 class Watcher(Protocol):

@@ -8,15 +8,16 @@ be had the relay copies instead: slower, never wrong.
 import contextlib
 import fcntl
 import os
+from typing import Final
 
 # Bytes that a pipe holds: what an unprivileged process may ask for (fs.pipe-max-size in pipe(7)),
 # and so the fewest system calls for each byte.
-_SIZE = 1 << 20
+_SIZE: Final = 1 << 20
 
 # Pipes lent at a time, two descriptors each. Those in motion at one moment are few: a pipe comes
 # back as soon as it is empty. An unprivileged user may hold 64 MiB in pipes (pipe-user-pages-soft),
 # which would be 64; half of it leaves room for a second copy that takes over while we drain.
-MOST_PIPES = 32
+MOST_PIPES: Final = 32
 
 
 class Pipe:
@@ -24,21 +25,27 @@ class Pipe:
 
     __slots__ = ("read_end", "write_end")
 
-    def __init__(self) -> None:
-        """Open a pipe.
-
-        Raises:
-            OSError: EMFILE, ENFILE: there are no descriptors left.
-        """
-        self.read_end, self.write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        # EPERM: the user's limit is used up. The usual 64 KiB, or less, will do.
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(self.write_end, fcntl.F_SETPIPE_SZ, _SIZE)
+    def __init__(self, read_end: int, write_end: int) -> None:
+        self.read_end = read_end
+        self.write_end = write_end
 
     def close(self) -> None:
         """Close both ends; bytes still inside are lost."""
         os.close(self.read_end)
         os.close(self.write_end)
+
+
+def open_pipe() -> Pipe:
+    """Open a pipe.
+
+    Raises:
+        OSError: EMFILE, ENFILE: there are no descriptors left.
+    """
+    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    # EPERM: the user's limit is used up. The usual 64 KiB, or less, will do.
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _SIZE)
+    return Pipe(read_end, write_end)
 
 
 class PipePool:
@@ -55,7 +62,7 @@ class PipePool:
         if self._left <= 0:
             return None
         try:
-            pipe = Pipe()
+            pipe = open_pipe()
         except OSError:
             return None
         self._left -= 1
@@ -63,13 +70,13 @@ class PipePool:
 
     def adopt(self, read_end: int, write_end: int) -> Pipe:
         """Lend a pipe that another process has made, beyond the limit if need be."""
-        pipe = Pipe.__new__(Pipe)
-        pipe.read_end, pipe.write_end = read_end, write_end
         self._left -= 1
-        return pipe
+        return Pipe(read_end, write_end)
 
     def give(self, pipe: Pipe) -> None:
         """Take back `pipe`, which is empty."""
+        if self._left < 0:  # those that were adopted are too many
+            return self.scrap(pipe)
         self._spare.append(pipe)
 
     def scrap(self, pipe: Pipe) -> None:

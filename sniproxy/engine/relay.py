@@ -27,58 +27,72 @@ the bytes never enter this process.
 import contextlib
 import errno
 import os
-from _socket import AF_UNIX, MSG_DONTWAIT, SHUT_WR, SO_LINGER, SO_SNDBUF, SOL_SOCKET, socket
+from _socket import SO_LINGER, SO_SNDBUF, socket
 from collections.abc import Callable, Iterator
-from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import trio
 
 from sniproxy.engine import tcp
 from sniproxy.engine.ending import Ending
+from sniproxy.engine.kernel import (
+    AF_UNIX,
+    EPOLLERR,
+    EPOLLET,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLPRI,
+    EPOLLRDHUP,
+    MSG_DONTWAIT,
+    SHUT_WR,
+    SOL_SOCKET,
+)
 from sniproxy.engine.linger import LastWords, Moved
 from sniproxy.engine.loop import EventLoop
 from sniproxy.engine.pipes import Pipe, PipePool
 from sniproxy.engine.sweep import Sweep, Swept
 from sniproxy.engine.tcp import LINGER_0
 
-READ_EVENTS = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
-_ENDING = EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR
-_MORE_THAN_DATA = EPOLLOUT | _ENDING
-_GONE = EPOLLPRI | EPOLLHUP | EPOLLERR
+READ_EVENTS: Final = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
+_ENDING: Final = EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR
+_MORE_THAN_DATA: Final = EPOLLOUT | _ENDING
+_GONE: Final = EPOLLPRI | EPOLLHUP | EPOLLERR
 
 # The shared buffer: four full TLS records (16 KiB), two of the largest pieces that a Unix socket
 # takes (32 KiB), and small enough to stay in the processor's cache between recv and send.
-_CHUNK = 1 << 16
+_CHUNK: Final = 1 << 16
 
 # Bytes that a direction may move before the others have their turn: one full pipe, some 0.2 ms.
-_TURN = 1 << 20
+_TURN: Final = 1 << 20
 
 # What is much, in one turn: half of what the buffer takes. Not all of it, for on loopback a TCP
 # segment has 65,483 bytes, and one at a time may be waiting.
-_BULK = 1 << 15
+_BULK: Final = 1 << 15
 
 # The credit of a direction. Each read in a turn that has moved much earns one, and a turn that has
 # not loses all. With this many the next bytes are spliced: a pipe is worth its system calls only
 # where much is waiting.
-_SPLICE_CREDIT = 2
+_SPLICE_CREDIT: Final = 2
 # While it splices, a turn that moved less costs one. So a sender who pauses is spliced on, and one
 # who has gone over to small messages is soon copied again.
-_FULL_CREDIT = _SPLICE_CREDIT + 4
+_FULL_CREDIT: Final = _SPLICE_CREDIT + 4
 
 # What a Unix socket that is spliced to may hold. It is given twice as much as is asked for,
 # socket(7), so a full pipe, where net.core.wmem_max allows. It says that it is writable when three
 # quarters are gone: with the 208 KiB that it has by default, both ends wait for each other in turn.
 # A TCP socket finds its own measure.
-_UNIX_SEND_BUFFER = _TURN // 2
+_UNIX_SEND_BUFFER: Final = _TURN // 2
 
-_SPLICE_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+_SPLICE_FLAGS: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 # What splice(2) says where it is not to be had: these sockets can't, or a sandbox forbids it.
-_NO_SPLICE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})
+_NO_SPLICE: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
 # To find a member of an Enum, Python 3.11 runs a function written in Python. Once is enough.
-_FINISHED, _NEAR_RESET, _FAR_RESET = Ending.FINISHED, Ending.NEAR_RESET, Ending.FAR_RESET
+_FINISHED: Final = Ending.FINISHED
+_NEAR_RESET: Final = Ending.NEAR_RESET
+_FAR_RESET: Final = Ending.FAR_RESET
 
 # Called when a connection has ended: bytes that went from the near end to the far one,
 # bytes that went back, and how it ended.
@@ -144,7 +158,7 @@ class Suspended:
     def resume(self) -> None:
         """Go on."""
         up, down = self._up, self._down
-        up.back, down.back = down, up
+        up.face(down)
         for each in up, down:
             each.stalled = each.piped > 0 or isinstance(each.pending, bytes)
         try:
@@ -218,7 +232,7 @@ class Relay:
         """
         up = _Flow(self, near, far, on_end)
         down = _Flow(self, far, near, None)
-        up.back, down.back = down, up
+        up.face(down)
         up.moved = moved
         try:
             # Before anything else: a far end that has just been woken finds it when it looks.
@@ -226,11 +240,11 @@ class Relay:
                 up.send_first(first)
             elif near_events is None:
                 up.pump()
-            if near_events is not None and up.back is not None:
+            if near_events is not None and not up.is_over():
                 self.loop.set_watcher(near.fileno(), up)
                 up.asked = READ_EVENTS
                 up.on_event(near_events)
-            if up.back is not None:  # else it is over already
+            if not up.is_over():
                 down.watch()
                 if not up.asked & EPOLLIN:
                     up.watch()
@@ -252,7 +266,7 @@ class Relay:
         """Return a connection that another process has suspended, to be resumed here."""
         up = _Flow(self, near, far, on_end)
         down = _Flow(self, far, near, None)
-        up.back, down.back = down, up
+        up.face(down)
         for flow, state in zip((up, down), states, strict=True):
             flow.moved, flow.swept, flow.ended = state.moved, state.swept, state.ended
             flow.quiet = round(state.quiet / self.sweep.pause)
@@ -286,7 +300,7 @@ class Relay:
         self.last_words.abort_all()
 
 
-class _Flow(Swept):
+class _Flow:
     """One direction: the bytes that `source` sends and `sink` receives.
 
     That from the near end is the one that knows `on_end`, and what concerns both. They are of one
@@ -335,6 +349,14 @@ class _Flow(Swept):
         # What the loop is to tell of the source: EPOLLIN and so on, once it is watched, and
         # EPOLLOUT for `back`'s sake.
         self.asked = 0
+
+    def face(self, back: "_Flow") -> None:
+        """Make the two directions of a connection known to each other."""
+        self.back, back.back = back, self
+
+    def is_over(self) -> bool:
+        """Tell whether both sockets have been given up."""
+        return self.back is None
 
     def watch(self) -> None:
         """Have the loop tell what happens to the source, and what is there already."""
@@ -690,3 +712,7 @@ class _Flow(Swept):
             self.abort(Ending.IDLE)
         elif back.moved:
             tcp.spare_slow_reader(self.source, seconds)
+
+
+# Not by inheriting: where this is compiled, it could inherit only from what is compiled, too.
+Swept.register(_Flow)

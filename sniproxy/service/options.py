@@ -68,9 +68,10 @@ class OptionParser(argparse.ArgumentParser):
         program: its name.
         description: what --help says of it.
         example: a command line that works.
+        build: what --version says beside the version.
     """
 
-    def __init__(self, program: str, description: str, example: str) -> None:
+    def __init__(self, program: str, description: str, example: str, build: str = "") -> None:
         super().__init__(
             prog=program,
             description=description,
@@ -79,6 +80,7 @@ class OptionParser(argparse.ArgumentParser):
             allow_abbrev=False,
             add_help=False,
         )
+        self._version = f"{program} {__version__} {build}".rstrip()
 
     def add_service_options(self) -> None:
         """Add the options that every program has, after its own."""
@@ -178,7 +180,7 @@ class OptionParser(argparse.ArgumentParser):
             print_out(self.format_help())
             return None
         if options.version:
-            print_out(f"{self.prog} {__version__}\n")
+            print_out(f"{self._version}\n")
             return None
         if unknown:
             kind = "option" if unknown[0].startswith("-") else "argument"

@@ -35,10 +35,8 @@ __all__ = ["ClientHello", "parse_client_hello"]
 
 _LEGACY_SESSION_ID: Final = 2 + 32  # where it begins: after legacy_version and random
 _LONGEST_SESSION_ID: Final = 32  # bytes
-_read_extension_header = Struct("!HH").unpack_from  # ExtensionType, length of extension_data
 _read_name_header = Struct("!BH").unpack_from  # NameType, length of the name
 _ONE_NAME: Final = 2 + 1 + 2  # length of server_name_list, NameType, length of the name
-_read_one_name = Struct("!HBH").unpack_from
 _VERSION: Final = Struct("!H")
 _TLS13: Final = (0x0304,)  # as _VERSION unpacks it
 _HOST_NAME: Final = 0  # NameType, RFC 6066 section 3
@@ -48,7 +46,7 @@ _ALPN: Final = "application_layer_protocol_negotiation"
 _REMEMBERED: Final = 32
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class ClientHello:
     """What a client said first.
 
@@ -58,9 +56,19 @@ class ClientHello:
         versions: Those of supported_versions, as well.
     """
 
-    server_name: bytes | None = None
-    protocol_name_list: bytes = b""
-    versions: bytes = b""
+    server_name: bytes | None
+    protocol_name_list: bytes
+    versions: bytes
+
+    def __init__(
+        self,
+        server_name: bytes | None = None,
+        protocol_name_list: bytes = b"",
+        versions: bytes = b"",
+    ) -> None:
+        self.server_name = server_name
+        self.protocol_name_list = protocol_name_list
+        self.versions = versions
 
     @property
     def alpn_protocols(self) -> tuple[bytes, ...]:
@@ -96,11 +104,12 @@ class ClientHello:
         return self.server_name
 
 
-def parse_client_hello(body: bytes) -> ClientHello:
+def parse_client_hello(message: bytes, body: int = 0) -> ClientHello:
     """Read the body of a ClientHello.
 
     Args:
-        body: The handshake message without its header of four bytes, all of it and nothing more.
+        message: It ends with the body, all of it and nothing more.
+        body: Where that begins, behind the four bytes of the handshake message's header.
 
     Returns:
         What was read.
@@ -109,22 +118,22 @@ def parse_client_hello(body: bytes) -> ClientHello:
         HelloError: malformed_hello (decode_error), or duplicate_extension or
             duplicate_name (illegal_parameter).
     """
-    end = len(body)
+    end = len(message)
     try:
         # Each vector begins where the one before ends, wherever that is: one that reaches beyond
         # the end is found out by the next byte that should follow, and is not.
-        position = _LEGACY_SESSION_ID
-        length = body[position]
+        position = body + _LEGACY_SESSION_ID
+        length = message[position]
         if length > _LONGEST_SESSION_ID:
             raise malformed(f"legacy_session_id of {length} bytes, more than {_LONGEST_SESSION_ID}")
         position += 1 + length
-        length = body[position] << 8 | body[position + 1]
+        length = message[position] << 8 | message[position + 1]
         if not length:
             raise malformed("no cipher_suites")
         if length % 2:
             raise _odd("cipher_suites")
         position += 2 + length
-        length = body[position]
+        length = message[position]
         if not length:
             raise malformed("no legacy_compression_methods")
         position += 1 + length
@@ -132,52 +141,57 @@ def parse_client_hello(body: bytes) -> ClientHello:
         # whether there are bytes following the compression_methods at the end of the ClientHello."
         if position == end:
             return ClientHello()
-        length = body[position] << 8 | body[position + 1]
+        length = message[position] << 8 | message[position + 1]
         position += 2
     except IndexError:
         raise malformed("ClientHello ends before its extensions") from None
     if position + length != end:
-        raise wrong_size("ClientHello", position + length, end)
-    return _read_extensions(body, position)
+        raise wrong_size("ClientHello", position + length - body, end - body)
+    return _read_extensions(message, position)
 
 
-def _read_extensions(body: bytes, position: int) -> ClientHello:
+def _read_extensions(message: bytes, position: int) -> ClientHello:
     """Read `Extension extensions<8..2^16-1>` from `position` to the end of the message.
 
     A hello has some twenty of them, and the loop is most of the time that it takes. So it does no
     more than it must for one that nobody reads. Whether the last ends where the message does is
     looked at once, behind it: before that, nothing in any of them has been looked at.
     """
-    end = len(body)
-    read = _read_extension_header
-    server_name = alpn = supported_versions = None
+    end = len(message)
+    server_name = alpn = versions = None
     try:
         while position < end:
-            extension_type, length = read(body, position)
-            position += 2 + 2 + length
-            # Numbers of ExtensionType, RFC 8446 section 4.2: names would be looked up each time.
-            # There: "There MUST NOT be more than one extension of the same type in a given
-            # extension block." Which of two would the backend believe?
-            if extension_type == 0:
-                if server_name is not None:
-                    raise _duplicate(Reason.DUPLICATE_EXTENSION, "server_name", "extensions")
-                server_name = body[position - length : position]
-            elif extension_type == 16:
-                if alpn is not None:
-                    raise _duplicate(Reason.DUPLICATE_EXTENSION, _ALPN, "extensions")
-                alpn = body[position - length : position]
-            elif extension_type == 43:
-                if supported_versions is not None:
-                    raise _duplicate(Reason.DUPLICATE_EXTENSION, "supported_versions", "extensions")
-                supported_versions = body[position - length : position]
-    except error:
+            start = position + 2 + 2
+            end_of_data = start + (message[position + 2] << 8 | message[position + 3])
+            # ExtensionType has two bytes; in those that are read here the first is 0. Numbers of
+            # RFC 8446 section 4.2: names would be looked up each time. There: "There MUST NOT be
+            # more than one extension of the same type in a given extension block." Which of two
+            # would the backend believe?
+            if not message[position]:
+                extension_type = message[position + 1]
+                if extension_type == 0:
+                    if server_name is not None:
+                        raise _duplicate(Reason.DUPLICATE_EXTENSION, "server_name", "extensions")
+                    server_name = message[start:end_of_data]
+                elif extension_type == 16:
+                    if alpn is not None:
+                        raise _duplicate(Reason.DUPLICATE_EXTENSION, _ALPN, "extensions")
+                    alpn = message[start:end_of_data]
+                elif extension_type == 43:
+                    if versions is not None:
+                        raise _duplicate(
+                            Reason.DUPLICATE_EXTENSION, "supported_versions", "extensions"
+                        )
+                    versions = message[start:end_of_data]
+            position = end_of_data
+    except IndexError:
         raise _cut_off("extensions") from None
     if position != end:
         raise _cut_off("extensions")
     return ClientHello(
         None if server_name is None else _server_name(server_name),
         b"" if alpn is None else _protocol_name_list(alpn),
-        b"" if supported_versions is None else _versions(supported_versions),
+        b"" if versions is None else _versions(versions),
     )
 
 
@@ -199,10 +213,13 @@ def _server_name(extension: bytes) -> bytes | None:
     """Read `struct { ServerName server_name_list<1..2^16-1>; } ServerNameList;`, RFC 6066."""
     size = len(extension)
     # One host_name and nothing else, as everyone writes it.
-    if size > _ONE_NAME:
-        list_length, name_type, length = _read_one_name(extension)
-        if length == size - _ONE_NAME and list_length == size - 2 and name_type == _HOST_NAME:
-            return extension[_ONE_NAME:]
+    if (
+        size > _ONE_NAME
+        and extension[3] << 8 | extension[4] == size - _ONE_NAME
+        and extension[0] << 8 | extension[1] == size - 2
+        and extension[2] == _HOST_NAME
+    ):
+        return extension[_ONE_NAME:]
     if size < 2 + 1 or extension[0] << 8 | extension[1] != size - 2:
         raise not_one_vector(extension, 2, "server_name", "server_name_list", minimum=1)
     # RFC 6066 section 3: "For backward compatibility, all future data structures associated with

@@ -8,7 +8,6 @@ The three layers of the stream are one file each: `records` takes off the record
 puts the handshake message together, `client_hello` reads it.
 """
 
-from struct import Struct
 from typing import Final
 
 from .alert import Alert
@@ -32,10 +31,6 @@ MAX_WIRE: Final = 98_304
 _HANDSHAKE_HEADER: Final = 4
 _CLIENT_HELLO: Final = 1  # HandshakeType
 
-# Both headers at the beginning of a stream: ContentType and length of the record; HandshakeType and
-# length of the message, in one number.
-_read_both_headers = Struct("!BxxHI").unpack_from
-_CLIENT_HELLO_TYPE: Final = _CLIENT_HELLO << 24  # what its type makes of that number
 _BOTH_HEADERS: Final = HEADER + _HANDSHAKE_HEADER
 
 
@@ -54,15 +49,18 @@ def read_at_once(data: bytes) -> ClientHello | None:
         HelloError: As `HelloReader.feed`.
     """
     if len(data) >= _BOTH_HEADERS:
-        content_type, length, message = _read_both_headers(data)
+        length = data[3] << 8 | data[4]
         end = HEADER + length
         if (
-            content_type == HANDSHAKE
+            data[0] == HANDSHAKE
             and length <= MAX_RECORD
-            and message == _CLIENT_HELLO_TYPE | length - _HANDSHAKE_HEADER
+            and data[5] == _CLIENT_HELLO
+            and data[6] << 16 | data[7] << 8 | data[8] == length - _HANDSHAKE_HEADER
             and end <= len(data)
         ):
-            return parse_client_hello(data[_BOTH_HEADERS:end])
+            # Nothing of what comes after the message is looked at. Most often nothing does.
+            message = data if end == len(data) else data[:end]
+            return parse_client_hello(message, _BOTH_HEADERS)
     return None
 
 

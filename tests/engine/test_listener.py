@@ -14,6 +14,7 @@ from trio.testing import MockClock, trio_test
 from sniproxy.engine.limit import ConnectionLimit
 from sniproxy.engine.listener import Listener, NotListeningError, take_listening_socket
 from sniproxy.engine.loop import EventLoop
+from tests.support.faults import FlakyEpoll
 
 
 @pytest.fixture
@@ -226,20 +227,9 @@ async def test_when_nothing_is_left_it_pauses_and_says_so_once(
 
 
 @trio_test
-async def test_when_it_cannot_be_watched_it_is_tried_again(
-    clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_when_it_cannot_be_watched_it_is_tried_again(clock: MockClock) -> None:
     async with bench() as it:
-        watch = it.loop.watch
-        failures = [errno.ENOMEM, errno.ENOSPC]
-
-        def fail(fd: int, watcher: Listener, events: int) -> None:
-            if failures:
-                number = failures.pop()
-                raise OSError(number, os.strerror(number))
-            watch(fd, watcher, events)
-
-        monkeypatch.setattr(it.loop, "watch", fail)
+        FlakyEpoll(it.loop).failures = [errno.ENOSPC, errno.ENOMEM]
         it.connect()
         await trio.sleep(1)
         assert it.exhausted == [errno.ENOSPC]

@@ -77,6 +77,20 @@ def test_no_more_than_the_limit() -> None:
     pool.close()
 
 
+def test_what_is_adopted_beyond_the_limit_is_not_kept() -> None:
+    pool = PipePool(limit=1)
+    pipes = [pool.take(), pool.adopt(*os.pipe()), pool.adopt(*os.pipe())]
+    assert pool.take() is None
+    ends = [f"/proc/self/fd/{pipe.read_end}" for pipe in pipes if pipe is not None]
+    for pipe in pipes:
+        assert pipe is not None
+        pool.give(pipe)
+    # One is, as before.
+    assert [os.path.exists(end) for end in ends] == [False, False, True]
+    pool.close()
+    assert [os.path.exists(end) for end in ends] == [False, False, False]
+
+
 def test_without_descriptors_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(flags: int) -> tuple[int, int]:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -14,10 +14,10 @@ from trio.testing import check_half_closeable_stream, trio_test
 
 from sniproxy.engine import linger, relay, sweep
 from sniproxy.engine.ending import Ending
-from sniproxy.engine.loop import Watcher
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.relay import READ_EVENTS
 from sniproxy.engine.stream import relay_streams
+from tests.support.faults import FlakyEpoll
 from tests.support.relays import bench, stream
 from tests.support.sockets import Noise, plain, reset, say, tcp_pair, unix_pair
 
@@ -803,24 +803,12 @@ async def test_a_client_that_was_reset_before_is_an_end_for_the_backend(said: by
 # The first to be watched is the far end.
 @pytest.mark.parametrize("call", [1, 2])
 @trio_test
-async def test_both_are_reset_where_they_can_not_be_watched(
-    monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
+async def test_both_are_reset_where_they_can_not_be_watched(call: int) -> None:
     async with bench() as it:
         client, near = tcp_pair()
         backend, far = unix_pair()
         say(client, near, b"hello")
-        calls = 0
-        watch = it.loop.watch
-
-        def fail(fd: int, watcher: Watcher, events: int) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            watch(fd, watcher, events)
-
-        monkeypatch.setattr(it.loop, "watch", fail)
+        FlakyEpoll(it.loop).failures = [*[None] * (call - 1), errno.ENOSPC]
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
             it.join_these(near, far)
         assert not it.limit.open

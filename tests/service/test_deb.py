@@ -233,7 +233,8 @@ def test_the_user_and_the_hosts_directory(installed: Machine) -> None:
 
 def test_the_programs(installed: Machine) -> None:
     for name in PROGRAMS:
-        assert installed.run(name, "--version").stdout == f"{name} {sniproxy.__version__}\n"
+        says = f"{name} {sniproxy.__version__}{' (compiled)' if name == 'sniproxy' else ''}\n"
+        assert installed.run(name, "--version").stdout == says
     assert installed.run("sniproxy-hostname", "🕸💍.ws").stdout == "xn--sr8hvo.ws\n"
     # BLAKE3's answer for "abc", as its own tests have it.
     hashed = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85\n"
@@ -515,7 +516,8 @@ def test_an_upgrade_refuses_nobody(
         assert {line.split()[0] for line in fetches(serving)} == {"fetched"}
         assert max(float(line.split()[1]) for line in fetches(serving)) < NO_WAIT
         assert main_pid(serving) not in {old, "0"}
-        assert serving.run("sniproxy", "--version").stdout == f"sniproxy {NEXT_VERSION}\n"
+        says = f"sniproxy {NEXT_VERSION} (compiled)\n"
+        assert serving.run("sniproxy", "--version").stdout == says
         assert upgrades(serving) == ""
         serving.run("mv", f"/srv/elsewhere/{NAME}", "/srv/hosts")
     serving.run("rm", "--recursive", "/srv/elsewhere", "/run/enough", "/run/fetches")

@@ -29,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from tests.support.build import MEANT
 from tests.support.daemon import PATIENCE, eventually
 
 # Debian 12. Debian 13 is called trixie.
@@ -260,12 +261,23 @@ class Machine:
         # In there, where links lead where they should.
         self.run("install", "-D", f"--mode={mode:o}", "/dev/stdin", path, input=text)
 
-    def install_wheel(self, *extras: str, venv: str = "/opt/sniproxy") -> None:
+    def install_wheel(
+        self, *extras: str, venv: str = "/opt/sniproxy", wheel: Path | None = None
+    ) -> None:
         """Install the checkout, as a wheel, into a new environment of the machine's Python.
 
         It is made out here, where there is a network and pip has been configured.
+
+        Args:
+            extras: those to be installed.
+            venv: the new environment.
+            wheel: one that is to be installed in the place of the checkout.
         """
-        checkout = f"{_CHECKOUT}[{','.join(extras)}]" if extras else str(_CHECKOUT)
+        source = wheel or _CHECKOUT
+        if wheel is None and MEANT == "compiled":
+            # scripts/compiled-tree has left it there.
+            [source] = _CHECKOUT.glob("dist/*.whl")
+        checkout = f"{source}[{','.join(extras)}]" if extras else str(source)
         with self._environment(venv) as (made, pip):
             wheels = self._make_wheels(extras, pip)
             pip("install", "--no-index", f"--find-links={wheels}", checkout)

@@ -15,6 +15,7 @@ from sniproxy.engine.relay import Relay
 from sniproxy.hosts import HostsDirectory
 from sniproxy.log import Log
 from sniproxy.session import Sessions
+from sniproxy_hostname import directory_namer
 from tests.engine.test_relay_model import _SIDES, Peers, Running
 from tests.support.daemon import eventually
 from tests.support.strategies import steady
@@ -29,8 +30,9 @@ class Copy(Running):
 
     def make_relay(self) -> Relay:
         relay = super().make_relay()
-        nowhere = cast("HostsDirectory", None)
-        self.sessions = Sessions(Config(), self.loop, relay, nowhere, Log(), self.limit)
+        hosts = HostsDirectory(directory_namer(hashed=False))
+        hosts.close()  # nobody is looked up
+        self.sessions = Sessions(Config(), self.loop, relay, hosts, Log(), self.limit)
         return relay
 
 
