@@ -31,9 +31,10 @@ class FirstFlight:
     """One such loan. The backend belongs to whoever has made this.
 
     Args:
-        client: has sent a whole hello, which nobody has read.
+        client: has sent a whole hello.
         backend: just connected, and not watched.
         header: what the backend is to hear before it.
+        head: how the hello begins, if that has been taken out of the client's socket.
 
     Attributes:
         backend: As above.
@@ -42,6 +43,7 @@ class FirstFlight:
 
     __slots__ = (
         "_client",
+        "_head",
         "_header",
         "_is_alone",
         "_lender",
@@ -58,20 +60,22 @@ class FirstFlight:
         backend: socket,
         loop: EventLoop,
         header: bytes,
+        head: bytes,
     ) -> None:
         self._lender = lender
         self._client = client
         self.backend = backend
         self._loop = loop
         self._header = header
+        self._head = head
         self._sent = 0
         self._is_alone = self.is_whole = False
 
-    def send(self, hello: bytes) -> bool:
+    def send(self, rest: bytes) -> bool:
         """Send it, and have the loop tell of the answer.
 
         Args:
-            hello: what the client has said so far.
+            rest: what is in the client's socket.
 
         Returns:
             Whether the backend is still there.
@@ -79,6 +83,7 @@ class FirstFlight:
         Raises:
             OSError: the kernel can't watch the backend (ENOMEM, ENOSPC).
         """
+        hello = self._head + rest
         # A hello in one record, RFC 8446 §5.1, and nothing behind it, such as early data.
         self._is_alone = len(hello) == 5 + int.from_bytes(hello[3:5])
         try:
@@ -113,12 +118,14 @@ class FirstFlight:
         """Take from the client what the backend has had, and watch the backend no more.
 
         Returns:
-            How many bytes that were, and what is left of the header.
+            How many bytes that were, and what is left of the header and of the head; that of the
+            latter has been counted, too.
         """
         self._loop.unwatch(self.backend.fileno())
-        size = max(self._sent - len(self._header), 0)
+        before = self._header + self._head
+        size = max(self._sent - len(before), 0)
         if size:
             # They are there, for nobody else reads; or the client has broken off.
             with contextlib.suppress(OSError):
                 self._client.recv(size, MSG_DONTWAIT)
-        return size, self._header[self._sent :]
+        return len(self._head) + size, before[self._sent :]

@@ -53,7 +53,7 @@ class Waiter(Protocol):
 
 
 def peek(client: socket) -> bytes | None:
-    """Return what `client` has sent so far, and leave it in the socket.
+    """Return what is in the socket of a client, and leave it there.
 
     Returns:
         The bytes, at most `MAX_WIRE`; none if the client has ended before the first; None if
@@ -69,10 +69,24 @@ def peek(client: socket) -> bytes | None:
         return None
 
 
+def take(client: socket) -> bytes | None:
+    """Return what `peek` would, and take it out of the socket, if it is no more than is usual.
+
+    Of more than that the rest stays.
+
+    Raises:
+        OSError: as above.
+    """
+    try:
+        return client.recv(_USUAL_WIRE, MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+
+
 class HelloWait:
     """Waits for the rest of a hello, under a low-water mark.
 
-    The bytes stay in the socket, so it is readable all the time; a wait for that would spin.
+    What comes stays in the socket, so it is readable all the time; a wait for that would spin.
     SO_RCVLOWAT, socket(7), says from how many bytes on the loop is to tell: as many as can bring a
     verdict, or tell what to wait for next.
 
@@ -80,6 +94,7 @@ class HelloWait:
 
     Args:
         reader: has been fed with what the client has said so far, and found no whole hello.
+        taken: how many bytes of that are not in the socket any more.
 
     Attributes:
         events: What the loop has told of the client so far.
@@ -89,19 +104,20 @@ class HelloWait:
         OSError: the kernel can't watch the client (ENOMEM, ENOSPC).
     """
 
-    __slots__ = ("_client", "_is_over", "_mark", "_reader", "events", "session")
+    __slots__ = ("_client", "_is_over", "_mark", "_reader", "_taken", "events", "session")
 
     def __init__(
-        self, session: Waiter, client: socket, loop: EventLoop, reader: HelloReader
+        self, session: Waiter, client: socket, loop: EventLoop, reader: HelloReader, taken: int
     ) -> None:
         self.session = session
         self._client = client
         self._reader = reader
+        self._taken = taken
         self._mark = _ANY_BYTES
         self.events = 0
         self._is_over = False
         # Before it is watched, or the loop would tell at once of what is there already.
-        self._set_mark(reader.size + reader.missing)
+        self._set_mark(reader.size - taken + reader.missing)
         loop.watch(client.fileno(), self, READ_EVENTS)
 
     @property
@@ -139,7 +155,7 @@ class HelloWait:
         except OSError:  # ECONNRESET
             self.events |= EPOLLERR
             return None
-        size = self._reader.size
+        size = self._reader.size - self._taken
         if data is not None and len(data) > size:
             if (hello := self._reader.feed(data[size:])) is not None:
                 return hello
@@ -149,7 +165,7 @@ class HelloWait:
             raise HelloError(
                 Alert.INTERNAL_ERROR, Reason.HELLO_TOO_LARGE, "the receive buffer is full"
             )
-        self._set_mark(self._reader.size + self._reader.missing)
+        self._set_mark(self._reader.size - self._taken + self._reader.missing)
         return None
 
     def _is_too_small(self) -> bool:

@@ -12,6 +12,7 @@ before need not be woken.
 """
 
 import contextlib
+import errno
 import time
 from _socket import SO_LINGER, socket
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ from sniproxy.engine.tcp import LINGER_0
 from sniproxy.explain import explain
 from sniproxy.first_flight import FirstFlight
 from sniproxy.hand_over import HandOver
-from sniproxy.hello_wait import HelloWait, peek
+from sniproxy.hello_wait import HelloWait, peek, take
 from sniproxy.hosts import HAND_OVER, Found, HostError, HostReason, HostsDirectory
 from sniproxy.log import Log
 from sniproxy.service.eventlog import Seconds, show_address
@@ -66,9 +67,9 @@ from sniproxy.wire import (
 )
 from sniproxy_hostname import Hostname, InvalidHostname
 
-# What was a name once is one for ever, and the same few are asked for all day; a refusal is not
-# kept. Names of 253 bytes would take 0.8 MB.
-_hostname = lru_cache(maxsize=1024)(Hostname)
+# What was a name once is one for ever, and the same are asked for all day; a refusal is not kept.
+# Enough for all names of a large machine: usual ones take 5 MB, and if they have 253 bytes, 12 MB.
+_hostname: Final = lru_cache(maxsize=16384)(Hostname)
 
 
 class SessionReason(StrEnum):
@@ -273,6 +274,7 @@ class Session:
         "deadline",
         "entry",
         "figures",
+        "head",
         "held",
         "host",
         "is_over",
@@ -290,6 +292,7 @@ class Session:
         self.address = address
         self.began = trio.current_time() if shared.config.log_connections else 0.0
         self.deadline = 0.0  # known as soon as the session has to wait for the hello
+        self.head = b""  # of what the client has said, and is not in its socket any more
         self.size = 0  # bytes that there were at the first look
         self.wait: HelloWait | None = None  # for the rest of a hello that did not come all at once
         self.name: bytes | None = None
@@ -308,9 +311,10 @@ class Session:
     def begin(self) -> None:
         """Look at what the client has sent; wait for the rest if that is no whole hello."""
         try:
-            data = peek(self.client)
+            data = self._look()
         except OSError:  # ECONNRESET
-            return self.close()
+            self.size = len(self.head)
+            return self.on_client_gone()
         reader = None
         if data:
             self.size = len(data)
@@ -324,9 +328,28 @@ class Session:
                 return self.on_hello(hello)
         elif data is not None:
             return self.close()  # not a word, as of a monitor that asks whether we are there
-        shared = self.shared
-        self.wait = HelloWait(self, self.client, shared.loop, reader or HelloReader())
+        shared, taken = self.shared, len(self.head)
+        self.wait = HelloWait(self, self.client, shared.loop, reader or HelloReader(), taken)
         self.deadline = shared.waiting.add(self.wait)
+
+    def _look(self) -> bytes | None:
+        """Return what the client has said so far, as `peek` does.
+
+        Raises:
+            OSError: ECONNRESET: the client has broken off.
+        """
+        if self.head:
+            # Another copy has begun, and has found no whole hello. To take more would be to step
+            # over urgent data.
+            return self.head + (peek(self.client) or b"")
+        if self.shared.hand_over is not None:
+            # The backend that gets the socket is to find the hello in it.
+            return peek(self.client)
+        # Else it is taken at once, which is a call less than to look and to take it later.
+        data = take(self.client)
+        if data:
+            self.head = data
+        return data
 
     def on_hello(self, hello: ClientHello) -> None:
         """Find out whom the client wants; connect in the next turn."""
@@ -373,7 +396,8 @@ class Session:
         header = self._proxy_header(proxy) if proxy else b""
         if holds:
             return self.hold().lend(backend, header, owner, entry)
-        self.join(backend, header, owner, entry, is_proxied=bool(header))
+        first, moved = header + self.head, len(self.head)
+        self.join(backend, first, owner, entry, is_proxied=bool(header), moved=moved)
         return None
 
     def _hand_over(self, found: Found) -> Found | None:
@@ -385,7 +409,11 @@ class Session:
         backend, _, _, owner, entry = found
         client, shared = self.client, self.shared
         assert shared.hand_over is not None
-        error = shared.hand_over.give(client, backend, owner)
+        if self.head:
+            # A copy without --handoff has begun to read it, and handed it on to us.
+            error: OSError | None = OSError(errno.EPERM, "its hello has begun elsewhere")
+        else:
+            error = shared.hand_over.give(client, backend, owner)
         backend.close()
         if error is not None:
             return shared.hosts.connect_relayed(self.host, error)
@@ -417,11 +445,11 @@ class Session:
 
         Args:
             backend: connected.
-            first: what it is to hear before the client.
+            first: what it is to hear before what is in the client's socket.
             owner: the uid of the host's directory.
             entry: the name of that.
             is_proxied: whether it gets a PROXY header.
-            moved: bytes of the client that it has had.
+            moved: bytes of the client that it has had, or that are in `first`.
         """
         shared = self.shared
         figures = shared.figures
@@ -563,7 +591,7 @@ class Session:
         except OSError:  # it has gone
             shared.loop.close(client)
             return shared.limit.remove()
-        most = self._size() + shared.config.alert_bytes
+        most = self._size() - len(self.head) + shared.config.alert_bytes
         linger = Linger(shared.loop, client, shared.heard, most=most)
         shared.alerted.add(linger)
         linger.start(is_watched=self.wait is not None or self.held is not None)
@@ -649,7 +677,7 @@ class Session:
             shared.log.refusal(reason, client, self.name, alert, detail)
 
     def _size(self) -> int:
-        """Return how many bytes of the client have been looked at; they are still to be read."""
+        """Return how many bytes of the client have been looked at."""
         return self.size if self.wait is None else self.wait.size
 
 
@@ -689,18 +717,20 @@ class Held:
         """Lend the client's first flight to a backend; return what to wait for if that is gone."""
         session = self.session
         if self._loans == _MOST_LOANS:
-            session.join(backend, header, owner, entry, is_proxied=bool(header))
+            first, moved = header + session.head, len(session.head)
+            session.join(backend, first, owner, entry, is_proxied=bool(header), moved=moved)
             return None
         self._loans += 1
         try:
-            hello = peek(session.client) or b""
+            rest = peek(session.client) or b""
         except OSError:  # ECONNRESET: the client has gone
             backend.close()
             session.close()
             return None
-        flight = FirstFlight(self, session.client, backend, session.shared.loop, header)
+        fixed = self, session.client, backend, session.shared.loop
+        flight = FirstFlight(*fixed, header, session.head)
         try:
-            is_sent = flight.send(hello)
+            is_sent = flight.send(rest)
         except OSError:
             backend.close()
             raise

@@ -321,7 +321,7 @@ def test_the_calls_of_a_short_connection(
         {
             "accept": 2,  # the client; nobody else
             "getsockname": 1,  # the socket module, making sure that it is a socket
-            "recvfrom": 5,  # a look at the hello, the hello, the answer, two ends
+            "recvfrom": 4,  # the hello, the answer, two ends
             "chdir": 1,  # into the host's directory
             "stat": 4,  # whose it is; whether there is send-proxy-v2, or -v1, and hold
             "socket": 1,
@@ -441,8 +441,8 @@ backend hosts
     # Only the comparison may fail: that is a pytest.fail, and everything else an exception of its
     # own kind.
     raises=pytest.fail.Exception,
-    reason="21 calls against 18: a look at the hello before it is read, and a lookup in the file "
-    "system, are six that HAProxy does without; it asks for and sets options, which are three",
+    reason="20 calls against 18: a lookup in the file system is five that HAProxy does without; it "
+    "asks for and sets options, which are three",
 )
 def test_a_short_connection_takes_no_more_calls_than_haproxy(
     hosts: Path, backend: RawBackend, tmp_path: Path

@@ -223,9 +223,9 @@ class Relay:
                 there and those that came back, and how it ended.
             near_events: what has happened to `near` so far, if the loop watches it already, for
                 `READ_EVENTS`. What was told to another watcher will not be told again.
-            first: what the far end is to hear before all that the near end says, and not counted;
-                far less than the send buffer of a socket holds.
-            moved: bytes of the near end that the far end has had already.
+            first: what the far end is to hear before what is in the near end's socket; far less
+                than the send buffer of a socket holds.
+            moved: bytes of the near end that the far end has had already, or that are in `first`.
 
         Raises:
             OSError: the kernel can't watch them (ENOMEM, ENOSPC); both are reset.
@@ -237,7 +237,7 @@ class Relay:
         try:
             # Before anything else: a far end that has just been woken finds it when it looks.
             if first:
-                up.send_first(first)
+                up.send_first(first, is_all=moved > 0 and near_events is None)
             elif near_events is None:
                 up.pump()
             if near_events is not None and not up.is_over():
@@ -535,17 +535,23 @@ class _Flow:
             self.relay.pipes.give(pipe)
         self.pipe = None
 
-    def send_first(self, first: bytes) -> None:
-        """Send `first` and what the source has said so far, for the sink to wake up once.
+    def send_first(self, first: bytes, *, is_all: bool) -> None:
+        """Send `first`, and what else the source has said so far, for the sink to wake up once.
 
         If that is not all, the loop tells when it is asked to watch the source.
+
+        Args:
+            first: as for `join`.
+            is_all: whether there is nothing else that one would wait for.
         """
-        try:
-            self.pending = first + self.source.recv(_CHUNK, MSG_DONTWAIT)
-        except BlockingIOError:
-            self.pending = first
-        except OSError:
-            return self.abort(_NEAR_RESET)
+        self.pending = first
+        if not is_all:
+            try:
+                self.pending = first + self.source.recv(_CHUNK, MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+            except OSError:
+                return self.abort(_NEAR_RESET)
         if self._send_pending() or self.stalled:
             self.moved -= len(first)
 

@@ -14,7 +14,7 @@ from sniproxy.service.fatal import FatalError
 
 # Of the format of all messages, and of what is in them. Who speaks another one is refused, and
 # replaced as before: by a restart.
-VERSION: Final = 1
+VERSION: Final = 2
 
 # SCM_MAX_FD in net/scm.h.
 MOST_DESCRIPTORS: Final = 253

@@ -1,7 +1,8 @@
 """Connections that stand still, what is said of them to another process, and what that makes of it.
 
-A client who waits is a descriptor and a deadline: its hello is still in the socket. A connection
-that is relayed is two, and what is in pipes and in memory between them.
+A client who waits is a descriptor, a deadline, and how its hello begins: the rest is still in the
+socket. A connection that is relayed is two descriptors, and what is in pipes and in memory between
+them.
 """
 
 import contextlib
@@ -84,6 +85,7 @@ class _Waiting:
             # Seconds, and not times: clocks differ between processes.
             "left": None if self._deadline is None else self._deadline - now,
             "held": None if session.held is None else now - session.held.since,
+            "head": parcel.put_bytes(session.head),
         }
 
     def resume(self) -> None:
@@ -267,6 +269,8 @@ class _RevivedWaiting:
         self._client = record["family"], SOCK_STREAM, 0, fds[record["fd"]]
         self._address = _address(record)
         self._age, self._left, self._held = record["age"], record["left"], record["held"]
+        begin, end = record["head"]
+        self._head = bytes(blob[begin:end])
 
     def begin(self) -> None:
         shared = self._sessions
@@ -274,6 +278,7 @@ class _RevivedWaiting:
         client = socket(*self._client)
         session = Session(shared, client, self._address)
         session.began = now - (self._age or 0.0)
+        session.head = self._head
         # The mark is that of the other process; ours finds out anew what it waits for.
         client.setsockopt(SOL_SOCKET, SO_RCVLOWAT, 1)
         shared.begin_session(session)

@@ -155,7 +155,7 @@ class Both:
 
         Args:
             meanwhile: what happens before they go on.
-            joins: whether somebody is served by that, who was not before.
+            joins: whether somebody is served by that, who was not before, or refused.
         """
         before = self.sums()
         batch = Batch(self.old.sessions)
@@ -629,7 +629,7 @@ async def test_who_waits_does_something_else_meanwhile(
 ) -> None:
     async with copies(listening, goes) as it:
         client = it.come(HELLO[:40])
-        it.move(lambda: what(client))
+        it.move(lambda: what(client), joins=what is reset)
         await it.settled()
         reasons = [
             field for line in it.now.log.lines for field in line.split() if "reason=" in field
