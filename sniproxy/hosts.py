@@ -272,7 +272,8 @@ class HostsDirectory:
             self._return()
         if host is None:
             return self._connect_default(NO_NAME)
-        entry = self.directory_name(host)
+        # A call less: `str` would make a copy.
+        entry = host if self.directory_name is str else self.directory_name(host)
         try:
             return self._connect(entry)
         except HostError as error:

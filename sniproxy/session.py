@@ -163,6 +163,7 @@ class Sessions:
         self.limit = limit
         self.hand_over = hand_over
         self.figures: Figures | None = None
+        self.logs_connections = config.log_connections  # at hand where this is compiled
         # Clients whose hello has not come whole, and those who are hearing an alert.
         self.waiting: Deadlines[HelloWait] = Deadlines(config.hello_seconds, log.bug)
         self.alerted: Deadlines[Linger] = Deadlines(config.alert_seconds, log.bug)
@@ -290,7 +291,7 @@ class Session:
         self.shared = shared
         self.client = client
         self.address = address
-        self.began = trio.current_time() if shared.config.log_connections else 0.0
+        self.began = trio.current_time() if shared.logs_connections else 0.0
         self.deadline = 0.0  # known as soon as the session has to wait for the hello
         self.head = b""  # of what the client has said, and is not in its socket any more
         self.size = 0  # bytes that there were at the first look
@@ -467,7 +468,7 @@ class Session:
         if is_proxied:
             self.entry = entry
             on_end = self.on_end_after_header
-        elif shared.config.log_connections:
+        elif shared.logs_connections:
             on_end = self.on_end
         wait = self.held or self.wait
         if shared.hand_over is not None:
