@@ -2,8 +2,9 @@
 
 A server that is stopped leaves connections in the queue of its listening socket that it has never
 accepted. They end with it, and so would their clients. But a server of TLS says something to any
-hello. So, where a host is held, the hello is sent and stays in the client's socket as well, until
-the first byte comes back; and if there is an end instead, the next backend gets the same hello.
+hello. So, where a host is held, the hello is sent, and kept as well until the first byte comes
+back: in the client's socket, but for what was taken out of that at the first look. If there is an
+end instead, the next backend gets the same hello.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """A client's connection itself, given to a backend: the other way of serving one.
 
-The hello has been looked at, and is still in the socket. So a backend that gets the descriptor,
-SCM_RIGHTS in unix(7), can serve the client as if it had accepted it: it sees the real address, and
-no byte passes by here.
+The hello has been looked at only, and is still in the socket. So a backend that gets the
+descriptor, SCM_RIGHTS in unix(7), can serve the client as if it had accepted it: it sees the real
+address, and no byte passes by here.
 
 A socket can do more than carry bytes. connect(2) frees it from its peer, and then it can connect
 elsewhere or listen, in the network of whoever made the listening socket, where the backend may have

@@ -23,7 +23,7 @@ __all__ = ["MAX_HANDSHAKE", "MAX_WIRE", "HelloReader", "read_at_once"]
 MAX_HANDSHAKE: Final = 65_536
 
 # Where the last byte of the hello may stand on the wire. One third of it is for record headers: the
-# largest message fits in records of eleven bytes. The caller peeks, so what is here and what the
+# largest message fits in records of eleven bytes. The caller may peek, so what is here and what the
 # kernel adds for itself must fit the receive buffer of a socket, 128 KiB by default.
 MAX_WIRE: Final = 98_304
 
