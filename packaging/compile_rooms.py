@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ class CompileRooms(BuildHookInterface[Any]):
             place = module.relative_to(work)
             if place.parts[0] != "build":
                 build_data["force_include"][str(module)] = str(place)
+        # The runtime library of mypyc is in the modules.
+        licence = next(file for file in metadata.files("mypy") or () if file.name == "LICENSE")
+        build_data["force_include"][str(licence.locate())] = "sniproxy/LICENSE.mypyc"
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
 

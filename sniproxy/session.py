@@ -476,6 +476,7 @@ class Session:
             with contextlib.suppress(OSError):  # it has gone, and the relay will find out
                 tcp.set_user_timeout(self.client)
         self.is_over = True
+        self.head = b""  # the session may be there for as long as the connection
         shared.served += 1
         events = None if wait is None else wait.events
         shared.relay.join(self.client, backend, on_end, events, first, moved)

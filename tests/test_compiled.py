@@ -4,6 +4,7 @@ All other tests are run on both builds, by scripts/test; those that ask what a p
 tell one from the other.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,20 @@ def test_of_what_the_fuzzer_has_found() -> None:
         stream = path.read_bytes()
         check_same(stream)
         check_same(*hellos.cut(stream, [3]))
+
+
+def test_where_nothing_compiles_that_is_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
+    done = subprocess.run(
+        [*command, "--directory", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"SNIPROXY_COMPILE": "1", "CC": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode
+    assert "unable to compile:" in done.stderr
+    assert not list(tmp_path.iterdir())
+    # As before: what was tried was tried elsewhere.
+    test_nothing_compiled_is_left_in_the_sources()

@@ -795,3 +795,20 @@ async def test_who_has_a_turn_after_the_cut_is_not_connected(backend: socket.soc
 
 def test_every_reason_has_an_answer() -> None:
     assert set(ALERTS) == set(HostReason)
+
+
+@trio_test
+async def test_the_hello_is_forgotten_when_it_has_been_sent(
+    hosts: Path, backend: socket.socket
+) -> None:
+    (hosts / NAME / "send-proxy-v1").touch()
+    async with door() as it, await it.connect() as client:
+        await client.send_all(HELLO)
+        with (await trio.to_thread.run_sync(backend.accept))[0] as connection:
+            header = receive_exactly(connection, len(b"PROXY TCP4 "))
+            assert header == b"PROXY TCP4 "
+            [(on_end, up, down)] = it.relay.moved()
+            session = getattr(on_end, "__self__", None)
+            assert isinstance(session, Session)
+            # What is told at the end keeps the session; the bytes of the client have been counted.
+            assert (session.head, up, down) == (b"", len(HELLO), 0)

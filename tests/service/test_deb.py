@@ -321,6 +321,8 @@ def test_every_package_in_it_has_its_licence_in_the_copyright_file(installed: Ma
     names -= {f"sniproxy-{sniproxy.__version__}"}
     [ours, *parts] = re.split(r"\n== (.+) ==\n", text)
     assert ours.startswith("MIT License")
+    assert "runtime library of mypyc" in ours
+    assert "Jukka Lehtosalo" in ours
     assert set(parts[0::2]) == names
     for licence in parts[1::2]:
         assert re.search(r"Copyright|common-licenses", licence)
