@@ -93,8 +93,20 @@ class FirstFlight:
         except OSError:  # EPIPE, ECONNRESET
             return False
         self.is_whole = self._sent == len(self._header) + len(hello)
+        if not self.is_whole and self._is_reset():
+            return False
         self._loop.watch(self.backend.fileno(), self, READ_EVENTS)
         return True
+
+    def _is_reset(self) -> bool:
+        """Tell whether the backend has closed with bytes unread: that cuts a send(2) short, too."""
+        try:
+            self.backend.recv(1, MSG_PEEK | MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:  # ECONNRESET
+            return True
+        return False
 
     def on_event(self, events: int) -> None:
         """Find out whether that is an answer, or the end."""
