@@ -133,13 +133,7 @@ def test_of_real_clients() -> None:
 @strategies.steady
 @given(st.data())
 def test_of_those_made_up(data: st.DataObject) -> None:
-    stream = hellos.hello_bytes(
-        data.draw(strategies.names),
-        protocols=data.draw(strategies.protocol_lists),
-        versions=data.draw(strategies.version_lists),
-        extra=data.draw(st.lists(strategies.unknown_extensions, max_size=3)),
-        sizes=data.draw(strategies.sizes),
-    )
+    stream = data.draw(strategies.streams())
     check_same(stream)
     spoilt = data.draw(strategies.mutations(stream))
     check_same(spoilt)

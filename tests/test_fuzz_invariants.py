@@ -47,13 +47,7 @@ few = settings(strategies.steady, max_examples=50)
 @few
 @given(st.data())
 def test_a_spoilt_hello(data: st.DataObject) -> None:
-    stream = hellos.hello_bytes(
-        data.draw(strategies.names),
-        protocols=data.draw(strategies.protocol_lists),
-        versions=data.draw(strategies.version_lists),
-        extra=data.draw(st.lists(strategies.unknown_extensions, max_size=3)),
-        sizes=data.draw(strategies.sizes),
-    )
+    stream = data.draw(strategies.streams())
     invariants.check_hello(stream)
     invariants.check_hello(data.draw(strategies.mutations(stream)))
 

@@ -23,6 +23,18 @@ sizes = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
 @st.composite
+def streams(draw: st.DrawFn) -> bytes:
+    """A hello, in records of any size."""
+    return hellos.hello_bytes(
+        draw(names),
+        protocols=draw(protocol_lists),
+        versions=draw(version_lists),
+        extra=draw(st.lists(unknown_extensions, max_size=3)),
+        sizes=draw(sizes),
+    )
+
+
+@st.composite
 def mutations(draw: st.DrawFn, stream: bytes) -> bytes:
     """The stream with a few bytes changed, taken out or put in."""
     mutated = bytearray(stream)
